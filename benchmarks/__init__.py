@@ -1,0 +1,1 @@
+"""Timed comparisons against other programs; run by `trine bench`."""

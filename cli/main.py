@@ -1,0 +1,67 @@
+"""The `trine` command: one sub-command per file, and one place where errors become a line and an exit status.
+
+Only typer is imported here; every command imports the rooms it needs inside its function, so that `trine --help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from trine.cli import bench, data, doctor, generate, quickstart, report, tokenizer, train
+from trine.cli import eval as evaluate
+
+app = typer.Typer(
+    name="trine",
+    help="Train Transformers, measure them and generate from them, exact and resumable to the bit.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Every command takes --debug for a traceback. Exit status: 0 success, 1 failure, 2 wrong usage.",
+)
+app.command("quickstart")(quickstart.quickstart)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("report")(report.report)
+app.add_typer(bench.app, name="bench")
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line in `sys.argv`; never returns, always exits with 0, 1, 2 or 130 (interrupted)."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(arguments)
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader went away (`| head`); close stdout quietly instead of complaining at interpreter exit.
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        line, status = _explain(error)
+        print(f"trine: {line}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from trine.engine.errors import TrineError
+
+    if isinstance(error, TrineError):
+        return str(error), error.exit_status
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror or error}", 1
+    return f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback", 1

@@ -1,0 +1,1 @@
+"""Models, text, data, training, generation and evaluation."""

@@ -1,0 +1,1 @@
+"""Token shards, the order of samples, and objectives."""

@@ -1,0 +1,43 @@
+"""The errors Trine raises for what a user can cause.
+
+    TrineError                   exit status 1
+    ├── UsageError               exit status 2: a value on the command line or in a recipe is wrong
+    ├── CheckpointError          a folder is no checkpoint, is damaged, or is of an unknown family
+    ├── DataError                text, shards or tokenizer files are missing, damaged or do not fit together
+    ├── ContextLengthError       a sequence is longer than the model's context
+    └── NonFiniteError           a loss or gradient is not a number
+
+Every message names the value that was given and what to do about it, on one line.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TrineError(Exception):
+    """Base of all errors a user can cause; `exit_status` is what the command line returns."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class UsageError(TrineError):
+    """A command line argument or recipe value is wrong: unknown key, wrong type, impossible size."""
+
+    exit_status: ClassVar[int] = 2
+
+
+class CheckpointError(TrineError):
+    """A folder is no checkpoint, is incomplete or damaged, or holds a family that is not supported."""
+
+
+class DataError(TrineError):
+    """Text, prepared shards or tokenizer files are missing, damaged, or do not belong together."""
+
+
+class ContextLengthError(TrineError):
+    """A sequence does not fit the model's context."""
+
+
+class NonFiniteError(TrineError):
+    """A loss or a gradient is not finite."""

@@ -1,0 +1,1 @@
+"""Checkpoint families, as data: config.json and tensor names of each, in both directions."""
