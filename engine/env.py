@@ -1,0 +1,154 @@
+"""What this process runs on, and the choices that follow from it.
+
+The one place in the engine that reads the environment: versions, cores, threads, the commit; and the decisions that
+depend on them, each returned together with its reason so that `trine doctor`, the trainer and the reports say the
+same thing. Hardware itself is probed by `trine.kernels.hardware`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trine.engine.errors import UsageError
+from trine.kernels.hardware import device_name, has_fast_bf16, memory_bytes
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pydantic", "transformers")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """What a result depends on besides its inputs, as plain JSON values.
+
+    Keys: trine, commit, python, platform, packages {name: version}, device, device_name, cpu_name, cpu_cores, threads,
+    memory_bytes (of the host), device_memory_bytes. Two runs are promised the same bits only where packages, device,
+    device_name and threads agree.
+    """
+    device = device or torch.device("cpu")
+    cpu = torch.device("cpu")
+    return {
+        "trine": package_version("trine"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": {name: found for name in PACKAGES if (found := package_version(name)) is not None},
+        "device": str(device),
+        "device_name": device_name(device),
+        "cpu_name": device_name(cpu),
+        "cpu_cores": physical_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory_bytes(cpu),
+        "device_memory_bytes": memory_bytes(device),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, or None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of Trine's own checkout (`-dirty` where tracked files differ); None for an installed wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def physical_cores() -> int:
+    """Cores this process may use: affinity and container quota respected, hyper-threads of one core counted once."""
+    cores = len({_core_of(cpu) for cpu in os.sched_getaffinity(0)})
+    quota = _quota()
+    return max(1, cores if quota is None else min(cores, quota))
+
+
+def set_threads(requested: int) -> int:
+    """Fix the number of threads torch computes with, and return it.
+
+    0 takes OMP_NUM_THREADS where that is set (torchrun and test runners set it) and all physical cores otherwise.
+    Sums are split by thread, so results are the same to the bit only with the same number of threads.
+    """
+    if requested < 0:
+        raise UsageError(f"threads = {requested} must be 0 (all physical cores) or a positive number")
+    if requested == 0:
+        named = os.environ.get("OMP_NUM_THREADS", "")
+        requested = int(named) if named.isdigit() and int(named) > 0 else physical_cores()
+    if torch.get_num_threads() != requested:
+        torch.set_num_threads(requested)
+    return requested
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; raises `UsageError` where it does not exist here."""
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise UsageError(f"device {name!r}: {why_no_cuda()}; use device=cpu")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} does not exist; this machine has {torch.cuda.device_count()} GPU(s)")
+    return torch.device("cuda", index)
+
+
+def why_no_cuda() -> str:
+    """Why torch offers no CUDA device here, in a few words; only to be asked where it does not."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU"
+    return "torch finds no CUDA device"
+
+
+def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.dtype, str]:
+    """The dtype to compute in on `device`, and why.
+
+    `auto` is bfloat16 where the hardware multiplies it fast and float32 elsewhere; a name (float32, bfloat16, float16,
+    float64) is taken as it is.
+    """
+    if requested == "auto":
+        fast, reason = has_fast_bf16(device)
+        return (torch.bfloat16 if fast else torch.float32), reason
+    if requested not in DTYPES:
+        raise UsageError(f"unknown dtype {requested!r}; use auto, {', '.join(DTYPES)}")
+    return DTYPES[requested], "as requested"
+
+
+def _core_of(cpu: int) -> str:
+    """A name shared by the hyper-threads of one core; the CPU's own number where the system does not tell."""
+    try:
+        return (_CPU_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quota() -> int | None:
+    """Whole cores granted by the container's CPU quota, or None where there is no quota."""
+    try:
+        granted, period = _CPU_QUOTA.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if granted == "max" else max(1, int(granted) // int(period))
