@@ -1,0 +1,38 @@
+# Everything happens in .venv, made on first use. PIP_ARGS goes to pip: point it at a CPU-only torch, a mirror, a cache.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+PYTEST_ARGS ?= -n 2 --dist loadfile
+.DEFAULT_GOAL = help
+.PHONY: setup quickstart test test-slow lint types gpu bench docs help
+
+setup: $(VENV)/.setup ## install Trine into .venv (PIP_ARGS="..." is passed to pip)
+quickstart: setup ## train a small code model here and generate from it
+	$(BIN)/trine quickstart
+test: lint types ## lint, types and the fast tests
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+test-slow: $(VENV)/.develop ## the wide and long tests
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+lint: $(VENV)/.develop ## ruff: rules and format
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+types: $(VENV)/.develop ## mypy, strict
+	$(BIN)/mypy
+gpu: ## on a GPU machine: doctor, GPU tests, training and generation against the CPU
+	PYTHONPATH=.typing $(or $(wildcard $(BIN)/python),$(PYTHON)) -m trine.benchmarks.gpu_pass
+bench: $(VENV)/.develop ## training speed against the transformers Trainer
+	$(BIN)/trine bench train
+docs: $(VENV)/.develop ## check every command and link in the documents
+	$(BIN)/pytest -q tests/repo/test_documents.py
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Trine needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+$(VENV)/.setup: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+$(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $(VENV)/.setup $@
