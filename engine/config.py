@@ -108,10 +108,12 @@ def _describe(settings: type[Settings], detail: Any) -> str:
         return f"unknown key {key!r}; {hint}"
     if detail["type"] == "missing":
         return f"{key!r} is required"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} = {detail['input']!r} should be {message}"
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        return f"{key} = {detail['input']!r} should be a section of its own, [{key}]"
+    return f"{key} = {detail['input']!r} {message.replace('Input should', 'should').replace('Input is', 'is')}"
 
 
 def _known_keys(settings: type[Settings], path: list[str]) -> list[str]:

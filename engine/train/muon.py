@@ -1,0 +1,96 @@
+"""Muon: momentum, orthogonalised. For the hidden matrices of a Transformer.
+
+The update of a matrix W [rows, cols] with gradient G is, with momentum m and learning rate lr,
+
+    M <- m M + (1 - m) G                 momentum
+    U <- m M + (1 - m) G                 Nesterov: one step ahead
+    O <- NewtonSchulz(U)                 nearly the orthogonal factor of U: singular values moved close to 1
+    W <- (1 - lr * decay) W - lr * sqrt(max(1, rows / cols)) * O
+
+NewtonSchulz is five rounds of the quintic X <- aX + b(XX')X + c(XX')^2 X on U / ||U||, whose coefficients trade
+exactness for speed: singular values land in about [0.7, 1.2], which serves as well as 1. It runs in `dtype`
+(bfloat16 where training does). Every logical matrix (q, k, v, o, gate, up, down of each layer) is orthogonalised by
+itself; equal shapes are only batched for speed.
+
+Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (coefficients, scale).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+# Matrices orthogonalised in one call: enough to fill the machine, few enough to keep temporaries small.
+BATCH_ELEMENTS = 2**22
+
+
+def newton_schulz(update_BRC: Tensor, *, rounds: int = ROUNDS) -> Tensor:
+    """Move the singular values of each matrix in a batch [B, rows, cols] close to 1, in the batch's dtype."""
+    a, b, c = COEFFICIENTS
+    tall = update_BRC.size(-2) > update_BRC.size(-1)
+    x = update_BRC.mT if tall else update_BRC
+    # The Frobenius norm bounds the spectral norm; the floor keeps an all-zero gradient at zero.
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
+    for _ in range(rounds):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def update_scale(rows: int, cols: int) -> float:
+    """Factor on the orthogonal update: keeps the root-mean-square size of tall matrices' updates."""
+    return float(max(1.0, rows / cols)) ** 0.5
+
+
+class Muon:
+    """Muon over a fixed list of matrices; holds one momentum buffer in each parameter's dtype (fp32).
+
+    `parameters` are [rows, cols] with `.grad` set at each `step`. `dtype` is what Newton-Schulz computes in.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], *, momentum: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
+        self.parameters = list(parameters)
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.dtype = dtype
+        self.buffers = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self._batches = _batches_of_equal_shape(self.parameters)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update of every matrix at learning rate `lr`."""
+        for indices in self._batches:
+            weights = [self.parameters[i] for i in indices]
+            buffers = [self.buffers[i] for i in indices]
+            grads = [_grad(weight) for weight in weights]
+            torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
+            ahead = torch._foreach_lerp(grads, buffers, self.momentum)
+            batch_BRC = torch.stack([update.to(self.dtype) for update in ahead])
+            orthogonal = [update.to(weights[0].dtype) for update in newton_schulz(batch_BRC).unbind()]
+            if self.weight_decay:
+                torch._foreach_mul_(weights, 1.0 - lr * self.weight_decay)
+            torch._foreach_add_(weights, orthogonal, alpha=-lr * update_scale(*weights[0].shape))
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _batches_of_equal_shape(parameters: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the parameters, grouped by shape and cut so that a batch holds at most `BATCH_ELEMENTS`."""
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, parameter in enumerate(parameters):
+        by_shape[parameter.shape].append(index)
+    batches = []
+    for shape, indices in by_shape.items():
+        size = max(1, BATCH_ELEMENTS // shape.numel())
+        batches += [indices[start : start + size] for start in range(0, len(indices), size)]
+    return batches

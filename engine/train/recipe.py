@@ -1,0 +1,271 @@
+"""The recipe: everything a training run is, in one TOML file.
+
+Each section is a frozen `Settings` class; unknown keys, wrong types and settings that would have no effect are refused
+(nothing in a recipe is accepted and ignored). `load_recipe` reads the file and applies `section.key=value` overrides;
+`resolve.py` fills in what is left open (vocabulary, dtype, threads), and the resolved recipe is what the run folder
+keeps. Paths are relative to the folder the command is started in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import AfterValidator, Field, model_validator
+
+from trine.engine.config import Settings, apply_overrides, parse, read_toml
+
+# TOML spells paths as strings and tuples as lists; only these two fields' own rules are lax, not those of their items.
+PathValue = Annotated[Path, Field(strict=False)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _named_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not name for name in names):
+        raise ValueError("a sample prompt must not be empty")
+    return names
+
+
+class ModelSettings(Settings):
+    """A new model by `family` and sizes, or `init_from` a checkpoint (then only `dropout` may be set beside it).
+
+    What is left out is chosen by `resolve`: num_kv_heads = num_heads, head_dim = width / num_heads, max_positions =
+    data.seq_len, vocab_size = the tokenizer's, ffn_width = 8/3 width (gated) or 4 width, tie_embeddings and the rest by
+    the custom of the family.
+    """
+
+    family: str | None = None
+    init_from: PathValue | None = None
+    vocab_size: Positive | None = None
+    width: Positive | None = None
+    num_layers: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+    head_dim: Positive | None = None
+    ffn_width: Positive | None = None
+    max_positions: Positive | None = None
+    tie_embeddings: bool | None = None
+    rope_theta: Rate | None = None
+    norm_eps: Rate | None = None
+    init_std: Rate | None = None
+    dropout: BelowOne = 0.0
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSettings:
+        sizes = {"width": self.width, "num_layers": self.num_layers, "num_heads": self.num_heads}
+        if self.init_from is not None:
+            extra = sorted(self.model_fields_set - {"init_from", "dropout"})
+            if extra:
+                raise ValueError(f"{extra[0]} has no effect beside init_from (the checkpoint decides); remove it")
+        elif self.family is None:
+            raise ValueError("give family (llama, qwen3, gpt2) for a new model or init_from for a checkpoint")
+        else:
+            missing = [name for name, value in sizes.items() if value is None]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} required for a new model")
+        return self
+
+
+class SourceSettings(Settings):
+    """One folder made by `trine data prepare` and its share of the training tokens."""
+
+    path: PathValue
+    weight: Rate = 1.0
+
+
+class DataSettings(Settings):
+    """Where tokens come from (`path`, or weighted `sources`) and how they are cut into sequences."""
+
+    path: PathValue | None = None
+    sources: Annotated[tuple[SourceSettings, ...], Field(strict=False)] = ()
+    seq_len: Positive
+    document_mask: bool = True
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> DataSettings:
+        if (self.path is None) == (not self.sources):
+            raise ValueError('give either path = "DIR" or sources = [{path = "DIR", weight = 1.0}, ...]')
+        return self
+
+    @property
+    def weighted(self) -> list[tuple[Path, float]]:
+        """All sources as (folder, weight)."""
+        if self.path is not None:
+            return [(self.path, 1.0)]
+        return [(source.path, source.weight) for source in self.sources]
+
+
+class TrainSettings(Settings):
+    """How much is trained, in what pieces, and on what.
+
+    A step is one update from `batch_size` sequences, computed `micro_batch_size` at a time (default: all at once).
+    """
+
+    steps: Positive
+    batch_size: Positive
+    micro_batch_size: Positive | None = None
+    seed: Count = 0
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    checkpoint_activations: bool = False
+    threads: Count = 0
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _micro_divides(self) -> TrainSettings:
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise ValueError(f"micro_batch_size = {micro} does not divide batch_size = {self.batch_size}")
+        return self
+
+
+class OptimSettings(Settings):
+    """AdamW for everything, or Muon for the hidden matrices and AdamW for embeddings, head, norms and biases.
+
+    `lr`, `betas` and `eps` are AdamW's; `muon_lr` (default 0.02) and `muon_momentum` (0.95) are Muon's. Weight decay is
+    decoupled and applies to matrices (embeddings included), never to norms and biases; `muon_weight_decay` defaults to
+    `weight_decay`. `grad_clip` is the largest global gradient norm; 0 turns clipping off.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Rate = 1e-3
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
+    eps: Rate = 1e-8
+    weight_decay: Annotated[Finite, Field(ge=0)] = 0.1
+    muon_lr: Rate | None = None
+    muon_momentum: BelowOne | None = None
+    muon_weight_decay: Annotated[Finite, Field(ge=0)] | None = None
+    grad_clip: Annotated[Finite, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _muon_only(self) -> OptimSettings:
+        for key in ("muon_lr", "muon_momentum", "muon_weight_decay"):
+            if self.name != "muon" and getattr(self, key) is not None:
+                raise ValueError(f'{key} has no effect with name = "{self.name}"; set name = "muon" or remove it')
+        return self
+
+
+class ScheduleSettings(Settings):
+    """The course of the learning rates; formulas in schedule.py.
+
+    `final_ratio` (cosine 0.1, linear 0, wsd 0) is the factor reached at the end; `decay_fraction` (wsd, 0.2) the share
+    of all steps spent decaying.
+    """
+
+    kind: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    final_ratio: Fraction | None = None
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _effective(self) -> ScheduleSettings:
+        if self.final_ratio is not None and self.kind in ("inverse_sqrt", "constant"):
+            raise ValueError(f'final_ratio has no effect with kind = "{self.kind}"; remove it')
+        if self.decay_fraction is not None and self.kind != "wsd":
+            raise ValueError(f'decay_fraction has no effect with kind = "{self.kind}"; use kind = "wsd" or remove it')
+        return self
+
+    @property
+    def resolved_final_ratio(self) -> float:
+        """The factor at the end of decay."""
+        return (0.1 if self.kind == "cosine" else 0.0) if self.final_ratio is None else self.final_ratio
+
+    @property
+    def resolved_decay_fraction(self) -> float:
+        """Share of all steps in which wsd decays."""
+        return 0.2 if self.decay_fraction is None else self.decay_fraction
+
+
+class EvalSettings(Settings):
+    """Validation loss and samples: every `every` steps and at the end; 0 = never. `max_batches` 0 = the whole split.
+
+    A batch of validation is `train.micro_batch_size` sequences, or `batch_size` where given.
+    """
+
+    every: Count = 250
+    max_batches: Count = 0
+    batch_size: Positive | None = None
+    sample_prompts: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_named_once)] = ()
+    sample_tokens: Positive = 64
+    sample_temperature: Annotated[Finite, Field(ge=0)] = 0.8
+
+
+class CheckpointSettings(Settings):
+    """A step folder every `every` steps (0 = only at the end or when interrupted); the newest `keep_last` are kept."""
+
+    every: Count = 1000
+    keep_last: Positive = 2
+
+
+class ExportSettings(Settings):
+    """What `final/` holds: the trained weights (`raw`) in `dtype`."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    weights: Literal["raw"] = "raw"
+
+
+class LogSettings(Settings):
+    """A step line in metrics.jsonl and on plain terminals every `every` steps."""
+
+    every: Positive = 10
+
+
+class RunSettings(Settings):
+    """Where everything is written."""
+
+    dir: PathValue
+
+
+class Recipe(Settings):
+    """A whole training run. See the sections' own docstrings."""
+
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    optim: OptimSettings = OptimSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    export: ExportSettings = ExportSettings()
+    log: LogSettings = LogSettings()
+    run: RunSettings
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Recipe:
+        if self.schedule.warmup_steps >= self.train.steps and self.schedule.kind not in ("constant", "inverse_sqrt"):
+            raise ValueError(
+                f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of train.steps = "
+                f"{self.train.steps}; warm up for fewer steps"
+            )
+        positions = self.model.max_positions
+        if positions is not None and positions < self.data.seq_len:
+            raise ValueError(
+                f"data.seq_len = {self.data.seq_len} does not fit model.max_positions = {positions}; raise max_positions"
+            )
+        if self.eval.every == 0 and self.eval.sample_prompts:
+            raise ValueError("eval.sample_prompts has no effect with eval.every = 0; set eval.every or remove it")
+        return self
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `section.key=value` overrides. Raises `UsageError` naming file, key and remedy."""
+    return parse(Recipe, apply_overrides(read_toml(path), overrides), origin=str(path))
+
+
+def recipe_table(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain TOML values (paths as strings, open settings left out)."""
+    table: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
+    if not table["data"]["sources"]:
+        del table["data"]["sources"]
+    return table
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The recipe as TOML text; `load_recipe` of it gives the same recipe."""
+    return tomli_w.dumps(recipe_table(recipe))
