@@ -1,0 +1,106 @@
+"""One Transformer layer: attention and feed-forward, each in a residual branch.
+
+    x += drop(Attention(norm(x)))        x += drop(MLP(norm(x)))
+
+Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head dimension, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trine.engine.model.cache import CacheStep, KVCache
+from trine.engine.model.config import ModelConfig
+from trine.engine.model.layers import Linear, RMSNorm, fused_linear, make_norm
+from trine.kernels.attention.op import Mask, attention
+from trine.kernels.gated_mlp import activate, gated
+from trine.kernels.rope import rope
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every layer of one forward pass shares: the mask, the rotary tables, the cache and its step."""
+
+    mask: Mask
+    rope_tables: tuple[Tensor, Tensor] | None
+    cache: KVCache | None
+    step: CacheStep | None
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped key/value heads; q, k, v, o are separate parameters, as on disk."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, device: torch.device | str | None, dtype: torch.dtype):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout.attention
+        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.width, q_width, bias=config.qkv_bias, device=device, dtype=dtype)
+        self.k_proj = Linear(config.width, kv_width, bias=config.qkv_bias, device=device, dtype=dtype)
+        self.v_proj = Linear(config.width, kv_width, bias=config.qkv_bias, device=device, dtype=dtype)
+        self.o_proj = Linear(q_width, config.width, bias=config.o_bias, device=device, dtype=dtype)
+        if config.qk_norm == "head":
+            self.q_norm: RMSNorm | None = RMSNorm(config.head_dim, config.norm_eps, device=device, dtype=dtype)
+            self.k_norm: RMSNorm | None = RMSNorm(config.head_dim, config.norm_eps, device=device, dtype=dtype)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        heads = (*x_BTC.shape[:2], -1, self.head_dim)
+        q_BTHD, k_BTKD, v_BTKD = (y.view(heads) for y in fused_linear(x_BTC, self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        if context.rope_tables is not None:
+            q_BTHD, k_BTKD = rope(q_BTHD, *context.rope_tables), rope(k_BTKD, *context.rope_tables)
+        k_BKSD, v_BKSD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+        if context.cache is not None and context.step is not None:
+            k_BKSD, v_BKSD = context.cache.update(self.layer, k_BKSD, v_BKSD, context.step)
+        dropout_p = self.dropout if self.training else 0.0
+        o_BHTD = attention(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask=context.mask, dropout_p=dropout_p)
+        return self.o_proj(o_BHTD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) when gated, else down(act(up(x)))."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str | None, dtype: torch.dtype):
+        super().__init__()
+        self.activation = config.activation
+        width, ffn_width, bias = config.width, config.ffn_width, config.mlp_bias
+        self.gate_proj = (
+            Linear(width, ffn_width, bias=bias, device=device, dtype=dtype) if config.mlp == "gated" else None
+        )
+        self.up_proj = Linear(width, ffn_width, bias=bias, device=device, dtype=dtype)
+        self.down_proj = Linear(ffn_width, width, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            h_BTF = activate(self.up_proj(x_BTC), self.activation)
+        else:
+            gate_BTF, up_BTF = fused_linear(x_BTC, self.gate_proj, self.up_proj)
+            h_BTF = gated(gate_BTF, up_BTF, self.activation)
+        return self.down_proj(h_BTF)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A pre-norm layer."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, device: torch.device | str | None, dtype: torch.dtype):
+        super().__init__()
+        self.dropout = config.dropout.residual
+        self.input_layernorm = make_norm(config, device=device, dtype=dtype)
+        self.self_attn = Attention(config, layer, device=device, dtype=dtype)
+        self.post_attention_layernorm = make_norm(config, device=device, dtype=dtype)
+        self.mlp = MLP(config, device=device, dtype=dtype)
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        x_BTC = x_BTC + self._drop(self.self_attn(self.input_layernorm(x_BTC), context))
+        return x_BTC + self._drop(self.mlp(self.post_attention_layernorm(x_BTC)))
+
+    def _drop(self, x_BTC: Tensor) -> Tensor:
+        return F.dropout(x_BTC, self.dropout, training=self.training) if self.dropout else x_BTC

@@ -1,0 +1,105 @@
+"""The key/value cache of the plain generator: one slot per position.
+
+Slot j of a row holds the key and value of the token at position j, so the rule "position p sees slots j <= p" is the
+whole mask. Ragged batches are padded on the right: pad all prompts to one length, run them, then set `lengths_B` to the
+true lengths. What the padding wrote lies beyond every visible slot until the next tokens overwrite it.
+
+Shapes: B rows, T new tokens, S slots in use, K key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trine.engine.errors import ContextLengthError
+from trine.engine.model.config import ModelConfig
+from trine.kernels.attention.op import Mask, make_mask
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStep:
+    """Where one forward pass writes and what it may see; made once, used by every layer.
+
+    `start` is the first slot when all rows write the same run of slots, None when rows differ (then
+    `positions_BT` says where). `num_slots` is how many slots are read.
+    """
+
+    positions_BT: Tensor
+    start: int | None
+    num_slots: int
+    mask: Mask
+
+
+class KVCache:
+    """Keys and values [B, K, max_len, D] for each layer. `lengths_B` (int64, on the CPU) counts the tokens held."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim)
+        self.k_LBKSD = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_LBKSD = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths_B = torch.zeros(batch_size, dtype=torch.int64)
+        self.max_len = max_len
+
+    @property
+    def batch_size(self) -> int:
+        return self.k_LBKSD.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k_LBKSD.dtype
+
+    def plan(self, num_new: int, positions_BT: Tensor | None) -> CacheStep:
+        """The step for `num_new` tokens a row, at `positions_BT` or else right after `lengths_B`.
+
+        Raises `ContextLengthError` when a position lies beyond the last slot.
+        """
+        device = self.k_LBKSD.device
+        if positions_BT is None:
+            positions_BT = self.lengths_B[:, None] + torch.arange(num_new)
+        positions_BT = positions_BT.cpu().expand(self.batch_size, num_new)
+        last = int(positions_BT.max())
+        if last >= self.max_len:
+            raise ContextLengthError(
+                f"position {last} does not fit a cache of {self.max_len} tokens; make the prompt or max_tokens shorter"
+            )
+        first = int(positions_BT[0, 0])
+        uniform = bool((positions_BT == torch.arange(first, first + num_new)).all())
+        on_device = positions_BT.to(device)
+        if uniform and first == 0:
+            mask = make_mask(causal=True, num_keys=num_new)
+        elif uniform and num_new == 1:
+            mask = make_mask(causal=False, num_keys=last + 1)
+        else:
+            mask = make_mask(causal=True, num_keys=last + 1, query_positions_BT=on_device)
+        return CacheStep(on_device, first if uniform else None, last + 1, mask)
+
+    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, step: CacheStep) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values of one layer; returns views of all slots in use, [B, K, S, D]."""
+        k_BKSD, v_BKSD = self.k_LBKSD[layer], self.v_LBKSD[layer]
+        if k_BKTD.dtype != self.dtype:
+            raise ValueError(
+                f"keys are {k_BKTD.dtype} but the cache holds {self.dtype}; make it with the compute dtype"
+            )
+        if step.start is not None:
+            stop = step.start + k_BKTD.shape[2]
+            k_BKSD[:, :, step.start : stop] = k_BKTD
+            v_BKSD[:, :, step.start : stop] = v_BKTD
+        else:
+            index = step.positions_BT[:, None, :, None].expand(k_BKTD.shape)
+            k_BKSD.scatter_(2, index, k_BKTD)
+            v_BKSD.scatter_(2, index, v_BKTD)
+        return k_BKSD[:, :, : step.num_slots], v_BKSD[:, :, : step.num_slots]
+
+    def advance(self, step: CacheStep) -> None:
+        """Count the tokens of a finished forward pass: every row now ends after its last new position."""
+        self.lengths_B = step.positions_BT[:, -1].cpu() + 1

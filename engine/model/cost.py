@@ -1,0 +1,61 @@
+"""What a model costs: parameters, FLOPs per token, bytes of key/value cache. Every meter and benchmark uses these.
+
+Convention for FLOPs (the usual 6 N + 12 L T d of Chowdhery et al. 2022, arXiv 2204.02311, appendix B): only matrix
+products count, 2 FLOPs per multiply-add; N is the number of weights that a token is multiplied with, the output layer
+included (tied or not), embedding look-ups excluded; attention is counted over all T x T pairs, although causal kernels
+may skip half; training is three times the forward pass; recomputed activations are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trine.engine.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Number of parameters: all, and those of the token and position embeddings (a tied head counts as embedding)."""
+
+    total: int
+    embedding: int
+
+    @property
+    def without_embedding(self) -> int:
+        return self.total - self.embedding
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Parameters of a model of this config; equals the sum over `Transformer(config).parameters()`."""
+    embedding = config.vocab_size * config.width
+    if config.positions == "learned":
+        embedding += config.max_positions * config.width
+    norm = config.width * (2 if config.norm == "layer" else 1)
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    biases = config.qkv_bias * (q_width + 2 * kv_width) + config.o_bias * config.width
+    biases += config.mlp_bias * (config.width + config.ffn_width * (2 if config.mlp == "gated" else 1))
+    qk_norm = 2 * config.head_dim if config.qk_norm == "head" else 0
+    layer = _layer_weights(config) + biases + qk_norm + 2 * norm
+    head = 0 if config.tie_embeddings else config.vocab_size * config.width
+    return Parameters(total=embedding + config.num_layers * layer + norm + head, embedding=embedding)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int:
+    """FLOPs for one token in a sequence of `seq_len`: forward, or forward and backward (convention above)."""
+    weights = config.num_layers * _layer_weights(config) + config.vocab_size * config.width
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    return (2 * weights + attention) * (3 if training else 1)
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token occupies in a key/value cache of `dtype`."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def _layer_weights(config: ModelConfig) -> int:
+    """Entries of the matrices of one layer."""
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = config.width * (2 * q_width + 2 * kv_width)
+    return attention + config.width * config.ffn_width * (3 if config.mlp == "gated" else 2)

@@ -1,0 +1,33 @@
+"""Initial weights.
+
+Matrices and embeddings are normal with standard deviation `init_std`; the two matrices that write into the residual
+stream are smaller by 1/sqrt(2 layers), so that its variance does not grow with depth (Radford et al. 2019). Norm
+weights are 1, biases 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from trine.engine.model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from trine.engine.model.transformer import Transformer
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Fill every parameter. A generator of its own, on the CPU, makes the result independent of device and dtype."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    residual_std = model.config.init_std * (2 * model.config.num_layers) ** -0.5
+    for name, module in model.named_modules():
+        if isinstance(module, (RMSNorm, LayerNorm)):
+            module.weight.fill_(1.0)
+        elif isinstance(module, (Linear, Embedding)):
+            residual = name.endswith(("self_attn.o_proj", "mlp.down_proj"))
+            _normal(module.weight, residual_std if residual else model.config.init_std, generator)
+        if isinstance(module, (Linear, LayerNorm)) and module.bias is not None:
+            module.bias.zero_()
+
+
+def _normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
+    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(std))

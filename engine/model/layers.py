@@ -1,0 +1,107 @@
+"""The small parts of a Transformer: linear, embedding and normalisation layers that cast their weights where used.
+
+Parameters may be kept in fp32 while activations run in bf16: every use casts the weight to the dtype of its input, so
+that the dtype of each product is written in the code and never depends on an ambient autocast. New layers hold
+uninitialised memory; `init.py` or a checkpoint fills it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trine.engine.model.config import ModelConfig
+from trine.kernels.layer_norm import layer_norm
+from trine.kernels.rms_norm import rms_norm
+
+
+class Linear(nn.Module):
+    """y = x weight^T + bias, in the dtype of x. `weight` is [out, in], as on disk."""
+
+    def __init__(
+        self, num_in: int, num_out: int, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_out, num_in, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_out, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def fused_linear(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """The outputs of several layers on the same input.
+
+    While gradients are recorded their weights are joined into one matrix (in the copy that the cast makes anyway), so
+    that there is one product forward and two backward instead of three and six, and no sum of input gradients.
+    """
+    if not (torch.is_grad_enabled() and layers[0].weight.requires_grad):
+        return tuple(layer(x) for layer in layers)
+    weight: Tensor = _JoinCast.apply(x.dtype, *(layer.weight for layer in layers))  # type: ignore[no-untyped-call]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias: Tensor | None = _JoinCast.apply(x.dtype, *biases) if biases else None  # type: ignore[no-untyped-call]
+    assert len(biases) in (0, len(layers)), "layers that are joined have biases all or none"
+    return torch.split(F.linear(x, weight, bias), [layer.weight.shape[0] for layer in layers], dim=-1)
+
+
+class _JoinCast(torch.autograd.Function):
+    """Concatenate along rows and cast, in one pass; the gradient is cut and cast back."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parts: Tensor) -> Tensor:
+        ctx.layout = [(part.shape[0], part.dtype) for part in parts]
+        rows = sum(part.shape[0] for part in parts)
+        joined = torch.empty(rows, *parts[0].shape[1:], dtype=dtype, device=parts[0].device)
+        for target, part in zip(torch.split(joined, [part.shape[0] for part in parts]), parts, strict=True):
+            target.copy_(part)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cuts = torch.split(grads[0], [rows for rows, _ in ctx.layout])
+        return (None, *(cut.to(dtype) for cut, (_, dtype) in zip(cuts, ctx.layout, strict=True)))
+
+
+class Embedding(nn.Module):
+    """Rows of a table. `weight` is [rows, width]."""
+
+    def __init__(self, num_rows: int, width: int, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """See `trine.kernels.rms_norm`."""
+
+    def __init__(self, width: int, eps: float, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """See `trine.kernels.layer_norm`."""
+
+    def __init__(self, width: int, eps: float, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def make_norm(config: ModelConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> nn.Module:
+    """The normalisation over the model width that `config.norm` names."""
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config.width, config.norm_eps, device=device, dtype=dtype)

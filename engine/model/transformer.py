@@ -1,0 +1,145 @@
+"""The Transformer: one model for all families, driven by `ModelConfig` alone.
+
+    x = embed(ids) (+ embed_positions)
+    for each layer: x += attention(norm(x)), x += feed_forward(norm(x))
+    hidden = norm(x),  logits = head(hidden)
+
+Parameters carry the names of a Llama checkpoint (`layers.0.self_attn.q_proj.weight`) and stay separate as on disk. The
+forward pass stops at the hidden states: training applies the head inside its chunked loss, generation to the last
+position only.
+
+Shapes: B batch, T new tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trine.engine.errors import ContextLengthError
+from trine.engine.model.blocks import Block, Context
+from trine.engine.model.cache import KVCache
+from trine.engine.model.config import ModelConfig
+from trine.engine.model.layers import Embedding, Linear, make_norm
+from trine.engine.model.rotary import inverse_frequencies
+from trine.kernels.attention.op import make_mask
+from trine.kernels.rope import rope_tables
+
+
+class Transformer(nn.Module):
+    """A decoder. Weights are uninitialised: see `init.initialize` and `checkpoint.load_model`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.width, device=device, dtype=dtype)
+        self.embed_positions = (
+            Embedding(config.max_positions, config.width, device=device, dtype=dtype)
+            if config.positions == "learned"
+            else None
+        )
+        self.layers = nn.ModuleList(
+            Block(config, layer, device=device, dtype=dtype) for layer in range(config.num_layers)
+        )
+        self.norm = make_norm(config, device=device, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.width, config.vocab_size, bias=False, device=device, dtype=dtype)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters (not of the computation)."""
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The output matrix [V, C]: the embedding where tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def head_bias(self) -> nn.Parameter | None:
+        """The bias of the output layer [V], or None where it has none."""
+        return None if self.lm_head is None else self.lm_head.bias
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segment_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        compute_dtype: torch.dtype | None = None,
+        checkpoint_activations: bool = False,
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, T, C] in `compute_dtype` (default: the dtype of the parameters).
+
+        `positions_BT`: position of each token (int64); default 0, 1, 2, ... or, with a cache, on from its lengths.
+        `segment_ids_BT`: number of the document each token belongs to (ascending within a row is fastest); a token
+        attends to earlier tokens of its own document only. Give positions that restart with each document.
+        `cache`: read and extended; its dtype must be the compute dtype. Cannot be joined with segment ids.
+        `checkpoint_activations`: keep only the layer inputs and recompute the rest in the backward pass.
+        Raises `ContextLengthError` where a token lies beyond `config.max_positions`.
+        """
+        dtype = compute_dtype or self.dtype
+        T = ids_BT.shape[1]
+        step = None
+        if cache is not None:
+            if segment_ids_BT is not None:
+                raise ValueError("segment_ids_BT and a cache cannot be used together; give one document per row")
+            step = cache.plan(T, positions_BT)
+            positions_BT, mask, length = step.positions_BT, step.mask, step.num_slots
+        else:
+            mask = make_mask(causal=True, num_keys=T, segment_ids_BT=segment_ids_BT)
+            length = T if positions_BT is None else 0
+            if positions_BT is None:
+                positions_BT = torch.arange(T, device=ids_BT.device)[None]
+        self._check_length(length, positions_BT)
+
+        x_BTC = self.embed_tokens(ids_BT)
+        if self.embed_positions is not None:
+            x_BTC = x_BTC + self.embed_positions(positions_BT)
+        x_BTC = x_BTC.to(dtype)
+        if self.config.dropout.embedding:
+            x_BTC = F.dropout(x_BTC, self.config.dropout.embedding, training=self.training)
+        tables = None
+        if self.config.rope is not None:
+            frequencies = inverse_frequencies(self.config.rope, self.config.head_dim, ids_BT.device)
+            tables = rope_tables(positions_BT, frequencies, dtype)
+        context = Context(mask, tables, cache, step)
+        for layer in self.layers:
+            if checkpoint_activations and torch.is_grad_enabled():
+                x_BTC = checkpoint(layer, x_BTC, context, use_reentrant=False)
+            else:
+                x_BTC = layer(x_BTC, context)
+        if cache is not None and step is not None:
+            cache.advance(step)
+        return self.norm(x_BTC)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits [..., V] of hidden states [..., C]; the product runs in the dtype of hidden."""
+        bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias)
+        return logits.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    def _check_length(self, length: int, positions_BT: Tensor) -> None:
+        """`length` is the number of positions known without looking at the tensor; 0 where it must be looked at."""
+        if not length and positions_BT.device.type == "cpu":
+            length = int(positions_BT.max()) + 1
+        if length > self.config.max_positions:
+            raise ContextLengthError(
+                f"a sequence of {length} tokens exceeds this model's context of {self.config.max_positions}; shorten it"
+            )

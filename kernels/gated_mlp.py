@@ -1,0 +1,70 @@
+"""The gated unit of a feed-forward layer: y = activation(gate) * up  (SwiGLU with silu, GeGLU with gelu).
+
+The product is one operation with its own backward, which recomputes the activation: only gate and up are kept.
+
+    dup = dy * act(gate)      dgate = dy * up * act'(gate)
+
+Shapes: N tokens (any leading dimensions), F feed-forward width. Source: Shazeer 2020 (arXiv 2002.05202).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
+    return result
+
+
+# name -> (activation, its backward: dy and input to dinput). "gelu_tanh" is GPT-2's gelu_new, "gelu" the exact one.
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "relu": (F.relu, lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0)),
+}
+ACTIVATIONS: tuple[str, ...] = tuple(_ACTIVATIONS)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of that name, elementwise; for feed-forward layers without a gate."""
+    return _ACTIVATIONS[activation][0](x)
+
+
+def gated_reference(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
+    """The formula in fp32 (fp64 for fp64 inputs), rounded once at the end."""
+    work = torch.promote_types(gate_NF.dtype, torch.float32)
+    return (activate(gate_NF.to(work), activation) * up_NF.to(work)).to(gate_NF.dtype)
+
+
+def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up; both of one dtype and shape. `activation` is one of `ACTIVATIONS`."""
+    if gate_NF.dtype != up_NF.dtype:
+        raise ValueError(f"gate is {gate_NF.dtype} but up is {up_NF.dtype}; cast them to one")
+    result: Tensor = _Gated.apply(gate_NF, up_NF, activation)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate_NF, up_NF)
+        ctx.activation = activation
+        return _ACTIVATIONS[activation][0](gate_NF).mul_(up_NF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (dy_NF,) = grads
+        gate_NF, up_NF = ctx.saved_tensors
+        function, function_backward = _ACTIVATIONS[ctx.activation]
+        return function_backward(dy_NF * up_NF, gate_NF), function(gate_NF).mul_(dy_NF), None
