@@ -27,7 +27,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from trine.engine.errors import UsageError
+from trine.engine.errors import NonFiniteError, UsageError
 
 MAX_SEED = 2**63 - 1
 
@@ -146,7 +146,12 @@ class Sampler:
             self._count_V = torch.zeros(vocab_size, dtype=torch.float32, device=device)
 
     def next_token(self, logits_V: Tensor) -> int:
-        """Choose from fp32 logits [V] (left unchanged) and count the choice for the penalties."""
+        """Choose from fp32 logits [V] (left unchanged) and count the choice for the penalties.
+
+        Raises `NonFiniteError` where the logits are not numbers.
+        """
+        if not torch.isfinite(logits_V.max()):  # a NaN anywhere makes the maximum NaN
+            raise NonFiniteError("the model's logits are not finite; its weights are damaged, or try --dtype float32")
         token = self._choose(self.penalized(logits_V))
         if self._seen_V is not None:
             self._seen_V[token] = True
@@ -196,11 +201,20 @@ def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """-inf on the unlikely tail whose probabilities together are at most 1 - p; the likeliest id always stays."""
-    ascending_V, order_V = logits_V.sort()
-    tail_V = ascending_V.softmax(-1).cumsum(-1) <= 1 - p
-    tail_V[-1] = False
-    return logits_V.index_fill(0, order_V[tail_V], -math.inf)
+    """-inf on the unlikely tail whose probabilities together are at most 1 - p; the likeliest id always stays.
+
+    Ids of probability (1 - p) / 2V and less are in the tail without being sorted: together they reach (1 - p) / 2.
+    Few are left to sort, and sorting is what costs.
+    """
+    probabilities_V = logits_V.softmax(-1)
+    likely_V = probabilities_V > (1 - p) / (2 * logits_V.shape[-1])
+    unlikely_mass = probabilities_V.masked_fill(likely_V, 0).sum()
+    likely_ids_N = likely_V.nonzero()[:, 0]
+    ascending_ids_N = likely_ids_N[logits_V[likely_ids_N].argsort()]
+    tail_N = unlikely_mass + probabilities_V[ascending_ids_N].cumsum(-1) <= 1 - p
+    tail_N[-1] = False
+    kept_ids_N = ascending_ids_N[~tail_N]
+    return torch.full_like(logits_V, -math.inf).index_copy_(0, kept_ids_N, logits_V[kept_ids_N])
 
 
 def keep_min_p(logits_V: Tensor, min_p: float) -> Tensor:

@@ -1,0 +1,157 @@
+"""The plain generator: prompts in, completions out, one fixed batch at a time.
+
+Every prompt of a batch is padded on the right to the longest, one forward pass fills the key/value cache, and then all
+rows take one token per step until the last has finished. It schedules nothing and shares nothing, so it is easy to
+trust: it is the oracle of every quicker engine. Greedy output equals transformers' `generate` token by token.
+
+Shapes: B rows (completions in flight), T prompt tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from trine.engine.errors import ContextLengthError, UsageError
+from trine.engine.generate.request import Completion, Request
+from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.cache import KVCache
+from trine.engine.model.transformer import Transformer
+from trine.engine.text.tokenizer import Tokenizer
+
+OnText = Callable[[int, int, str], None]
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    on_text: OnText | None = None,
+    compute_dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+) -> list[Completion]:
+    """Complete each prompt; returns the completions in the order of the prompts, the choices of each together.
+
+    Args:
+        model: on any device, in any dtype. Its training mode is off meanwhile and restored.
+        tokenizer: the model's.
+        prompts: texts (special tokens are added as the tokenizer says, such as a beginning-of-text token) or ids, taken
+            as they are. An empty prompt starts from the beginning-of-text token, or else the end-of-text token, which
+            stands between documents.
+        params: for all prompts, or one for each.
+        on_text: called with (prompt index, choice, text) for every piece of text as it comes.
+        compute_dtype: default the dtype of the parameters.
+        batch_size: completions computed at once.
+
+    Raises:
+        ContextLengthError: a prompt leaves no room for a new token in the model's context.
+        UsageError: an id outside the vocabulary, an empty prompt without any token to start from.
+        NonFiniteError: the model's logits are not numbers.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    requests = _make_requests(model, tokenizer, prompts, params)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(requests), batch_size):
+                _run_batch(model, requests[start : start + batch_size], on_text, compute_dtype or model.dtype)
+    finally:
+        model.train(was_training)
+    return [request.completion() for request in requests]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
+    """Ids of a prompt, never none; see `generate`."""
+    ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+    if ids:
+        return ids
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if start is None:
+        raise UsageError("the prompt is empty and the tokenizer names no bos or eos token to start from; give a prompt")
+    return [start]
+
+
+def _make_requests(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+) -> list[Request]:
+    """All requests, checked before anything is computed."""
+    if isinstance(prompts, str):
+        raise UsageError("prompts must be a sequence of prompts, got one string; put it in a list")
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise UsageError(
+            f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for each or one for all"
+        )
+    config = model.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model only {config.vocab_size}; "
+            "they do not belong together"
+        )
+    eos_ids = frozenset(config.eos_token_ids)
+    if not eos_ids and tokenizer.eos_id is not None:
+        eos_ids = frozenset((tokenizer.eos_id,))
+    requests = []
+    for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
+        ids = encode_prompt(tokenizer, prompt)
+        wrong = [token_id for token_id in ids if not 0 <= token_id < tokenizer.vocab_size]
+        if wrong:
+            raise UsageError(f"prompt {index} holds id {wrong[0]}; the vocabulary ends at {tokenizer.vocab_size - 1}")
+        room = config.max_positions - len(ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"prompt {index} has {len(ids)} tokens but the model's context holds {config.max_positions}, the "
+                f"new tokens included; shorten it to {config.max_positions - 1} tokens or fewer"
+            )
+        requests += [
+            Request(
+                ids,
+                wanted,
+                tokenizer=tokenizer,
+                budget=min(wanted.max_tokens, room),
+                eos_ids=eos_ids,
+                prompt_index=index,
+                choice=choice,
+                device=model.device,
+            )
+            for choice in range(wanted.n)
+        ]
+    return requests
+
+
+def _run_batch(
+    model: Transformer, requests: Sequence[Request], on_text: OnText | None, compute_dtype: torch.dtype
+) -> None:
+    """Prefill all rows together, then decode until every row has finished."""
+    B = len(requests)
+    lengths = [len(request.prompt_ids) for request in requests]
+    # The last token is never fed, so its key and value need no slot.
+    num_slots = max(length + request.budget - 1 for length, request in zip(lengths, requests, strict=True))
+    cache = KVCache(model.config, B, num_slots, model.device, compute_dtype)
+    ids_BT = torch.zeros(B, max(lengths), dtype=torch.int64)
+    for row, request in enumerate(requests):
+        ids_BT[row, : lengths[row]] = torch.tensor(request.prompt_ids)
+    hidden_BTC = model(ids_BT.to(model.device), cache=cache, compute_dtype=compute_dtype)
+    hidden_BC = hidden_BTC[torch.arange(B), torch.tensor(lengths) - 1]
+    while True:
+        logits_BV = model.logits(hidden_BC)
+        for request, logits_V in zip(requests, logits_BV, strict=True):
+            if request.finish_reason is None:
+                text = request.advance(logits_V)
+                if text and on_text is not None:
+                    on_text(request.prompt_index, request.choice, text)
+        if all(request.finish_reason is not None for request in requests):
+            return
+        # A finished row feeds its last token again, at its own last position (or the last slot): nobody reads it.
+        ids_B1 = torch.tensor([[request.last_id] for request in requests])
+        positions_B1 = torch.tensor([[min(request.last_position, num_slots - 1)] for request in requests])
+        hidden_B1C = model(ids_B1.to(model.device), positions_BT=positions_B1, cache=cache, compute_dtype=compute_dtype)
+        hidden_BC = hidden_B1C[:, 0]

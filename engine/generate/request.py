@@ -1,0 +1,134 @@
+"""One completion on its way: what was asked, what has come so far, and when it ends.
+
+A `Request` turns chosen ids into text. It ends at an end-of-sequence token or a stop string (`"stop"`), or when its
+budget of tokens is used up (`"length"`). The pieces it returns, joined, are the text of its `Completion`: nothing that
+was released is taken back, no character is cut in half, and no part of a stop string is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trine.engine.generate.sampling import Sampler, SamplingParams, request_seed
+from trine.engine.generate.stop import StopMatcher
+from trine.engine.text.detokenize import IncrementalDecoder
+from trine.engine.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Attributes:
+        text: without the end-of-sequence token, special tokens and the stop string.
+        token_ids: every generated id, the one that ended the text included.
+        finish_reason: "stop" (end-of-sequence or stop string) or "length" (max_tokens, or the end of the context).
+        prompt_tokens, completion_tokens: their numbers.
+        prompt_index, choice: which prompt of the call, and which of its `n` completions.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_index: int
+    choice: int
+
+
+class Request:
+    """The state of one completion.
+
+    Args:
+        prompt_ids: at least one id.
+        params: how to choose, and when to stop.
+        budget: at most so many new tokens (`max_tokens`, or less where the context ends first).
+        eos_ids: ids that end the text unless `params.ignore_eos`.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        tokenizer: Tokenizer,
+        budget: int,
+        eos_ids: frozenset[int],
+        prompt_index: int = 0,
+        choice: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.prompt_ids = tuple(prompt_ids)
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.budget = budget
+        self.prompt_index = prompt_index
+        self.choice = choice
+        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self._vocab_size = tokenizer.vocab_size
+        self._sampler = Sampler(
+            params,
+            prompt_ids=prompt_ids,
+            vocab_size=self._vocab_size,
+            seed=request_seed(params, choice),
+            device=device,
+        )
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._stop = StopMatcher(params.stop)
+        self._pieces: list[str] = []
+
+    @property
+    def last_id(self) -> int:
+        """The id to feed next."""
+        return self.token_ids[-1] if self.token_ids else self.prompt_ids[-1]
+
+    @property
+    def last_position(self) -> int:
+        """The position of `last_id`."""
+        return len(self.prompt_ids) + len(self.token_ids) - 1
+
+    def advance(self, logits_V: Tensor) -> str:
+        """Choose the next id from fp32 logits [V] and return the text that can be shown because of it.
+
+        Rows of the embedding beyond the tokenizer's vocabulary (padding) have no text and are never chosen.
+        """
+        assert self.finish_reason is None
+        token_id = self._sampler.next_token(logits_V[: self._vocab_size])
+        self.token_ids.append(token_id)
+        if token_id in self._eos_ids:
+            self.finish_reason = "stop"
+            return self._release(self._finish_text())
+        text = self._stop.push(self._decoder.push(token_id))
+        if not self._stop.stopped and len(self.token_ids) == self.budget:
+            self.finish_reason = "length"
+            text += self._finish_text()
+        if self._stop.stopped:  # the last bytes may have completed a stop string too
+            self.finish_reason = "stop"
+        return self._release(text)
+
+    def completion(self) -> Completion:
+        """The finished completion."""
+        assert self.finish_reason is not None
+        return Completion(
+            text="".join(self._pieces),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.token_ids),
+            prompt_index=self.prompt_index,
+            choice=self.choice,
+        )
+
+    def _finish_text(self) -> str:
+        return self._stop.push(self._decoder.flush()) + self._stop.flush()
+
+    def _release(self, text: str) -> str:
+        self._pieces.append(text)
+        return text
