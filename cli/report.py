@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
 
-def report() -> None:
-    """Placeholder while the room behind it is built."""
-    raise NotImplementedError
+import typer
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder that `trine train` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; report.html in the run folder if left out.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run: curves, recipe, samples, environment."""
+    from trine.engine.train.report import write_report
+
+    print(write_report(run, out))

@@ -1,0 +1,305 @@
+"""`trine report`: one HTML page that tells what happened in a run.
+
+The page stands by itself: style, charts (inline SVG) and the few lines of script are inside it, and its content
+security policy forbids the browser any request. It is written from the run folder alone, so it works on a run in
+progress, on one that was interrupted and resumed, and on a machine without the data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from trine.engine.errors import DataError
+from trine.engine.log import format_bytes, format_count, format_duration
+from trine.engine.train.charts import Chart, Line, draw, palette, standalone
+from trine.engine.train.run_log import Record, RunLog, read_run, series
+
+TEMPLATE = "report.html.j2"
+_WIDE, _NARROW, _HALF = (920, 300), (420, 260), (440, 200)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One summary number: what it is, the number, and a remark under it."""
+
+    label: str
+    value: str
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of the page with its heading; `narrow` is the drawing for small screens, where there is one."""
+
+    title: str
+    unit: str
+    legend: list[tuple[str, str]]
+    charts: list[tuple[str, str, str]]  # (CSS class, SVG, readout as JSON)
+    alternative: str
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the page of the run in folder `run` to `out` (default: `report.html` in it) and return its path.
+
+    Raises `UsageError` or `DataError` (one line) where `run` is no readable run folder; nothing is written then.
+    """
+    log = read_run(run)
+    page = render(log)
+    path = out if out is not None else run / "report.html"
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def save_loss_figure(run: Path, out: Path) -> Path:
+    """Write the loss chart of a run as an SVG file, for a README; it follows the reader's light or dark theme."""
+    log = read_run(run)
+    lines = _loss_lines(log)
+    if not lines:
+        raise DataError(f"the run in {run} has logged no loss yet: there is nothing to draw")
+    chart = draw(lines, name="loss", size=(760, 300), last_step=_last_step(log), legend="nats per token, by step")
+    out.write_text(standalone(chart), encoding="utf-8")
+    return out
+
+
+def render(log: RunLog) -> str:
+    """The page as text."""
+    source = resources.files("trine.engine.train").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(source).render(
+        name=log.folder.resolve().name,
+        state=_state(log),
+        subtitle=_subtitle(log),
+        tiles=_tiles(log),
+        panels=_panels(log),
+        evaluations=_evaluations(log),
+        samples=_samples(log),
+        resumed=bool(log.resumed_at),
+        recipe=_sections(log.recipe),
+        environment=list(_flatten(log.start.get("environment", {}))),
+        light=palette("light"),
+        dark=palette("dark"),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        last_line=datetime.fromtimestamp(log.written).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+    )
+
+
+# ---- what the run says about itself
+
+
+def _state(log: RunLog) -> tuple[str, str]:
+    """(CSS class, words) of the run's state."""
+    if log.end is None:
+        return "running", "in progress"
+    reason = str(log.end.get("reason"))
+    return {"finished": "finished", "interrupted": "interrupted"}.get(reason, "failed"), reason
+
+
+def _total_steps(log: RunLog) -> int | None:
+    steps = log.recipe.get("train", {}).get("steps")
+    return steps if isinstance(steps, int) else None
+
+
+def _last_step(log: RunLog) -> int:
+    """Right border of the charts: the recipe's last step for a run in progress would leave them empty at first."""
+    return max([log.last_step, *(int(record["step"]) for record in log.evaluations)], default=0)
+
+
+def _subtitle(log: RunLog) -> str:
+    model = log.recipe.get("model", {})
+    parts = []
+    family = model.get("family")
+    if isinstance(family, str):
+        parts.append(f"{family} family")
+    if "time" in log.start:
+        started = datetime.fromtimestamp(log.start["time"]).astimezone()
+        parts.append("started " + started.strftime("%Y-%m-%d %H:%M"))
+    if log.resumed_at:
+        parts.append("resumed at step " + ", ".join(f"{step:,}" for step in log.resumed_at))
+    return " · ".join(parts)
+
+
+def _tiles(log: RunLog) -> list[Tile]:
+    total = _total_steps(log)
+    of = f"of {total:,}" if total else ""
+    if total and log.last_step < total:
+        of += f" ({100 * log.last_step / total:.0f} %)"
+    tiles = [Tile("Steps", f"{log.last_step:,}", of)]
+    if "parameters" in log.start:
+        tiles.append(Tile("Parameters", format_count(log.start["parameters"])))
+    return [*tiles, *_loss_tiles(log), *_speed_tiles(log)]
+
+
+def _loss_tiles(log: RunLog) -> Iterator[Tile]:
+    _, losses = series(log.steps, "loss")
+    evaluated, validation = series(log.evaluations, "loss")
+    if validation:
+        best = min(validation)
+        at = int(evaluated[validation.index(best)])
+        remark = "nats per token" if best == validation[-1] else f"nats per token; best {best:.4f} at step {at:,}"
+        yield Tile("Validation loss", f"{validation[-1]:.4f}", remark)
+        yield Tile("Perplexity", _short(math.exp(min(validation[-1], 700))), "validation, per token")
+    _, bits = series(log.evaluations, "bits_per_byte")
+    if bits:
+        yield Tile("Bits per byte", f"{bits[-1]:.4f}", "validation")
+    if losses:
+        window = losses[-max(len(losses) // 20, 1) :]
+        yield Tile("Training loss", f"{statistics.fmean(window):.4f}", f"mean of the last {len(window)} logged")
+
+
+def _speed_tiles(log: RunLog) -> Iterator[Tile]:
+    if log.steps:
+        last = log.steps[-1]
+        if "tokens" in last:
+            yield Tile("Tokens trained", format_count(last["tokens"]))
+        if "seconds" in last:
+            yield Tile("Training time", format_duration(last["seconds"]), "without evaluations and checkpoints")
+    _, speeds = series(log.steps, "tokens_per_second")
+    _, utilisations = series(log.steps, "mfu")
+    if speeds:
+        remark = f"median; {100 * statistics.median(utilisations):.0f} % of peak FLOP/s" if utilisations else "median"
+        yield Tile("Tokens per second", format_count(statistics.median(speeds)), remark)
+    _, memory = series(log.steps, "memory_bytes")
+    peak = (log.end or {}).get("peak_memory_bytes") or max(memory, default=0)
+    if peak:
+        yield Tile("Peak memory", format_bytes(peak))
+
+
+def _evaluations(log: RunLog) -> list[list[str]]:
+    """(step, loss, bits per byte) of each evaluation, as shown."""
+    rows = []
+    for record in log.evaluations:
+        shown = [
+            f"{value:.4f}" if isinstance(value, float) else "" for value in map(record.get, ("loss", "bits_per_byte"))
+        ]
+        rows.append([f"{record['step']:,}", *shown])
+    return rows
+
+
+def _samples(log: RunLog) -> list[tuple[int, list[Record]]]:
+    """(step, samples) newest first."""
+    steps = sorted({int(record["step"]) for record in log.samples}, reverse=True)
+    return [(step, [record for record in log.samples if record["step"] == step]) for step in steps]
+
+
+def _sections(table: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The recipe as (section, rows); keys outside any section come first, under an empty name."""
+    loose = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    sections = [(name, list(_flatten(value))) for name, value in table.items() if isinstance(value, dict)]
+    return ([("", list(_flatten(loose)))] if loose else []) + [(name, rows) for name, rows in sections if rows]
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{prefix}[{index}]")
+    elif isinstance(value, list):
+        yield prefix, ", ".join(map(str, value)) or "none"
+    elif isinstance(value, bool) or value is None:
+        yield prefix, {True: "yes", False: "no", None: "unknown"}[value]
+    else:
+        yield prefix, str(value)
+
+
+# ---- charts
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over a window centred on each value (a twentieth of the run, narrower at both ends): it does not lag."""
+    half = max(len(values) // 40, 2)
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        result.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return result
+
+
+def _loss_lines(log: RunLog) -> list[Line]:
+    steps, losses = series(log.steps, "loss")
+    lines = []
+    if losses:
+        lines.append(Line(label="training", xs=steps, ys=losses, role="raw", width=1.0))
+        lines.append(Line(label="training, smoothed", xs=steps, ys=smooth(losses), role="loss", width=2.0))
+    steps, losses = series(log.evaluations, "loss")
+    if losses:
+        lines.append(Line(label="validation", xs=steps, ys=losses, role="validation", width=2.0, dots=True))
+    return lines
+
+
+def _panels(log: RunLog) -> list[Panel]:
+    plain: Callable[[float], str] = "{:.4g}".format
+    rates = [
+        Line(label=label, xs=steps, ys=values, role=role, width=2.0)
+        for key, label, role in (("lr", "AdamW", "plain"), ("muon_lr", "Muon", "second"))
+        for steps, values in [series(log.steps, key)]
+        if values
+    ]
+    panels = [_panel(log, "Loss", "nats per token", _loss_lines(log), sizes=[_WIDE, _NARROW], format_y=plain)]
+    panels.append(_panel(log, "Learning rate", "", rates, from_zero=True, format_y=plain))
+    for key, title, unit, from_zero, format_y in (
+        ("grad_norm", "Gradient norm", "before clipping", True, plain),
+        ("tokens_per_second", "Speed", "tokens per second", True, format_count),
+        ("memory_bytes", "Memory", "GiB", True, plain),
+    ):
+        steps, values = series(log.steps, key)
+        if unit == "GiB":
+            values = [value / 2**30 for value in values]
+        lines = [Line(label=title.lower(), xs=steps, ys=values, width=1.4)] if values else []
+        panels.append(_panel(log, title, unit, lines, from_zero=from_zero, format_y=format_y))
+    return [panel for panel in panels if panel is not None]
+
+
+def _panel(
+    log: RunLog,
+    title: str,
+    unit: str,
+    lines: list[Line],
+    *,
+    format_y: Callable[[float], str],
+    sizes: list[tuple[int, int]] | None = None,
+    from_zero: bool = False,
+) -> Panel | None:
+    if not lines:
+        return None
+    charts = []
+    for css_class, size in zip(("wide", "narrow") if sizes else ("only",), sizes or [_HALF], strict=True):
+        chart = draw(
+            lines,
+            name=f"{title.split()[0].lower()}-{css_class}",
+            size=size,
+            last_step=_last_step(log),
+            resumed_at=log.resumed_at,
+            from_zero=from_zero,
+            format_y=format_y,
+        )
+        charts.append((css_class, chart.svg, _json(chart)))
+    last = "; ".join(f"{line.label} {format_y(line.ys[-1])} at step {line.xs[-1]:,.0f}" for line in lines)
+    legend = [(line.label, line.role) for line in lines] if len(lines) > 1 else []
+    return Panel(title=title, unit=unit, legend=legend, charts=charts, alternative=f"{title} against the step: {last}")
+
+
+def _json(chart: Chart) -> str:
+    return json.dumps(chart.readout, separators=(",", ":"))
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}" if number < 1000 else format_count(number)
