@@ -1,0 +1,194 @@
+"""Text to token ids and back.
+
+A tokenizer is a folder with `tokenizer.json` (everything that turns text into ids, read by the `tokenizers` library)
+and, beside it, small files that name the special tokens. `Tokenizer` reads such a folder as transformers does and
+writes one that transformers loads with identical ids.
+
+Two things go beyond a thin wrapper. `fingerprint` names the mapping from text to ids, so that prepared data is never
+used with another tokenizer. `token_bytes` gives the exact bytes behind each id where that is defined, which is what
+bits per byte and incremental decoding rest on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from trine.engine.errors import DataError
+from trine.engine.text.token_bytes import token_bytes
+
+# Text files that belong to a tokenizer and travel with it unchanged.
+COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """A loaded tokenizer. Build one with `Tokenizer.load`, `train_bpe` or `train_characters`.
+
+    Special tokens written in the text (`<|endoftext|>`) become their id in `encode`, as in transformers; with
+    `parse_special=False` they are ordinary text, which is what training data needs.
+    """
+
+    def __init__(self, definition: str, *, settings: dict[str, Any], companions: dict[str, str] | None = None) -> None:
+        """From the text of a tokenizer.json and the content of tokenizer_config.json."""
+        self._definition = definition
+        self._settings = settings
+        self._companions = companions or {}
+        self._parsing = _build(definition)
+        self._verbatim = _build(definition)
+        self._verbatim.encode_special_tokens = True
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """Read a tokenizer folder. Raises `DataError` if tokenizer.json is missing or cannot be read."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"no tokenizer in {folder}: it has no tokenizer.json; make one with `trine tokenizer train`")
+        try:
+            definition = path.read_text(encoding="utf-8")
+            settings = _read_json(folder / "tokenizer_config.json")
+            for name in ("special_tokens_map.json", "config.json"):
+                # Older folders name the special tokens only here; tokenizer_config.json wins where it speaks.
+                extra = {key: value for key, value in _read_json(folder / name).items() if key.startswith(_ROLES)}
+                settings = {**extra, **settings}
+            companions = {
+                name: (folder / name).read_text(encoding="utf-8") for name in COMPANIONS if (folder / name).is_file()
+            }
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the tokenizer in {folder}: {error}") from None
+        try:
+            return cls(definition, settings=settings, companions=companions)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json and tokenizer_config.json (and companions) into `folder`, made if it is missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
+        files = {"tokenizer.json": self._definition, "tokenizer_config.json": settings, **self._companions}
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+        """The ids of `text`."""
+        tokenizer = self._parsing if parse_special else self._verbatim
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False, parse_special: bool = True
+    ) -> list[list[int]]:
+        """The ids of each text; faster than one by one, since it runs on all cores."""
+        tokenizer = self._parsing if parse_special else self._verbatim
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary are a `DataError`."""
+        for token_id in ids:
+            if self._parsing.id_to_token(token_id) is None:
+                raise DataError(f"token id {token_id} is not in the tokenizer's vocabulary of {self.vocab_size}")
+        return str(self._parsing.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id, so that every id has a row in an embedding of this size."""
+        return 1 + max(self._parsing.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the beginning-of-text token, if the tokenizer has one."""
+        return self._special("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the end-of-text token, if the tokenizer has one; it ends every document in prepared data."""
+        return self._special("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the padding token, if the tokenizer has one."""
+        return self._special("pad_token")
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id that stands for text the vocabulary cannot spell; None where it can spell everything (byte level)."""
+        return self._special("unk_token") if self._model.get("unk_token") else None
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out unless told otherwise."""
+        added = self._parsing.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...] | None:
+        """The bytes behind each id, [vocab_size], special tokens included; None where ids have no bytes of their own.
+
+        Where it is not None, the joined bytes of `encode(text, parse_special=False)` are the UTF-8 bytes of the text.
+        """
+        vocabulary = self._parsing.get_vocab(with_added_tokens=True)
+        return token_bytes(json.loads(self._definition), vocabulary)
+
+    @cached_property
+    def bytes_join_to_text(self) -> bool:
+        """Whether `decode` is nothing but the UTF-8 text of the joined `token_bytes`."""
+        return self.token_bytes is not None and "ByteFallback" not in str(json.loads(self._definition)["decoder"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of tokenizer.json without its layout and its padding and truncation settings."""
+        definition = json.loads(self._definition)
+        definition.pop("padding", None)
+        definition.pop("truncation", None)
+        canonical = json.dumps(definition, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        model: dict[str, Any] = json.loads(self._definition)["model"]
+        return model
+
+    def _special(self, role: str) -> int | None:
+        content = self._settings.get(role)
+        if isinstance(content, dict):
+            content = content.get("content")
+        if isinstance(content, str):
+            token_id = self._parsing.token_to_id(content)
+            return None if token_id is None else int(token_id)
+        by_id = self._settings.get(f"{role}_id")  # how a model's config.json says it: an id, or a list of them
+        if isinstance(by_id, list):
+            by_id = by_id[0] if by_id else None
+        return by_id if isinstance(by_id, int) else None
+
+
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def _build(definition: str) -> tokenizers.Tokenizer:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises a bare Exception for every kind of damage
+        raise DataError(f"not a readable tokenizer.json ({error}); make it again or copy it again") from None
+    # A saved length limit would cut documents without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); copy the tokenizer's files again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
