@@ -65,7 +65,7 @@ def token_log_probs(
     ignore_index: int = -100,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """The log p(target) of each row, fp32 [N] (fp64 for fp64 inputs), 0 where the target is `ignore_index`. No gradient."""
+    """Each row's log p(target): fp32 [N] (fp64 for fp64 inputs), 0 where the target is `ignore_index`; no gradient."""
     _check(hidden_NC, weight_VC, targets_N, chunk_rows)
     rows = chunk_rows or max(1, _CHUNK_NUMBERS // weight_VC.shape[0])
     with torch.no_grad():

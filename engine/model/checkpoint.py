@@ -1,0 +1,193 @@
+"""Reading and writing Hugging Face folders: config.json, generation_config.json and safetensors.
+
+Loading is strict and streamed. Names and shapes are checked against the family's table from the file headers before
+any memory is taken; then each tensor is read, turned into our layout and copied into the model, so that the peak is
+the model plus one tensor. Writing is the same table read the other way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trine.engine.errors import CheckpointError
+from trine.engine.log import say
+from trine.engine.model.config import ModelConfig
+from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
+from trine.engine.model.families.base import write_eos
+from trine.engine.model.families.registry import merge_generation_config
+from trine.engine.model.transformer import Transformer
+from trine.engine.model.weight_files import (
+    StoredTensor,
+    open_weights,
+    read_json,
+    some_names,
+    write_json,
+    write_weights,
+)
+
+_HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
+
+
+def resolve_checkpoint(path: Path | str) -> Path:
+    """The checkpoint folder meant by `path`: itself, or a run folder's `final/`, or the step its `latest` names.
+
+    Says which one was taken when it is not `path` itself. Raises `CheckpointError` where there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no folder {path}; give a local checkpoint or run folder (nothing is downloaded)"
+        )
+    if (path / "config.json").is_file():
+        return path
+    if (path / "final" / "config.json").is_file():
+        say(f"using {path / 'final'}")
+        return path / "final"
+    latest = path / "latest"
+    if latest.is_file():
+        step = path / latest.read_text(encoding="utf-8").strip()
+        if not (step / "config.json").is_file():
+            raise CheckpointError(f"{latest} names {step.name!r}, which is no checkpoint; give a step folder instead")
+        say(f"using {step}")
+        return step
+    raise CheckpointError(
+        f"{path} holds neither config.json nor final/ nor latest: it is no checkpoint and no run folder"
+    )
+
+
+def read_config(folder: Path | str) -> ModelConfig:
+    """The config of a checkpoint folder, end tokens as generation_config.json gives them."""
+    folder = Path(folder)
+    hf = read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        hf = merge_generation_config(hf, read_json(folder / "generation_config.json"))
+    return config_from_hf(hf)
+
+
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """A model in evaluation mode, its weights in `dtype` (None: as stored, the widest where files mix).
+
+    Raises `CheckpointError` naming the file, key or shape that is wrong.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    family = FAMILIES[config.family]
+    with open_weights(folder) as files:
+        stored = _normalised(files, family)
+        config = replace(config, tie_embeddings=_tied(config, family, stored))
+        model = Transformer(config, device="meta")
+        rules = family.rules(config)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        _check(folder, rules, shapes, stored)
+        model = model.to(dtype or _widest(stored[rule.stored] for rule in rules)).to_empty(device=device)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for rule in rules:
+                tensor = stored[rule.stored].read()
+                tensor = tensor.T if rule.transpose else tensor
+                targets = [parameters[name] for name in rule.ours]
+                for target, part in zip(targets, torch.split(tensor, [len(t) for t in targets]), strict=True):
+                    target.copy_(part)
+    return model.eval()
+
+
+def save_model(
+    model: Transformer, folder: Path | str, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write a folder that transformers loads; `dtype` None keeps that of the model.
+
+    The folder may exist; files are written aside and renamed, config.json last.
+    """
+    folder = Path(folder)
+    dtype = dtype or model.dtype
+    dtype_name = str(dtype).removeprefix("torch.")
+    hf = config_to_hf(model.config, dtype_name)
+    rules = {rule.stored: rule for rule in FAMILIES[model.config.family].rules(model.config)}
+    parameters = dict(model.named_parameters())
+
+    def make(stored: str) -> Tensor:
+        rule = rules[stored]
+        parts = [parameters[name].detach().to("cpu", dtype) for name in rule.ours]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (tensor.T if rule.transpose else tensor).contiguous()
+
+    counts = {stored: sum(parameters[name].numel() for name in rule.ours) for stored, rule in rules.items()}
+    assert sum(counts.values()) == sum(parameter.numel() for parameter in parameters.values()), "a rule is missing"
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {stored: count * dtype.itemsize for stored, count in counts.items()}
+    write_weights(folder, sizes, make, max_shard_bytes=max_shard_bytes, num_parameters=sum(counts.values()))
+    config = model.config
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": write_eos(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "config.json", hf)
+
+
+def _normalised(files: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+    """Tensors under the names of the full model: prefix added where a base class was saved, ignored ones dropped."""
+    bare = not any(name.startswith(family.prefix) for name in files)
+    stored = {family.prefix + name if bare and name != _HEAD else name: tensor for name, tensor in files.items()}
+    ignored = re.compile(re.escape(family.prefix) + "(" + "|".join(family.ignored) + ")")
+    return {name: tensor for name, tensor in stored.items() if not ignored.fullmatch(name)}
+
+
+def _tied(config: ModelConfig, family: Family, stored: dict[str, StoredTensor]) -> bool:
+    """Whether embedding and head are one, judged as transformers 5 does; leaves the tensors that will be read.
+
+    Tied in config.json: one of the two in the file serves both; two equal ones are tied; two different ones are kept
+    apart. Not tied: both must be there.
+    """
+    if not config.tie_embeddings:
+        return False
+    embedding = next(rule.stored for rule in family.rules(config) if rule.ours == (_EMBEDDING,))
+    if _HEAD not in stored:
+        return True
+    if embedding in stored and not torch.equal(stored[embedding].read(), stored[_HEAD].read()):
+        return False
+    stored[embedding] = stored.pop(_HEAD)
+    return True
+
+
+def _check(
+    folder: Path,
+    rules: list[TensorRule],
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, StoredTensor],
+) -> None:
+    """Every expected tensor is there, in its shape and of a float dtype, and no other."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for rule in rules:
+        rows = sum(shapes[name][0] for name in rule.ours)
+        shape = (rows, *shapes[rule.ours[0]][1:])
+        expected[rule.stored] = shape[::-1] if rule.transpose else shape
+    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {some_names(missing)}; is it complete?")
+    if unexpected:
+        raise CheckpointError(
+            f"{folder} holds {len(unexpected)} tensors that its config.json does not explain: {some_names(unexpected)}"
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise CheckpointError(f"{name} in {folder} has shape {stored[name].shape}; config.json asks for {shape}")
+        if stored[name].dtype is None:
+            raise CheckpointError(f"{name} in {folder} is not stored in float64, float32, bfloat16 or float16")
+
+
+def _widest(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    dtypes = {tensor.dtype for tensor in tensors if tensor.dtype is not None}
+    return reduce(torch.promote_types, dtypes)

@@ -1,0 +1,77 @@
+"""The list of families, and the way from config.json to `ModelConfig` and back.
+
+Both directions are checked: a config that would need what the model cannot compute is refused on reading, and one that
+the family's format cannot express is refused on writing, field by field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from trine.engine.errors import CheckpointError, UsageError
+from trine.engine.model.config import DropoutConfig, ModelConfig
+from trine.engine.model.families.base import Family, HfConfig
+from trine.engine.model.families.gpt2 import GPT2
+from trine.engine.model.families.llama import LLAMA
+from trine.engine.model.families.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, QWEN3)}
+
+
+def family_for(hf: HfConfig) -> Family:
+    """The family of a config.json, by `model_type`."""
+    model_type = hf.get("model_type")
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+    raise CheckpointError(f"model_type {model_type!r} in config.json is not supported; supported: {known}")
+
+
+def config_from_hf(hf: HfConfig) -> ModelConfig:
+    """A parsed config.json as `ModelConfig`; every failure is a `CheckpointError` naming the key."""
+    family = family_for(hf)
+    if hf.get("quantization_config") is not None:
+        raise CheckpointError("config.json has a quantization_config; only unquantized checkpoints are supported")
+    for key, neutral in family.neutral.items():
+        if hf.get(key) is not None and hf[key] != neutral:
+            raise CheckpointError(f"config.json has {key} = {hf[key]!r}; only {neutral!r} is supported")
+    try:
+        return family.to_config({**family.defaults, **hf})
+    except (UsageError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json does not describe a {family.name} model: {error}") from None
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """What config.json holds for a model of this config stored in `dtype` ("float32", ...).
+
+    Raises `CheckpointError` naming the fields that the family's format cannot express.
+    """
+    family = FAMILIES.get(config.family)
+    if family is None:
+        raise CheckpointError(f"family {config.family!r} is not known; known: {', '.join(FAMILIES)}")
+    hf = {
+        **family.to_hf(config),
+        "architectures": [family.architecture],
+        "model_type": family.model_types[0],
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    back = config_from_hf(hf)
+    # Dropout is a training setting; formats keep it only in part, and nothing else reads it.
+    plain, plain_back = (replace(one, dropout=DropoutConfig()) for one in (config, back))
+    lost = [
+        f"{item.name} = {getattr(plain, item.name)!r}"
+        for item in fields(ModelConfig)
+        if getattr(plain, item.name) != getattr(plain_back, item.name)
+    ]
+    if lost:
+        raise CheckpointError(f"the {config.family} format cannot express {', '.join(lost)}; choose another family")
+    return dict(sorted(hf.items()))
+
+
+def merge_generation_config(hf: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the end tokens of generation_config.json, which are the ones meant for generating."""
+    return {**hf, **{key: generation[key] for key in ("eos_token_id",) if generation.get(key) is not None}}

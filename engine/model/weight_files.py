@@ -1,0 +1,159 @@
+"""Tensors in safetensors files: one file, or shards with an index. Nothing else is opened, above all no pickle.
+
+Reading is lazy: names, shapes and dtypes come from the headers; each tensor is read when asked for. Writing goes to
+hidden temporary files that are renamed once complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trine.engine.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies, and what its header says. `dtype` is None where it is not a float type."""
+
+    file: Any
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU, in its stored dtype."""
+        tensor: Tensor = self.file.get_tensor(self.name)
+        return tensor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint folder."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; give the folder of a Hugging Face checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+    """All tensors of a folder by name, open for reading until the context ends."""
+    with ExitStack() as stack:
+        found: dict[str, StoredTensor] = {}
+        for name, expected in _files(folder).items():
+            tensors = _open_file(folder / name, stack)
+            if expected is not None and set(tensors) != expected:
+                odd = sorted(set(tensors) ^ expected)
+                raise CheckpointError(
+                    f"{folder / name} and {INDEX} disagree about {some_names(odd)}; copy the folder again"
+                )
+            found.update(tensors)
+        yield found
+
+
+def _files(folder: Path) -> dict[str, set[str] | None]:
+    """File names, with the tensor names that an index promises in each (None without an index)."""
+    if (folder / SINGLE).is_file():
+        return {SINGLE: None}
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map; copy the folder again")
+        files: dict[str, set[str] | None] = {}
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CheckpointError(f"{folder / INDEX} names the file {name!r}; shards lie in the folder itself")
+            names = files.setdefault(name, set())
+            assert names is not None
+            names.add(tensor)
+        missing = sorted(name for name in files if not (folder / name).is_file())
+        if missing:
+            raise CheckpointError(f"{folder} lacks {some_names(missing)}, which {INDEX} names; copy the folder again")
+        return files
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds only {some_names(pickles)}: pickle files can run code and are never opened; convert with "
+            "transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        )
+    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint")
+
+
+def _open_file(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
+    try:
+        file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            header = file.get_slice(name)
+            shape = tuple(header.get_shape())
+            tensors[name] = StoredTensor(file, name, shape, _DTYPES.get(header.get_dtype()))
+        return tensors
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again") from None
+
+
+def write_weights(
+    folder: Path,
+    sizes: Mapping[str, int],
+    make: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int,
+    num_parameters: int,
+) -> None:
+    """Write tensors of the given byte sizes, each made when its shard is written; replaces weights of an older save."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file_name, shard in zip(names, shards, strict=True):
+        temporary = folder / f".{file_name}.partial"
+        save_file({name: make(name) for name in shard}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / file_name)
+    if count > 1:
+        weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
+        metadata = {"total_size": sum(sizes.values()), "total_parameters": num_parameters}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    keep = {*names, *([INDEX] if count > 1 else [])}
+    for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
+        if stale.name not in keep:
+            stale.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write aside and rename."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def some_names(names: list[str]) -> str:
+    """At most four names, and how many more."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
