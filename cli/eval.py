@@ -1,6 +1,71 @@
 """`trine eval`."""
 
+from __future__ import annotations
 
-def evaluate() -> None:
-    """Placeholder while the room behind it is built."""
-    raise NotImplementedError
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or a run folder (its final or latest).")
+    ],
+    more_data: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files, after the one of --data.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Text files, folders of them, or .jsonl files.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in view, the predicted one included; [the context].")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next; [half the window].")] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Begin-of-text token before each text; [as the tokenizer does]."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="The field of a .jsonl line that holds the text.")] = "text",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on one line.")] = False,
+) -> None:
+    """Measure perplexity and bits per byte on texts, with a sliding window."""
+    from trine.engine.errors import UsageError
+
+    files = [*(data or []), *(more_data or [])]
+    if not files:
+        raise UsageError("no data; give --data FILE")
+
+    import dataclasses
+
+    from trine.engine.env import set_threads
+    from trine.engine.evaluate.perplexity import perplexity
+    from trine.engine.evaluate.texts import read_texts
+    from trine.engine.generate.load import load_for_inference
+    from trine.engine.log import progress, warn
+
+    set_threads(0)
+    texts = read_texts(files, text_field=text_field)
+    model, tokenizer = load_for_inference(checkpoint, dtype=dtype, device=device)
+    result = perplexity(model, tokenizer, texts, window=window, stride=stride, bos=bos, progress=progress)
+    if result.unknown_tokens:
+        warn(
+            f"{result.unknown_tokens} of the tokens stand for characters the tokenizer does not know; "
+            "what they were is not measured, so compare with no other tokenizer"
+        )
+    if json:
+        import json as json_format
+
+        print(json_format.dumps(dataclasses.asdict(result)))
+        return
+    print(
+        f"perplexity      {result.perplexity:.4f}\n"
+        f"loss            {result.loss:.4f} nats per token\n"
+        f"bits per byte   {result.bits_per_byte:.4f}\n"
+        f"scored          {result.tokens:,} tokens; {result.bytes:,} bytes in {result.texts} text(s)\n"
+        f"window, stride  {result.window}, {result.stride} tokens\n"
+        f"tokenizer       {tokenizer.vocab_size} ids, fingerprint {result.tokenizer[:12]}, "
+        f"{'with' if result.bos else 'without'} a beginning-of-text token"
+    )

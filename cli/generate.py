@@ -2,7 +2,130 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-def generate() -> None:
-    """Placeholder while the room behind it is built."""
-    raise NotImplementedError
+import typer
+
+if TYPE_CHECKING:
+    from trine.engine.generate.request import Completion
+
+
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or a run folder (its final or latest).")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to go on from; - reads stdin. May be given more than once.")
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="A UTF-8 file with a prompt, taken as it is. May be given more than once.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; 1 is the model's distribution.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens below this fraction of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of prompt and output become less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Taken from the logit of every token generated before.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Taken from a logit once for each time its token was generated.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes the result repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the text before this string. May be given more than once.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per completion, each on a line.")] = False,
+) -> None:
+    """Complete prompts. One completion is streamed as it comes; several are printed in order, under headings."""
+    from trine.engine.generate.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        n=n,
+    )
+    prompts = _read_prompts(prompt or [], prompt_file or [])
+
+    import time
+
+    from trine.engine.env import set_threads
+    from trine.engine.generate.load import load_for_inference
+    from trine.engine.generate.plain import generate as complete
+    from trine.engine.log import format_duration, say
+
+    set_threads(0)
+    model, tokenizer = load_for_inference(checkpoint, dtype=dtype, device=device)
+    streams = not json and len(prompts) * n == 1
+    started = time.perf_counter()
+    completions = complete(model, tokenizer, prompts, params, on_text=_show if streams else None)
+    seconds = time.perf_counter() - started
+    if json:
+        for completion in completions:
+            print(_to_json(completion))
+    elif streams:
+        print()
+    else:
+        for completion in completions:
+            print(f"== prompt {completion.prompt_index + 1}, choice {completion.choice + 1} ==\n{completion.text}")
+    tokens = sum(completion.completion_tokens for completion in completions)
+    reasons = ", ".join(sorted({completion.finish_reason for completion in completions}))
+    say(f"{tokens} tokens in {format_duration(seconds)}, {tokens / seconds:.1f} tokens/s ({reasons})")
+
+
+def _show(prompt_index: int, choice: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _to_json(completion: Completion) -> str:
+    import dataclasses
+    import json
+
+    # Escaped to ASCII: one object stays on one line whatever the reader takes for a line end.
+    return json.dumps(dataclasses.asdict(completion))
+
+
+def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
+    """The prompts in the order given, those of --prompt first."""
+    from trine.engine.errors import DataError, UsageError
+
+    if not texts and not files:
+        raise UsageError("no prompt; give --prompt TEXT, --prompt-file FILE, or --prompt - to read it from stdin")
+    if texts.count("-") > 1:
+        raise UsageError("--prompt - was given more than once, but stdin can be read only once")
+    prompts = [_decode(sys.stdin.buffer.read(), "stdin") if text == "-" else text for text in texts]
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"no prompt file {path}; check the name")
+        prompts.append(_decode(path.read_bytes(), str(path)))
+    return prompts
+
+
+def _decode(content: bytes, name: str) -> str:
+    from trine.engine.errors import DataError
+
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}: the prompt is not UTF-8 ({error.reason}); convert it") from None

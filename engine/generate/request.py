@@ -77,7 +77,7 @@ class Request:
             params,
             prompt_ids=prompt_ids,
             vocab_size=self._vocab_size,
-            seed=request_seed(params, choice),
+            seed=request_seed(params, prompt_ids, choice),
             device=device,
         )
         self._decoder = IncrementalDecoder(tokenizer)

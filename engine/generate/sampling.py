@@ -19,6 +19,7 @@ Shapes: V vocabulary. Everything works on one row, because each request has its 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from collections.abc import Iterable
@@ -104,15 +105,16 @@ def _require(condition: bool, name: str, value: object, wanted: str) -> None:
         raise UsageError(f"{name} must be {wanted}, got {value}")
 
 
-def request_seed(params: SamplingParams, choice: int) -> int:
-    """The seed of one completion: the given one for choice 0, one derived from it for the others, or a fresh one.
+def request_seed(params: SamplingParams, prompt_ids: Iterable[int], choice: int) -> int:
+    """The seed of one completion: a hash of the given seed, the prompt and the choice, or a fresh one without a seed.
 
-    It does not depend on the place of a prompt in its batch.
+    It does not depend on the place of a prompt in its batch, and different prompts under one seed do not share their
+    random numbers (a small model would give them much the same text).
     """
     if params.seed is None:
         return secrets.randbits(63)
-    # An odd constant (2^64 / golden ratio) keeps the seeds of choices apart; torch hashes the seed further.
-    return (params.seed + choice * 0x9E3779B97F4A7C15) & MAX_SEED
+    text = " ".join(map(str, (params.seed, choice, *prompt_ids)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & MAX_SEED
 
 
 class Sampler:

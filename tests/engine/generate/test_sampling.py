@@ -114,9 +114,9 @@ def test_draw_never_takes_an_impossible_id() -> None:
 
 def test_seed_fixes_the_draws_and_choices_differ() -> None:
     params = SamplingParams(seed=7, n=3)
-    seeds = [request_seed(params, choice) for choice in range(3)]
-    assert seeds[0] == 7
-    assert len(set(seeds)) == 3
+    seeds = [request_seed(params, [1, 2], choice) for choice in range(3)]
+    assert seeds == [request_seed(params, (1, 2), choice) for choice in range(3)]
+    assert len({*seeds, request_seed(params, [1, 3], 0)}) == 4
     rows = [make_logits(row) for row in range(20)]
 
     def run(seed: int) -> list[int]:
@@ -125,7 +125,7 @@ def test_seed_fixes_the_draws_and_choices_differ() -> None:
 
     assert run(seeds[0]) == run(seeds[0])
     assert run(seeds[0]) != run(seeds[1])
-    assert request_seed(SamplingParams(), 0) != request_seed(SamplingParams(), 0)
+    assert request_seed(SamplingParams(), [], 0) != request_seed(SamplingParams(), [], 0)
 
 
 @pytest.mark.parametrize(

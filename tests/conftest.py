@@ -1,0 +1,95 @@
+"""What all tests share: one thread per process, no network, and the minutes each room took.
+
+The number of threads must be fixed before torch starts: sums are split by thread, and the fast tests run as several
+processes. Tests about threads ask for a number themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from trine.engine.text.tokenizer import Tokenizer
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests each room has and how long they took, set-up included, summed over processes."""
+    seconds: dict[str, float] = defaultdict(float)
+    tests: dict[str, int] = defaultdict(int)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            room = _room(report.nodeid)
+            tests[room] += outcome != "error"
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[_room(report.nodeid)] += report.duration
+    if not tests:
+        return
+    terminalreporter.section("minutes per room")
+    for room in sorted(seconds, key=lambda name: -seconds[name]):
+        terminalreporter.write_line(f"{seconds[room] / 60:6.2f} min  {tests[room]:5d} tests  {room}")
+
+
+def _room(nodeid: str) -> str:
+    """`tests/engine/data/test_x.py::test_y` belongs to `engine/data`."""
+    return "/".join(nodeid.partition("::")[0].split("/")[1:-1]) or "."
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE of 300 ids; the end-of-text token is id 0 and there is no bos token."""
+    from trine.engine.text.train_tokenizer import train_bpe
+
+    return train_bpe(
+        ["def add(first, second):\n    return first + second\n\nthe cat sat on the mat\n" * 20], vocab_size=300
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    """A Llama folder with `tiny_tokenizer`: context 64, float32, every weight far from its initial value."""
+    import torch
+
+    from trine.engine.model.checkpoint import save_model
+    from trine.engine.model.config import ModelConfig
+    from trine.engine.model.transformer import Transformer
+
+    config = ModelConfig(
+        family="llama",
+        vocab_size=tiny_tokenizer.vocab_size,
+        width=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_width=64,
+        max_positions=64,
+        eos_token_ids=(0,),
+    )
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + name.endswith("norm.weight"))
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    save_model(model, folder)
+    tiny_tokenizer.save(folder)
+    return folder
