@@ -23,6 +23,9 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pydantic",
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_MEMORY = Path("/proc/meminfo")
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
@@ -87,11 +90,15 @@ def set_threads(requested: int) -> int:
     if requested < 0:
         raise UsageError(f"threads = {requested} must be 0 (all physical cores) or a positive number")
     if requested == 0:
-        named = os.environ.get("OMP_NUM_THREADS", "")
-        requested = int(named) if named.isdigit() and int(named) > 0 else physical_cores()
+        requested = _named_threads() or physical_cores()
     if torch.get_num_threads() != requested:
         torch.set_num_threads(requested)
     return requested
+
+
+def why_threads() -> str:
+    """The reason for the number of threads that `set_threads(0)` takes."""
+    return "OMP_NUM_THREADS" if _named_threads() else "all physical cores this process may use"
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -112,6 +119,42 @@ def choose_device(name: str = "auto") -> torch.device:
     if index >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} does not exist; this machine has {torch.cuda.device_count()} GPU(s)")
     return torch.device("cuda", index)
+
+
+def why_device(name: str) -> str:
+    """The reason for what `choose_device(name)` returns."""
+    if name != "auto":
+        return "as requested"
+    return "torch finds a CUDA device" if torch.cuda.is_available() else why_no_cuda()
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Every GPU torch sees: device, name, memory_bytes, compute_capability."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        major, minor = torch.cuda.get_device_capability(device)
+        about = {"device": str(device), "name": device_name(device), "memory_bytes": memory_bytes(device)}
+        found.append({**about, "compute_capability": f"{major}.{minor}"})
+    return found
+
+
+def load_average() -> tuple[float, float, float]:
+    """Processes running or waiting to run on this machine, over the last 1, 5 and 15 minutes."""
+    return os.getloadavg()
+
+
+def available_memory() -> int:
+    """Bytes of host memory a new program can have without swapping, the container's limit respected."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    for line in _MEMORY.read_text().splitlines() if _MEMORY.exists() else ():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    try:
+        limit, used = _MEMORY_LIMIT.read_text().strip(), int(_MEMORY_USED.read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
 def why_no_cuda() -> str:
@@ -135,6 +178,11 @@ def choose_dtype(device: torch.device, requested: str = "auto") -> tuple[torch.d
     if requested not in DTYPES:
         raise UsageError(f"unknown dtype {requested!r}; use auto, {', '.join(DTYPES)}")
     return DTYPES[requested], "as requested"
+
+
+def _named_threads() -> int | None:
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdigit() and int(named) > 0 else None
 
 
 def _core_of(cpu: int) -> str:

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from trine.cli import doctor
+from trine.cli.main import app
+from trine.engine import env
+from trine.kernels.implementations import implementations
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timing in tests, and the number of threads as it was."""
+    monkeypatch.setattr("trine.kernels.hardware.peak_flops", lambda device, dtype: (1.5e12, "known"))
+
+
+def test_doctor_says_each_choice_with_its_reason() -> None:
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert torch.__version__ in result.stdout
+    for line in (r"^  device +\S+  \(.+\)$", r"^  compute dtype +\S+  \(.+\)$", r"^  threads +\d+  \(.+\)$"):
+        assert re.search(line, result.stdout, re.MULTILINE), line
+    assert "1.5 TFLOP/s  (known)" in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()) <= 120
+
+
+def test_doctor_json_is_one_object_on_one_line() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json", "--device", "cpu"])
+    found = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    assert found["device"] == {"value": "cpu", "reason": "as requested"}
+    assert found["environment"]["packages"]["torch"] == torch.__version__
+    assert {row["operation"] for row in found["kernels"]} >= {"attention", "rms_norm"}
+
+
+def test_doctor_shows_gpus_and_a_busy_machine() -> None:
+    findings = doctor.examine("cpu")
+    findings["gpus"] = [{"device": "cuda:0", "name": "NVIDIA H200", "memory_bytes": 141 * 2**30}]
+    findings["load"] = (findings["environment"]["cpu_cores"] * 2.0, 0.0, 0.0)
+    text = doctor.render(findings)
+    assert re.search(r"cuda:0 +NVIDIA H200, 141.0 GiB", text)
+    assert "busy" in text
+
+
+def test_every_operation_of_the_kernel_room_has_a_row() -> None:
+    no_operations = {"hardware", "implementations"}
+    on_disk = {path.stem for path in (ROOT / "kernels").glob("*.py")} | {
+        path.parent.name for path in (ROOT / "kernels").glob("*/*.py")
+    }
+    rows = implementations(torch.device("cpu"), torch.bfloat16)
+    assert [row.operation for row in rows] == sorted(on_disk - no_operations)
+    assert all(row.implementation and row.reason for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_doctor_refuses_a_device_that_is_not_there() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--device", "cuda"])
+    assert result.exit_code != 0
+    assert env.why_no_cuda() in str(result.exception)
