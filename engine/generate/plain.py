@@ -104,11 +104,13 @@ def _make_requests(
         ids = encode_prompt(tokenizer, prompt)
         wrong = [token_id for token_id in ids if not 0 <= token_id < tokenizer.vocab_size]
         if wrong:
-            raise UsageError(f"prompt {index} holds id {wrong[0]}; the vocabulary ends at {tokenizer.vocab_size - 1}")
+            raise UsageError(
+                f"prompt {index + 1} holds id {wrong[0]}; the vocabulary ends at {tokenizer.vocab_size - 1}"
+            )
         room = config.max_positions - len(ids)
         if room < 1:
             raise ContextLengthError(
-                f"prompt {index} has {len(ids)} tokens but the model's context holds {config.max_positions}, the "
+                f"prompt {index + 1} has {len(ids)} tokens but the model's context holds {config.max_positions}, the "
                 f"new tokens included; shorten it to {config.max_positions - 1} tokens or fewer"
             )
         requests += [

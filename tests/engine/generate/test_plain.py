@@ -138,7 +138,7 @@ def test_generation_ends_with_the_context(model: Transformer, tiny_tokenizer: To
 
 
 def test_prompt_without_room_is_refused_with_both_lengths(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ContextLengthError, match=r"prompt 1 has 64 tokens .* holds 64.*63 tokens or fewer") as caught:
+    with pytest.raises(ContextLengthError, match=r"prompt 2 has 64 tokens .* holds 64.*63 tokens or fewer") as caught:
         generate(model, tiny_tokenizer, [[1], [1] * 64], GREEDY)
     assert "\n" not in str(caught.value)
 
@@ -153,7 +153,7 @@ def test_empty_prompt_starts_from_the_end_of_text_token(model: Transformer, tiny
 
 def test_ids_outside_the_vocabulary_are_refused(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
     for wrong in (-1, tiny_tokenizer.vocab_size):
-        with pytest.raises(UsageError, match=f"id {wrong}"):
+        with pytest.raises(UsageError, match=f"prompt 1 holds id {wrong}"):
             generate(model, tiny_tokenizer, [[1, wrong]], GREEDY)
     with pytest.raises(UsageError, match="put it in a list"):
         generate(model, tiny_tokenizer, "one string", GREEDY)

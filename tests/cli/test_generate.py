@@ -1,0 +1,172 @@
+"""`trine generate`: what it prints, and how it refuses bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from trine.cli.main import main
+from trine.engine.generate.plain import generate
+from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.checkpoint import load_model, save_model
+from trine.engine.text.tokenizer import Tokenizer
+
+Trine = Callable[..., tuple[int, str, str]]
+ENGINE_OPTIONS = ["--temperature", "0", "--max-tokens", "12"]
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture
+def trine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Trine:
+    """Run the command line in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["trine", *map(str, arguments)])
+        try:
+            main()
+            status: object = 0
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        captured = capsys.readouterr()
+        assert isinstance(status, int)
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_one_completion_is_printed_as_text(trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer) -> None:
+    status, out, err = trine("generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS)
+    expected = generate(load_model(tiny_checkpoint), tiny_tokenizer, ["the cat"], GREEDY)[0]
+    assert status == 0
+    assert out == expected.text + "\n"
+    assert "12 tokens" in err
+
+
+def test_json_prints_one_object_per_completion_per_line(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("def add(")
+    options = ["--prompt", "the cat", "--prompt-file", file, "--seed", "3", "--n", "2", "--max-tokens", "9"]
+    filters = ["--top-k", "40", "--top-p", "0.9", "--min-p", "0.01", "--temperature", "0.7"]
+    penalties = ["--repetition-penalty", "1.1", "--presence-penalty", "0.2", "--frequency-penalty", "0.1"]
+    status, out, _ = trine(
+        "generate", tiny_checkpoint, *options, *filters, *penalties, "--stop", "mat", "--ignore-eos", "--json"
+    )
+    params = SamplingParams(
+        seed=3, n=2, max_tokens=9, top_k=40, top_p=0.9, min_p=0.01, temperature=0.7, repetition_penalty=1.1,
+        presence_penalty=0.2, frequency_penalty=0.1, stop=("mat",), ignore_eos=True,
+    )  # fmt: skip
+    expected = generate(load_model(tiny_checkpoint), tiny_tokenizer, ["the cat", "def add("], params)
+    assert status == 0
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [tuple(record["token_ids"]) for record in records] == [one.token_ids for one in expected]
+    assert [record["text"] for record in records] == [one.text for one in expected]
+    assert set(records[0]) >= {"text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens"}
+
+
+def test_several_completions_come_under_headings(trine: Trine, tiny_checkpoint: Path) -> None:
+    status, out, _ = trine("generate", tiny_checkpoint, "--prompt", "a", "--prompt", "b", *ENGINE_OPTIONS)
+    assert status == 0
+    assert out.startswith("== prompt 1, choice 1 ==\n")
+    assert "== prompt 2, choice 1 ==\n" in out
+
+
+def test_a_dash_reads_the_prompt_from_stdin(
+    trine: Trine, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trine("generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS)[1]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat")))
+    assert trine("generate", tiny_checkpoint, "--prompt", "-", *ENGINE_OPTIONS)[1] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fine\n\xff")))
+    status, _, err = trine("generate", tiny_checkpoint, "--prompt", "-", *ENGINE_OPTIONS)
+    assert status == 1
+    assert "stdin:2" in err
+
+
+def test_a_run_folder_means_its_final_checkpoint(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "final").symlink_to(tiny_checkpoint)
+    status, out, _ = trine("generate", tmp_path, "--prompt", "the cat", *ENGINE_OPTIONS)
+    assert status == 0
+    assert out == trine("generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS)[1]
+
+
+def test_stored_bfloat16_is_computed_where_it_is_fast_and_said(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bf16"
+    save_model(load_model(tiny_checkpoint), folder, dtype=torch.bfloat16)
+    tiny_tokenizer.save(folder)
+    for fast, expected in ((True, "computing in bfloat16"), (False, "computing in float32: stored in bfloat16")):
+        monkeypatch.setattr("trine.engine.generate.load.has_fast_bf16", lambda device, fast=fast: (fast, "a probe"))
+        status, _, err = trine("generate", folder, "--prompt", "the cat", *ENGINE_OPTIONS)
+        assert status == 0
+        assert expected in err
+        assert "a probe" in err
+    assert "float32, as requested" in trine("generate", folder, "--prompt", "a", "--dtype", "float32")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "expected"),
+    [
+        ([], 2, "--prompt"),
+        (["--prompt", "-", "--prompt", "-"], 2, "stdin can be read only once"),
+        (["--prompt-file", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--prompt", "x", "--temperature", "-1"], 2, "temperature"),
+        (["--prompt", "x", "--temperature", "nan"], 2, "temperature"),
+        (["--prompt", "x", "--top-p", "0"], 2, "top_p"),
+        (["--prompt", "x", "--max-tokens", "0"], 2, "max_tokens"),
+        (["--prompt", "x", "--temperature", "0", "--n", "2"], 2, "temperature 0"),
+        (["--prompt", "x", "--stop", ""], 2, "stop"),
+        (["--prompt", "x", "--dtype", "int3"], 2, "int3"),
+        (["--prompt", "x", "--device", "toaster"], 2, "toaster"),
+        (["--prompt", "q" * 64], 1, "64 tokens"),
+    ],
+)
+def test_bad_options_are_one_line(
+    trine: Trine, tiny_checkpoint: Path, options: list[str], status: int, expected: str
+) -> None:
+    got, out, err = trine("generate", tiny_checkpoint, *options)
+    lines = [line for line in err.splitlines() if line.startswith("trine: ")]
+    assert (got, out) == (status, "")
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert err.endswith(lines[0] + "\n")
+    assert "Traceback" not in err
+
+
+def test_a_word_for_a_number_is_wrong_usage(trine: Trine, tiny_checkpoint: Path) -> None:
+    status, out, err = trine("generate", tiny_checkpoint, "--prompt", "x", "--temperature", "warm")
+    assert (status, out) == (2, "")
+    assert "temperature" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_folders_that_are_no_checkpoint_are_one_line(
+    trine: Trine, tiny_checkpoint: Path, tmp_path: Path, command: str
+) -> None:
+    data = tmp_path / "data.txt"
+    data.write_text("the cat sat")
+    options = ["--prompt", "x"] if command == "generate" else ["--data", data]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    torch.save({}, pickled / "pytorch_model.bin")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tiny_checkpoint / name).read_bytes())
+    wanted = {tmp_path / "nowhere": "nowhere", empty: "empty", pickled: "pytorch_model.bin", bare: "tokenizer.json"}
+    for folder, expected in wanted.items():
+        status, out, err = trine(command, folder, *options)
+        assert (status, out) == (1, "")
+        assert expected in err
+        assert len(err.splitlines()) == 1
