@@ -1,0 +1,378 @@
+"""Folders in the Hugging Face layout: read strictly, written so that transformers misses nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from trine.engine.errors import CheckpointError
+from trine.engine.model.checkpoint import load_model, read_config, resolve_checkpoint, save_model
+
+MakePair = Callable[[str], Any]
+
+
+def _copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    path.write_text(json.dumps(config))
+
+
+def _edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = load_model(folder)
+    with torch.no_grad():
+        return model.logits(model(ids))
+
+
+def test_written_folder_loads_in_transformers(pair: Any, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    save_model(load_model(pair.folder), tmp_path)
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        difference = float((back.eval()(sample_ids).logits - pair.oracle_logits(sample_ids)).abs().max())
+    assert difference <= 1e-6
+    assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(pair.folder / "model.safetensors"))
+    assert back.generation_config.eos_token_id == pair.oracle.generation_config.eos_token_id
+
+
+def test_written_config_reads_back_equal(pair: Any, tmp_path: Path) -> None:
+    model = load_model(pair.folder)
+    save_model(model, tmp_path, dtype=torch.bfloat16)
+    assert read_config(tmp_path) == model.config
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    assert load_model(tmp_path).dtype == torch.bfloat16
+    assert load_model(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama31_scaled", "qwen3_tied"])
+def test_shards_are_written_and_read(make_pair: MakePair, name: str, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    model = load_model(make_pair(name).folder)
+    save_model(model, tmp_path, max_shard_bytes=64 * 1024)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    again = load_model(tmp_path)
+    for (key, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), key
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    save_model(model, tmp_path)  # a later save in one file leaves no shard behind
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert torch.equal(_logits(tmp_path, sample_ids), model.logits(model(sample_ids)))
+
+
+def test_shards_of_transformers_are_read(make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    pair = make_pair("llama3_gqa")
+    pair.oracle.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert torch.equal(_logits(tmp_path, sample_ids), _logits(pair.folder, sample_ids))
+
+
+# --- old and new layouts of config.json ------------------------------------------------------------------------------
+
+_SCALED = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "new": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **_SCALED}},
+    "old": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **_SCALED}},
+    "old with type": {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **_SCALED}},
+    "both": {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", **_SCALED},
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **_SCALED},
+    },
+    "new without theta": {"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", **_SCALED}},
+    "theta inside wins": {"rope_theta": 1e4, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **_SCALED}},
+    "rope_scaling wins": {
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "llama3", **_SCALED},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", list(_LAYOUTS))
+def test_rope_layouts_read_alike(make_pair: MakePair, layout: str, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    pair = make_pair("llama31_scaled")
+    folder = _copy(pair.folder, tmp_path / "copy")
+    _edit_config(folder, rope_parameters=..., rope_scaling=..., rope_theta=...)
+    _edit_config(folder, **_LAYOUTS[layout])
+    assert read_config(folder).rope == read_config(pair.folder).rope
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = oracle(sample_ids).logits
+    assert float((_logits(folder, sample_ids) - theirs).abs().max()) <= 2e-5 * max(1.0, float(theirs.abs().max()))
+
+
+def test_absent_rope_means_the_class_default(make_pair: MakePair, tmp_path: Path) -> None:
+    folder = _copy(make_pair("llama2").folder, tmp_path / "copy")
+    _edit_config(folder, rope_parameters=..., rope_scaling=..., rope_theta=...)
+    rope = read_config(folder).rope
+    assert rope is not None
+    assert (rope.theta, rope.kind) == (10_000.0, "default")
+
+
+def test_both_rope_and_dtype_layouts_are_written(make_pair: MakePair, tmp_path: Path) -> None:
+    save_model(load_model(make_pair("llama31_scaled").folder), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "llama3"
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
+def test_absent_gpt2_tie_flag_means_tied(make_pair: MakePair, tmp_path: Path) -> None:
+    folder = _copy(make_pair("gpt2").folder, tmp_path / "copy")
+    _edit_config(folder, tie_word_embeddings=...)
+    assert load_model(folder).config.tie_embeddings
+
+
+def test_end_tokens_of_the_generation_config_are_used(make_pair: MakePair, tmp_path: Path) -> None:
+    folder = _copy(make_pair("llama2").folder, tmp_path / "copy")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    model = load_model(folder)
+    assert model.config.eos_token_ids == (2, 9)
+    save_model(model, tmp_path / "new")
+    assert read_config(tmp_path / "new").eos_token_ids == (2, 9)
+
+
+# --- old key layouts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("gpt2", "transformer."), ("llama32_tied_headdim", "model.")])
+def test_files_of_a_base_class_are_read(
+    make_pair: MakePair, name: str, prefix: str, sample_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = _copy(make_pair(name).folder, tmp_path / "copy")
+    _edit_tensors(folder, lambda t: [t.__setitem__(key.removeprefix(prefix), t.pop(key)) for key in list(t)])
+    assert torch.equal(_logits(folder, sample_ids), _logits(make_pair(name).folder, sample_ids))
+
+
+def test_mask_and_frequency_buffers_are_ignored(make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    gpt2 = _copy(make_pair("gpt2").folder, tmp_path / "gpt2")
+    mask = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril(),
+        "transformer.h.1.attn.masked_bias": torch.ones(1),
+    }
+    _edit_tensors(gpt2, lambda t: t.update(mask))
+    assert torch.equal(_logits(gpt2, sample_ids), _logits(make_pair("gpt2").folder, sample_ids))
+    llama = _copy(make_pair("llama2").folder, tmp_path / "llama")
+    _edit_tensors(llama, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert torch.equal(_logits(llama, sample_ids), _logits(make_pair("llama2").folder, sample_ids))
+
+
+# --- tying: five cases -----------------------------------------------------------------------------------------------
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _tie_case(make_pair: MakePair, to: Path, *, flag: bool, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    folder = _copy(make_pair("qwen3_tied").folder, to)
+    _edit_config(folder, tie_word_embeddings=flag)
+    _edit_tensors(folder, edit)
+    return folder
+
+
+def _against_transformers(folder: Path, ids: torch.Tensor) -> None:
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = oracle(ids).logits
+    torch.testing.assert_close(_logits(folder, ids), theirs, rtol=0, atol=2e-5 * max(1.0, float(theirs.abs().max())))
+
+
+def test_tied_with_the_embedding_alone(make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    folder = _tie_case(make_pair, tmp_path / "case", flag=True, edit=lambda t: None)
+    assert load_model(folder).config.tie_embeddings
+    _against_transformers(folder, sample_ids)
+
+
+def test_tied_with_the_head_alone(make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    folder = _tie_case(make_pair, tmp_path / "case", flag=True, edit=lambda t: t.update({_HEAD: t.pop(_EMBEDDING)}))
+    assert load_model(folder).config.tie_embeddings
+    _against_transformers(folder, sample_ids)
+
+
+def test_tied_with_two_equal_tensors(make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    folder = _tie_case(make_pair, tmp_path / "case", flag=True, edit=lambda t: t.update({_HEAD: t[_EMBEDDING].clone()}))
+    assert load_model(folder).config.tie_embeddings
+    _against_transformers(folder, sample_ids)
+
+
+def test_two_different_tensors_are_not_tied(make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path) -> None:
+    folder = _tie_case(make_pair, tmp_path / "case", flag=True, edit=lambda t: t.update({_HEAD: t[_EMBEDDING] + 1}))
+    assert not load_model(folder).config.tie_embeddings
+    _against_transformers(folder, sample_ids)
+
+
+def test_untied_needs_both_tensors(make_pair: MakePair, tmp_path: Path) -> None:
+    folder = _tie_case(make_pair, tmp_path / "case", flag=False, edit=lambda t: None)
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors: lm_head\.weight"):
+        load_model(folder)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(make_pair: MakePair, tmp_path: Path) -> Path:
+    return _copy(make_pair("llama2").folder, tmp_path / "model")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(folder: Path) -> None:
+    _edit_tensors(folder, lambda t: t.update({"model.extra": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"1 tensors that its config.json does not explain: model\.extra"):
+        load_model(folder)
+    _edit_tensors(folder, lambda t: (t.pop("model.extra"), t.update({"model.norm.weight": torch.ones(63)})))
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight in .* has shape \(63,\); config.json asks for \(64,\)"
+    ):
+        load_model(folder)
+    _edit_tensors(folder, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors: model\.norm\.weight"):
+        load_model(folder)
+
+
+def test_integer_weights_are_refused(folder: Path) -> None:
+    _edit_tensors(folder, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match="not stored in float64"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, 5000])
+def test_truncated_file_is_refused(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        load_model(folder)
+
+
+def test_pickles_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"not looked at")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: pickle .* convert with transformers"):
+        load_model(folder)
+
+
+def test_unknown_family_lists_the_known(folder: Path) -> None:
+    _edit_config(folder, model_type="mamba")
+    with pytest.raises(CheckpointError, match="'mamba' .* supported: gpt2, llama, qwen3"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": ...}, "no 'hidden_size'"),
+        ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no 'low_freq_factor'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"hidden_size": "wide"}, "does not describe a llama model"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+    ],
+)
+def test_config_that_cannot_be_computed_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    _edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_config(folder)
+
+
+def test_config_that_is_no_object_is_refused(folder: Path) -> None:
+    for text in ("[1]", "{", ""):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            read_config(folder)
+
+
+def test_sliding_layers_of_qwen3_are_refused(make_pair: MakePair, tmp_path: Path) -> None:
+    folder = _copy(make_pair("qwen3").folder, tmp_path / "copy")
+    _edit_config(folder, layer_types=["full_attention", "sliding_attention"])
+    with pytest.raises(CheckpointError, match="sliding_attention"):
+        read_config(folder)
+
+
+def test_damaged_index_is_refused(make_pair: MakePair, tmp_path: Path) -> None:
+    save_model(load_model(make_pair("llama2").folder), tmp_path, max_shard_bytes=64 * 1024)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    shard = index["weight_map"]["model.norm.weight"]
+    for name, message in (("../x.safetensors", "shards lie in the folder"), ("gone.safetensors", "lacks gone")):
+        changed = {**index, "weight_map": {**index["weight_map"], "model.norm.weight": name}}
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=message):
+            load_model(tmp_path)
+    path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], "model.nothing": shard}}))
+    with pytest.raises(CheckpointError, match=r"disagree about model\.nothing"):
+        load_model(tmp_path)
+
+
+def test_format_that_cannot_express_the_config_is_refused(make_pair: MakePair, tmp_path: Path) -> None:
+    model = load_model(make_pair("qwen3").folder)
+    object.__setattr__(model.config, "family", "llama")  # a Llama file has no place for q_norm
+    with pytest.raises(CheckpointError, match="llama format cannot express qk_norm = 'head'"):
+        save_model(model, tmp_path / "new")
+    object.__setattr__(model.config, "family", "qwen3")
+    assert not (tmp_path / "new").exists()
+
+
+# --- which folder is meant -------------------------------------------------------------------------------------------
+
+
+def test_run_folder_resolves_to_final_else_latest(
+    make_pair: MakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_pair("llama2").folder
+    assert resolve_checkpoint(source) == source
+    assert capsys.readouterr().err == ""
+    step = _copy(source, tmp_path / "step-00000010")
+    (tmp_path / "latest").write_text("step-00000010\n")
+    assert resolve_checkpoint(tmp_path) == step
+    assert "step-00000010" in capsys.readouterr().err
+    final = _copy(source, tmp_path / "final")
+    assert resolve_checkpoint(tmp_path) == final
+
+
+def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder"):
+        resolve_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no checkpoint and no run folder"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / "latest").write_text("step-1")
+    with pytest.raises(CheckpointError, match="'step-1', which is no checkpoint"):
+        resolve_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_model(tmp_path)

@@ -1,0 +1,57 @@
+"""Costs equal what is counted on a real model: parameters, FLOPs as torch counts them, bytes of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from trine.engine.model.cache import KVCache
+from trine.engine.model.checkpoint import load_model
+from trine.engine.model.config import ModelConfig
+from trine.engine.model.cost import count_parameters, flops_per_token, kv_bytes_per_token
+
+
+def test_parameters_equal_the_sum_over_the_model(pair: Any) -> None:
+    model = load_model(pair.folder)
+    cost = count_parameters(model.config)
+    assert cost.total == sum(p.numel() for p in model.parameters())
+    embeddings = [model.embed_tokens] + ([model.embed_positions] if model.embed_positions is not None else [])
+    assert cost.embedding == sum(e.weight.numel() for e in embeddings)
+    assert cost.without_embedding == cost.total - cost.embedding
+
+
+def test_forward_flops_equal_a_count_of_the_products(pair: Any, sample_ids: torch.Tensor) -> None:
+    model = load_model(pair.folder)
+    # The counter does not know the CPU's fused attention; the plain one is made of products it counts.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.logits(model(sample_ids))
+    counted = counter.get_total_flops() / sample_ids.numel()
+    # Learned positions and biases are look-ups and sums: no products. Attention is counted over all pairs.
+    assert flops_per_token(model.config, sample_ids.shape[1], training=False) == counted
+
+
+def test_training_flops_are_three_times_the_forward(make_pair: Callable[[str], Any]) -> None:
+    config = load_model(make_pair("llama3_gqa").folder).config
+    assert flops_per_token(config, 128, training=True) == 3 * flops_per_token(config, 128, training=False)
+
+
+def test_the_34m_llama_by_hand() -> None:
+    config = ModelConfig(
+        family="llama", vocab_size=8192, width=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64,
+        ffn_width=1376, max_positions=512,
+    )  # fmt: skip
+    layer = 4 * 512 * 512 + 3 * 512 * 1376
+    assert count_parameters(config).total == 2 * 8192 * 512 + 8 * (layer + 2 * 512) + 512
+    assert flops_per_token(config, 512, training=True) == 6 * (8 * layer + 8192 * 512) + 12 * 8 * 512 * 512
+    assert kv_bytes_per_token(config, torch.bfloat16) == 2 * 8 * 512 * 2
+
+
+def test_kv_bytes_equal_an_allocated_cache(pair: Any) -> None:
+    config = load_model(pair.folder).config
+    cache = KVCache(config, 3, 7, dtype=torch.bfloat16)
+    allocated = cache.k_LBKSD.nbytes + cache.v_LBKSD.nbytes
+    assert allocated == 3 * 7 * kv_bytes_per_token(config, torch.bfloat16)

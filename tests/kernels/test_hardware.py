@@ -1,0 +1,19 @@
+"""Probes answer on any machine."""
+
+from __future__ import annotations
+
+import torch
+
+from trine.kernels.hardware import device_name, has_fast_bf16, memory_bytes, peak_flops
+
+
+def test_probes_of_the_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert device_name(cpu)
+    fast, reason = has_fast_bf16(cpu)
+    assert isinstance(fast, bool)
+    assert "BF16" in reason
+    assert memory_bytes(cpu) > 2**28
+    flops, origin = peak_flops(cpu, torch.float32)
+    assert flops > 1e8
+    assert origin == "measured"
