@@ -82,7 +82,7 @@ def test_shards_are_written_and_read(make_pair: MakePair, name: str, sample_ids:
     again = load_model(tmp_path)
     for (key, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), key
-    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     save_model(model, tmp_path)  # a later save in one file leaves no shard behind
@@ -182,11 +182,8 @@ def test_files_of_a_base_class_are_read(
 
 def test_mask_and_frequency_buffers_are_ignored(make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path) -> None:
     gpt2 = _copy(make_pair("gpt2").folder, tmp_path / "gpt2")
-    mask = {
-        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8).tril(),
-        "transformer.h.1.attn.masked_bias": torch.ones(1),
-    }
-    _edit_tensors(gpt2, lambda t: t.update(mask))
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 8, 8).tril(), "h.1.attn.masked_bias": torch.ones(1)}
+    _edit_tensors(gpt2, lambda t: t.update({f"transformer.{name}": mask for name, mask in masks.items()}))
     assert torch.equal(_logits(gpt2, sample_ids), _logits(make_pair("gpt2").folder, sample_ids))
     llama = _copy(make_pair("llama2").folder, tmp_path / "llama")
     _edit_tensors(llama, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
@@ -287,7 +284,7 @@ def test_pickles_are_refused_with_the_way_out(folder: Path) -> None:
 
 def test_unknown_family_lists_the_known(folder: Path) -> None:
     _edit_config(folder, model_type="mamba")
-    with pytest.raises(CheckpointError, match="'mamba' .* supported: gpt2, llama, qwen3"):
+    with pytest.raises(CheckpointError, match=r"'mamba' .* supported: gpt2, llama, qwen3"):
         load_model(folder)
 
 
