@@ -7,6 +7,7 @@ answers at once.
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -15,13 +16,31 @@ from trine.cli import eval as evaluate
 
 app = typer.Typer(
     name="trine",
-    help="Train Transformers, measure them and generate from them, exact and resumable to the bit.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Every command takes --debug for a traceback. Exit status: 0 success, 1 failure, 2 wrong usage.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"trine {version('trine')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train Transformers, measure them and generate from them, exact and resumable to the bit."""
+
+
 app.command("quickstart")(quickstart.quickstart)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
@@ -64,4 +83,9 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror or error}", 1
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "trine").startswith("trine"):
+        return (
+            f"the Python package {error.name!r} is not installed; install Trine with its dependencies (make setup)",
+            1,
+        )
     return f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback", 1

@@ -1,0 +1,71 @@
+"""Every error ends as one line and an exit status; tracebacks only with --debug."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import pytest
+
+from trine.cli import main
+from trine.engine.errors import CheckpointError, UsageError
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, raises: BaseException | None = None) -> int:
+    """The exit status of `trine ARGUMENTS`; with `raises`, the application itself is replaced by that error."""
+
+    def fail(arguments: list[str]) -> None:
+        assert raises is not None
+        raise raises
+
+    if raises is not None:
+        monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["trine", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main.main()
+    status = stop.value.code
+    return status if isinstance(status, int) else 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UsageError("width = 7 is odd; give an even width"), 2, "trine: width = 7 is odd; give an even width\n"),
+        (CheckpointError("no checkpoint at x"), 1, "trine: no checkpoint at x\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "trine: a.txt: No such file or directory\n"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "'torch' is not installed"),
+        (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(
+    error: Exception, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, raises=error) == status
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert line in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, raises=KeyboardInterrupt()) == 130
+
+
+def test_debug_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "app", lambda arguments: 1 / len(arguments))
+    monkeypatch.setattr(sys, "argv", ["trine", "--debug"])
+    with pytest.raises(ZeroDivisionError):
+        main.main()
+
+
+@pytest.mark.parametrize("arguments", [("doctr",), ("doctor", "--no-such-option"), ("doctor", "extra")])
+def test_wrong_usage_is_status_2(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"trine {importlib.metadata.version('trine')}\n"
