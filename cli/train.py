@@ -1,8 +1,29 @@
-"""`trine train`."""
+"""`trine train`: run a recipe."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
 
-def train() -> None:
-    """Placeholder while the room behind it is built."""
-    raise NotImplementedError
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe: a TOML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's, such as optim.lr=3e-4."),
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(metavar="auto|never|DIR", help="Continue the run folder's latest step, start anew, or a step."),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost; write nothing.")
+    ] = False,
+) -> None:
+    """Train a model from a recipe, or continue training it."""
+    from trine.engine.train.loop import train as run
+    from trine.engine.train.recipe import load_recipe
+
+    run(load_recipe(recipe, overrides or ()), resume=resume, dry_run=dry_run)

@@ -206,7 +206,7 @@ class CheckpointSettings(Settings):
 class ExportSettings(Settings):
     """What `final/` holds: the trained weights (`raw`) in `dtype`."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     weights: Literal["raw"] = "raw"
 
 
@@ -246,7 +246,7 @@ class Recipe(Settings):
         positions = self.model.max_positions
         if positions is not None and positions < self.data.seq_len:
             raise ValueError(
-                f"data.seq_len = {self.data.seq_len} does not fit model.max_positions = {positions}; raise max_positions"
+                f"data.seq_len = {self.data.seq_len} exceeds model.max_positions = {positions}; raise max_positions"
             )
         if self.eval.every == 0 and self.eval.sample_prompts:
             raise ValueError("eval.sample_prompts has no effect with eval.every = 0; set eval.every or remove it")

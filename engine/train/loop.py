@@ -1,0 +1,336 @@
+"""The training loop: recipe -> model -> data -> steps, checkpoints and evaluations -> a finished model.
+
+    for each step:  pieces of the batch -> gradients -> check, clip -> update -> log -> evaluate? -> save?
+
+There is no global state: everything lives in a `Trainer`, and which samples a step sees is computed from the step
+folder's `next_sample`. Several ranks would each take a part of the step's pieces (see step.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from trine.engine.data.objectives import CausalLM
+from trine.engine.env import environment
+from trine.engine.errors import NonFiniteError
+from trine.engine.log import format_duration, say, warn
+from trine.engine.model.checkpoint import load_model
+from trine.engine.model.cost import count_parameters, flops_per_token
+from trine.engine.model.init import initialize
+from trine.engine.model.transformer import Transformer
+from trine.engine.train import step as steps
+from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
+from trine.engine.train.metrics import MetricsFile
+from trine.engine.train.optim import Optimizer
+from trine.engine.train.plan import describe, plan_lines
+from trine.engine.train.progress import Progress, Status
+from trine.engine.train.recipe import Recipe
+from trine.engine.train.resolve import Setup, resolve
+from trine.engine.train.resume import check_continuation
+from trine.engine.train.run_folder import RunFolder, TrainerState, load_optimizer, read_state
+from trine.engine.train.schedule import lr_factor
+from trine.engine.train.signals import StopRequest
+from trine.engine.train.validation import ValidationResult, sample, validate
+from trine.kernels.hardware import peak_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended. `reason` is "finished", "interrupted" or "dry-run"; losses are None where none was computed."""
+
+    run_dir: Path
+    step: int
+    tokens: int
+    seconds: float
+    reason: str
+    loss: float | None = None
+    validation_loss: float | None = None
+    bits_per_byte: float | None = None
+    final_dir: Path | None = None
+
+
+def train(recipe: Recipe, *, resume: str | Path = "auto", dry_run: bool = False) -> RunResult:
+    """Run a recipe to its end, or until it is asked to stop; see the module and `RunFolder.find_origin`.
+
+    Raises `UsageError`, `DataError`, `CheckpointError` before anything is written if the recipe cannot be run or
+    continued, and `NonFiniteError` (last checkpoint kept) where training diverges.
+    """
+    folder = RunFolder(recipe.run.dir)
+    origin = folder.find_origin(str(resume))
+    setup = resolve(recipe, continue_from=origin)
+    if origin is None or origin.parent.resolve() != folder.path.resolve():
+        folder.check_free(setup.recipe)
+    facts = environment(setup.device)
+    state = None if origin is None else read_state(origin)
+    differences = [] if state is None or origin is None else check_continuation(setup, origin, state, facts)
+    if dry_run:
+        say(plan_lines(setup))
+        return RunResult(run_dir=folder.path, step=0, tokens=0, seconds=0.0, reason="dry-run")
+    random_devices = [setup.device] if setup.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=random_devices):
+        trainer = Trainer.build(setup, folder, origin, state, facts)
+        return trainer.run(resumed=state is not None, differences=differences)
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A run in progress. `build` makes one, `run` carries it to its end."""
+
+    setup: Setup
+    folder: RunFolder
+    model: Transformer
+    optimizer: Optimizer
+    facts: dict[str, object]
+    meter: Meter
+    objective: CausalLM = field(default_factory=CausalLM)
+    smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
+    step: int = 0
+    next_sample: int = 0
+    first_step: int = 0
+    saved_step: int = -1
+    loss: float | None = None
+    validation: ValidationResult | None = None
+
+    @classmethod
+    def build(
+        cls, setup: Setup, folder: RunFolder, origin: Path | None, state: TrainerState | None, facts: dict[str, object]
+    ) -> Trainer:
+        """Model, optimizer and counters, new or as a step folder left them."""
+        model = _make_model(setup)
+        optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype)
+        peak, _ = peak_flops(setup.device, setup.compute_dtype)
+        per_token = flops_per_token(setup.config, setup.recipe.data.seq_len, training=True)
+        trainer = cls(
+            setup=setup, folder=folder, model=model, optimizer=optimizer, facts=facts,
+            meter=Meter(flops_per_token=per_token, peak_flops=peak),
+        )  # fmt: skip
+        if origin is not None and state is not None:
+            load_optimizer(optimizer, origin)
+            trainer.step = trainer.first_step = state.step
+            trainer.next_sample = state.next_sample
+            trainer.meter.seconds, trainer.meter.tokens = state.seconds, state.tokens
+            trainer.smoothed = SmoothedLoss(*state.smoothed_loss)
+            if origin.parent.resolve() == folder.path.resolve():
+                trainer.saved_step = state.step
+        return trainer
+
+    def run(self, *, resumed: bool, differences: list[str]) -> RunResult:
+        """All remaining steps. Returns after the last one, or after a stop signal, with everything saved."""
+        recipe = self.setup.recipe
+        self.folder.begin(recipe)
+        metrics = MetricsFile.resume(self.folder.metrics, step=self.step) if resumed else None
+        metrics = metrics or MetricsFile.create(self.folder.metrics)
+        self._announce(metrics, resumed=resumed, differences=differences)
+        self.model.train()
+        # Cyclic garbage is collected between steps, not inside them: a full collection takes up to 0.1 s.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with StopRequest() as stop, Progress() as progress:
+                self.meter.start()
+                while self.step < recipe.train.steps and not stop.requested:
+                    self._one_step(metrics, progress)
+                if self.step < recipe.train.steps:
+                    return self._interrupted(metrics)
+                return self._finish(metrics)
+        except NonFiniteError as error:
+            self._end(metrics, "non-finite")
+            latest = self.folder.latest()
+            kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written yet"
+            raise NonFiniteError(f"{error}; {kept}; lower the learning rate or warm up longer") from None
+        finally:
+            if collecting:
+                gc.enable()
+            metrics.close()
+
+    def _one_step(self, metrics: MetricsFile, progress: Progress) -> None:
+        recipe = self.setup.recipe
+        pieces = steps.micro_batches(
+            self.setup.stream,
+            first_sample=self.next_sample,
+            batch_size=recipe.train.batch_size,
+            micro_batch_size=self.setup.micro_batch_size,
+        )
+        num_valid = steps.count_valid(pieces)
+        loss = steps.accumulate_gradients(
+            self.model,
+            self.objective,
+            pieces,
+            num_valid=num_valid,
+            seed=recipe.train.seed,
+            compute_dtype=self.setup.compute_dtype,
+            checkpoint_activations=recipe.train.checkpoint_activations,
+        )
+        result = steps.check_and_clip(self.model, loss, max_norm=recipe.optim.grad_clip, step=self.step + 1)
+        factor = lr_factor(recipe.schedule, step=self.step, steps=recipe.train.steps)
+        self.optimizer.step(factor)
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        self.next_sample += recipe.train.batch_size
+        self.loss = result.loss
+        self.smoothed.update(result.loss)
+        self.meter.end_step(tokens=num_valid, processed=recipe.train.batch_size * recipe.data.seq_len)
+        self._log(metrics, progress, result, self.optimizer.learning_rates(factor))
+        self._evaluate_if_due(metrics, progress)
+        every = recipe.checkpoint.every
+        if every and self.step % every == 0 and self.step < recipe.train.steps:
+            self._save(metrics)
+
+    def _log(self, metrics: MetricsFile, progress: Progress, result: steps.StepResult, rates: dict[str, float]) -> None:
+        recipe = self.setup.recipe
+        due = self.step % recipe.log.every == 0 or self.step in (1, recipe.train.steps)
+        if due:
+            metrics.write(
+                "step",
+                self.step,
+                tokens=self.meter.tokens,
+                loss=result.loss,
+                **rates,
+                grad_norm=result.grad_norm,
+                tokens_per_second=self.meter.tokens_per_second,
+                mfu=self.meter.mfu,
+                seconds=self.meter.seconds,
+                memory_bytes=peak_memory_bytes(self.setup.device),
+            )
+        if due or progress.live:
+            left = recipe.train.steps - self.step
+            progress.show(
+                Status(
+                    step=self.step,
+                    steps=recipe.train.steps,
+                    loss=self.smoothed.value,
+                    rates=rates,
+                    grad_norm=result.grad_norm,
+                    tokens_per_second=self.meter.tokens_per_second,
+                    mfu=self.meter.mfu,
+                    memory_bytes=peak_memory_bytes(self.setup.device),
+                    seconds_left=self.meter.seconds_left(steps_done=self.step - self.first_step, steps_left=left),
+                )
+            )
+
+    def _evaluate_if_due(self, metrics: MetricsFile, progress: Progress) -> None:
+        recipe, data = self.setup.recipe, self.setup.validation
+        if data is None or (self.step % recipe.eval.every and self.step != recipe.train.steps):
+            return
+        self.validation = result = validate(
+            self.model,
+            self.objective,
+            data,
+            batch_size=recipe.eval.batch_size or self.setup.micro_batch_size,
+            max_batches=recipe.eval.max_batches,
+            compute_dtype=self.setup.compute_dtype,
+        )
+        texts = sample(
+            self.model,
+            self.setup.tokenizer,
+            recipe.eval,
+            seed=recipe.train.seed,
+            compute_dtype=self.setup.compute_dtype,
+        )
+        gc.collect()
+        seconds = self.meter.end_pause()
+        metrics.write(
+            "eval",
+            self.step,
+            loss=result.loss,
+            bits_per_byte=result.bits_per_byte,
+            tokens=result.tokens,
+            seconds=seconds,
+        )
+        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+        progress.message(f"step {self.step}: validation loss {result.loss:.4f}{bits} ({format_duration(seconds)})")
+        for prompt, text in zip(recipe.eval.sample_prompts, texts, strict=True):
+            metrics.write("sample", self.step, prompt=prompt, text=text)
+            progress.message(f"  {prompt + text!r}")
+
+    def _save(self, metrics: MetricsFile) -> None:
+        if self.saved_step == self.step:
+            return
+        state = TrainerState(
+            step=self.step,
+            next_sample=self.next_sample,
+            tokens=self.meter.tokens,
+            seconds=self.meter.seconds,
+            smoothed_loss=(self.smoothed.total, self.smoothed.weight),
+            data_fingerprint=self.setup.stream.fingerprint,
+            tokenizer_fingerprint=self.setup.tokenizer.fingerprint,
+            compute_dtype=self.setup.recipe.train.compute_dtype,
+            environment=self.facts,
+        )
+        path = self.folder.save_step(
+            self.model, self.setup.tokenizer, self.optimizer, state, keep_last=self.setup.recipe.checkpoint.keep_last
+        )
+        self.saved_step = self.step
+        metrics.write("checkpoint", self.step, path=path.name, seconds=self.meter.end_pause())
+
+    def _finish(self, metrics: MetricsFile) -> RunResult:
+        self._save(metrics)
+        final = self.folder.export(self.model, self.setup.tokenizer, getattr(torch, self.setup.recipe.export.dtype))
+        say(f"finished {self.step} steps in {format_duration(self.meter.seconds)}; the model is in {final}")
+        return self._end(metrics, "finished", final)
+
+    def _interrupted(self, metrics: MetricsFile) -> RunResult:
+        self._save(metrics)
+        recipe = shlex.quote(str(self.folder.path / "recipe.toml"))
+        say(f"stopped after step {self.step}, saved; continue with: trine train {recipe} --resume auto")
+        return self._end(metrics, "interrupted")
+
+    def _end(self, metrics: MetricsFile, reason: str, final: Path | None = None) -> RunResult:
+        metrics.write(
+            "end",
+            self.step,
+            reason=reason,
+            seconds=self.meter.seconds,
+            tokens=self.meter.tokens,
+            peak_memory_bytes=peak_memory_bytes(self.setup.device),
+        )
+        return RunResult(
+            run_dir=self.folder.path,
+            step=self.step,
+            tokens=self.meter.tokens,
+            seconds=self.meter.seconds,
+            reason=reason,
+            loss=self.loss,
+            validation_loss=None if self.validation is None else self.validation.loss,
+            bits_per_byte=None if self.validation is None else self.validation.bits_per_byte,
+            final_dir=final,
+        )
+
+    def _announce(self, metrics: MetricsFile, *, resumed: bool, differences: list[str]) -> None:
+        recipe = self.setup.recipe
+        if resumed:
+            metrics.write("resume", self.step, time=time.time(), differences=differences)
+        else:
+            metrics.write(
+                "start",
+                0,
+                time=time.time(),
+                environment=self.facts,
+                parameters=count_parameters(self.setup.config).total,
+                flops_per_token=self.meter.flops_per_token,
+                steps=recipe.train.steps,
+                tokens_per_step=recipe.train.batch_size * recipe.data.seq_len,
+            )
+        say(describe(self.setup))
+        load = os.getloadavg()[0]
+        cores = os.cpu_count() or 1
+        if self.setup.device.type == "cpu" and load + self.setup.threads > cores + 0.5:
+            warn(f"load is {load:.1f} on {cores} cores; training with {self.setup.threads} threads may be slow")
+
+
+def _make_model(setup: Setup) -> Transformer:
+    """fp32 master weights: new ones by the recipe's seed, or those of the folder the run starts or continues from."""
+    model = Transformer(setup.config)
+    if setup.weights is None:
+        initialize(model, setup.recipe.train.seed)
+    else:
+        # A checkpoint's config holds dropout only in part, so the weights are moved into a model of the full config.
+        model.load_state_dict(load_model(setup.weights, dtype=torch.float32).state_dict())
+    return model.to(setup.device)

@@ -1,0 +1,74 @@
+"""`metrics.jsonl`: everything measured in a run, one JSON object per line, flushed at once.
+
+Every line has `kind` and `step`. Kinds and their fields:
+
+    start       time (unix), environment, parameters, flops_per_token, steps, tokens_per_step
+    resume      time, differences (what may keep the continuation from being bit-identical)
+    step        tokens (valid ones trained so far), loss (nats per token of this step's batch), lr, muon_lr (with Muon),
+                grad_norm (before clipping), tokens_per_second, mfu (null where no peak is known), seconds (of training
+                so far, without evaluations and checkpoints), memory_bytes (peak)
+    eval        loss, bits_per_byte (null where bytes are unknown), tokens, seconds
+    sample      prompt, text
+    checkpoint  path (relative to the run folder), seconds
+    end         reason (finished, interrupted, non-finite), seconds, tokens, peak_memory_bytes
+
+When a run continues from step n, lines of later steps (from work that was lost) are dropped, so steps only ever grow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends lines to a metrics file; open it with `create` or `resume`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    @classmethod
+    def create(cls, path: Path) -> MetricsFile:
+        """Start an empty file, replacing what a run without any checkpoint may have left."""
+        path.write_text("", encoding="utf-8")
+        return cls(path)
+
+    @classmethod
+    def resume(cls, path: Path, *, step: int) -> MetricsFile:
+        """Continue after `step`: later lines, `end` lines and a torn last line are dropped (aside, then renamed)."""
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _belongs(line, step)]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
+        return cls(path)
+
+    def write(self, kind: str, step: int, **fields: Any) -> None:
+        """One line; numbers that are not finite become null, which JSON can spell."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **_finite(fields)}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _belongs(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and record.get("step", 0) <= step and record.get("kind") != "end"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,134 @@
+"""The optimizer of a run: which parameter is updated by what.
+
+Every parameter belongs to exactly one group:
+
+    muon       matrices inside the layers, with optim.name = "muon"          Muon, muon_lr, muon_weight_decay
+    decay      other matrices: embeddings and head; with "adamw" all of them AdamW, lr, weight_decay
+    no_decay   norms and biases                                              AdamW, lr, no decay
+
+AdamW is torch's fused one (Loshchilov & Hutter 2019, decoupled decay); all state is fp32 and is saved by parameter
+name, so that it does not depend on the order or grouping of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trine.engine.errors import CheckpointError
+from trine.engine.train.muon import Muon
+from trine.engine.train.recipe import OptimSettings
+
+DEFAULT_MUON_LR = 0.02
+DEFAULT_MUON_MOMENTUM = 0.95
+
+
+@dataclass(frozen=True)
+class ParameterGroups:
+    """Parameters by name, each in exactly one group."""
+
+    muon: dict[str, nn.Parameter] = field(default_factory=dict)
+    decay: dict[str, nn.Parameter] = field(default_factory=dict)
+    no_decay: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, muon: bool) -> ParameterGroups:
+    """Sort parameters into groups by name and number of dimensions."""
+    groups = ParameterGroups()
+    for name, parameter in named:
+        if parameter.dim() < 2:
+            groups.no_decay[name] = parameter
+        elif muon and parameter.dim() == 2 and name.startswith("layers."):
+            groups.muon[name] = parameter
+        else:
+            groups.decay[name] = parameter
+    return groups
+
+
+class Optimizer:
+    """AdamW, or Muon and AdamW together, over the parameters of one model.
+
+    `muon_dtype` is what Muon's Newton-Schulz computes in.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimSettings, *, muon_dtype: torch.dtype = torch.float32) -> None:
+        self.settings = settings
+        self.groups = parameter_groups(model.named_parameters(), muon=settings.name == "muon")
+        adamw_groups = [
+            {"params": list(self.groups.decay.values()), "weight_decay": settings.weight_decay},
+            {"params": list(self.groups.no_decay.values()), "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in adamw_groups if group["params"]],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+        self.muon: Muon | None = None
+        if settings.name == "muon":
+            momentum, decay = settings.muon_momentum, settings.muon_weight_decay
+            self.muon = Muon(
+                list(self.groups.muon.values()),
+                momentum=DEFAULT_MUON_MOMENTUM if momentum is None else momentum,
+                weight_decay=settings.weight_decay if decay is None else decay,
+                dtype=muon_dtype,
+            )
+        self.updates = 0
+
+    def learning_rates(self, factor: float) -> dict[str, float]:
+        """The rates at a schedule factor: `lr` (AdamW), and `muon_lr` where Muon is used."""
+        rates = {"lr": factor * self.settings.lr}
+        if self.muon is not None:
+            rates["muon_lr"] = factor * (self.settings.muon_lr or DEFAULT_MUON_LR)
+        return rates
+
+    def step(self, factor: float) -> None:
+        """One update from the gradients in `.grad`, with all learning rates times `factor`."""
+        rates = self.learning_rates(factor)
+        for group in self.adamw.param_groups:
+            group["lr"] = rates["lr"]
+        self.adamw.step()
+        if self.muon is not None:
+            self.muon.step(rates["muon_lr"])
+        self.updates += 1
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All state as `adamw.exp_avg.NAME`, `adamw.exp_avg_sq.NAME`, `muon.momentum.NAME` (not copies)."""
+        tensors = {}
+        for name, parameter in self._adamw_parameters().items():
+            state = self.adamw.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"adamw.{key}.{name}"] = state[key] if state else torch.zeros_like(parameter)
+        if self.muon is not None:
+            for name, buffer in zip(self.groups.muon, self.muon.buffers, strict=True):
+                tensors[f"muon.momentum.{name}"] = buffer
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
+        """Continue from saved state after `updates` updates. Raises `CheckpointError` unless keys and shapes match."""
+        expected = self.state_tensors()
+        odd = sorted(expected.keys() ^ tensors.keys()) + [
+            name for name, tensor in expected.items() if name in tensors and tensors[name].shape != tensor.shape
+        ]
+        if odd:
+            raise CheckpointError(
+                f"the saved optimizer state does not fit this model and optimizer: {len(odd)} tensors differ, "
+                f"first {odd[0]!r}; continue with the recipe it was saved with"
+            )
+        for name, parameter in self._adamw_parameters().items():
+            state = {
+                key: tensors[f"adamw.{key}.{name}"].to(parameter.device, copy=True) for key in ("exp_avg", "exp_avg_sq")
+            }
+            steps = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
+            self.adamw.state[parameter] = {"step": steps, **state}
+        if self.muon is not None:
+            for name, buffer in zip(self.groups.muon, self.muon.buffers, strict=True):
+                buffer.copy_(tensors[f"muon.momentum.{name}"])
+        self.updates = updates
+
+    def _adamw_parameters(self) -> dict[str, nn.Parameter]:
+        return {**self.groups.decay, **self.groups.no_decay}

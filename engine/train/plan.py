@@ -1,0 +1,109 @@
+"""What a run will cost, before it starts: the dry run and the lines printed at the start.
+
+Memory is an estimate of what tensors hold at the peak of a step (fp32 master weights, gradients and optimizer state;
+activations of one micro-batch in the compute dtype; one chunk of logits); the process itself, temporaries and the
+allocator come on top. Activations count, per token and layer, the tensors that the backward pass needs; with
+checkpointing, every layer's input and one layer in full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trine.engine.log import format_bytes, format_count, format_duration
+from trine.engine.model.config import ModelConfig
+from trine.engine.model.cost import count_parameters, flops_per_token
+from trine.engine.train.recipe import recipe_toml
+from trine.engine.train.resolve import Setup
+from trine.kernels.hardware import memory_bytes, peak_flops
+
+FP32_BYTES = 4
+LOGITS_NUMBERS = 8 * 2**20  # chunk of kernels/linear_cross_entropy.py, in numbers
+TYPICAL_MFU = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate_memory(setup: Setup) -> MemoryEstimate:
+    """See the module's docstring."""
+    config, recipe = setup.config, setup.recipe
+    parameters = count_parameters(config).total
+    by_muon = _muon_parameters(config) if recipe.optim.name == "muon" else 0
+    tokens = setup.micro_batch_size * recipe.data.seq_len
+    itemsize = setup.compute_dtype.itemsize
+    rows = min(tokens, max(1, LOGITS_NUMBERS // config.vocab_size))
+    return MemoryEstimate(
+        weights=parameters * FP32_BYTES,
+        gradients=parameters * FP32_BYTES,
+        optimizer=FP32_BYTES * (by_muon + 2 * (parameters - by_muon)),
+        activations=tokens * _activations_per_token(config, recipe.train.checkpoint_activations) * itemsize,
+        logits=rows * config.vocab_size * (FP32_BYTES + itemsize),
+    )
+
+
+def plan_lines(setup: Setup) -> str:
+    """The dry run's report: the resolved recipe and what it costs."""
+    recipe, config = setup.recipe, setup.config
+    memory = estimate_memory(setup)
+    parameters = count_parameters(config)
+    per_token = flops_per_token(config, recipe.data.seq_len, training=True)
+    per_step = recipe.train.batch_size * recipe.data.seq_len
+    tokens = recipe.train.steps * per_step
+    peak, how = peak_flops(setup.device, setup.compute_dtype)
+    at_peak = tokens * per_token / peak
+    epochs = recipe.train.steps * recipe.train.batch_size / max(1, setup.stream.samples_per_epoch)
+    parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in vars(memory).items())
+    return "\n".join(
+        [
+            recipe_toml(recipe),
+            describe(setup),
+            f"parameters   {parameters.total:,} ({parameters.without_embedding:,} without embeddings)",
+            f"memory       about {format_bytes(memory.total)}: {parts} (available {format_bytes(_available(setup))})",
+            f"tokens       {format_count(tokens)} = {recipe.train.steps} steps of {per_step:,}, {epochs:.2f} epochs "
+            f"of {format_count(setup.stream.num_tokens)}; {tokens / parameters.total:.1f} per parameter",
+            f"FLOPs        {per_token * tokens:.3g} in all, {format_count(per_token)} per token",
+            f"time         at least {format_duration(at_peak)} at the {how} peak of {peak / 1e12:.3g} TFLOP/s; "
+            f"about {format_duration(at_peak / TYPICAL_MFU)} at {TYPICAL_MFU:.0%} of it",
+        ]
+    )
+
+
+def describe(setup: Setup) -> str:
+    """Model, device, dtype with its reason, and threads, on one line."""
+    config = setup.config
+    dtype = str(setup.compute_dtype).removeprefix("torch.")
+    return (
+        f"{config.family} with {format_count(count_parameters(config).total)} parameters on {setup.device}, "
+        f"{dtype} ({setup.dtype_reason}), {setup.threads} threads, run folder {setup.recipe.run.dir}"
+    )
+
+
+def _muon_parameters(config: ModelConfig) -> int:
+    """Entries of the matrices inside the layers."""
+    attention = 2 * config.width * config.head_dim * (config.num_heads + config.num_kv_heads)
+    mlp = config.width * config.ffn_width * (3 if config.mlp == "gated" else 2)
+    return config.num_layers * (attention + mlp)
+
+
+def _activations_per_token(config: ModelConfig, checkpointed: bool) -> int:
+    """Numbers kept for the backward pass, per token: residual and normed inputs, q k v, attention, MLP inside."""
+    heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    layer = 4 * config.width + heads + config.ffn_width * (3 if config.mlp == "gated" else 2)
+    return config.num_layers * config.width + layer if checkpointed else config.num_layers * layer
+
+
+def _available(setup: Setup) -> int:
+    return memory_bytes(setup.device)

@@ -1,0 +1,224 @@
+"""From a recipe to the things a run works with: everything left open is chosen here, once, and said.
+
+`resolve` opens the data and the tokenizer, fixes device, threads, dtype and the sizes of the model, and refuses what
+does not fit together, before anything is written or trained. The recipe it returns has nothing open and is what the
+run folder keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trine.engine.config import Settings
+from trine.engine.data.samples import SampleStream, ValidationSet
+from trine.engine.env import choose_device, choose_dtype, set_threads
+from trine.engine.errors import CheckpointError, DataError, UsageError
+from trine.engine.generate.plain import encode_prompt
+from trine.engine.model.checkpoint import read_config, resolve_checkpoint
+from trine.engine.model.config import DropoutConfig, ModelConfig, RopeConfig, default_ffn_width
+from trine.engine.model.families.registry import config_to_hf
+from trine.engine.text.tokenizer import Tokenizer
+from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
+from trine.engine.train.recipe import ModelSettings, Recipe
+
+# The custom of each family for a new model; sizes come from the recipe.
+_ROPE_FAMILY: dict[str, Any] = {"norm": "rms", "positions": "rope", "mlp": "gated", "activation": "silu"}
+_CUSTOMS: dict[str, dict[str, Any]] = {
+    "llama": {**_ROPE_FAMILY, "norm_eps": 1e-5},
+    "qwen3": {**_ROPE_FAMILY, "norm_eps": 1e-6, "qk_norm": "head", "tie_embeddings": True},
+    "gpt2": {
+        "norm": "layer", "norm_eps": 1e-5, "positions": "learned", "rope": None, "mlp": "plain",
+        "activation": "gelu_tanh", "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tie_embeddings": True,
+    },
+}  # fmt: skip
+_SIZES = (
+    "vocab_size", "num_kv_heads", "head_dim", "ffn_width", "max_positions", "tie_embeddings", "norm_eps", "init_std",
+)  # fmt: skip
+_THETA = {"llama": 10_000.0, "qwen3": 1_000_000.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A resolved recipe and what it names. `weights` is the folder the first weights come from, None for new ones."""
+
+    recipe: Recipe
+    config: ModelConfig
+    weights: Path | None
+    tokenizer: Tokenizer
+    stream: SampleStream
+    validation: ValidationSet | None
+    device: torch.device
+    threads: int
+    compute_dtype: torch.dtype
+    dtype_reason: str
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.recipe.train.micro_batch_size or self.recipe.train.batch_size
+
+
+def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
+    """Choose what the recipe leaves open; `continue_from` is the step folder a run is resumed from.
+
+    Raises `UsageError`, `DataError` or `CheckpointError` for everything that would stop the run later.
+    """
+    device = choose_device(recipe.train.device)
+    threads = set_threads(recipe.train.threads)
+    compute_dtype, reason = choose_dtype(device, recipe.train.compute_dtype)
+    weighted = recipe.data.weighted
+    stream = SampleStream(
+        weighted, seq_len=recipe.data.seq_len, seed=recipe.train.seed, document_mask=recipe.data.document_mask
+    )
+    tokenizer = Tokenizer.load(stream.tokenizer_dir)
+    weights = continue_from
+    if weights is None and recipe.model.init_from is not None:
+        weights = resolve_checkpoint(recipe.model.init_from)
+    if recipe.model.init_from is not None:
+        assert weights is not None
+        config = _pretrained_config(recipe.model, weights, tokenizer)
+    else:
+        config = new_model_config(recipe.model, tokenizer, default_positions=recipe.data.seq_len)
+    if config.max_positions < recipe.data.seq_len:
+        raise UsageError(
+            f"data.seq_len = {recipe.data.seq_len} exceeds the model's context of {config.max_positions}; shorten it"
+        )
+    validation = None
+    if recipe.eval.every:
+        validation = ValidationSet(weighted, seq_len=recipe.data.seq_len, document_mask=recipe.data.document_mask)
+    _check_prompts(recipe, tokenizer, config)
+    resolved = _close(recipe, config, threads=threads, device=device, compute_dtype=compute_dtype)
+    return Setup(
+        recipe=resolved, config=config, weights=weights, tokenizer=tokenizer, stream=stream, validation=validation,
+        device=device, threads=threads, compute_dtype=compute_dtype, dtype_reason=reason,
+    )  # fmt: skip
+
+
+def new_model_config(model: ModelSettings, tokenizer: Tokenizer, *, default_positions: int) -> ModelConfig:
+    """The `ModelConfig` of a new model. Raises `UsageError` naming the key and value that cannot be."""
+    assert model.width is not None
+    assert model.num_layers is not None
+    assert model.num_heads is not None
+    customs = _CUSTOMS.get(model.family or "")
+    if customs is None or model.family is None:
+        raise UsageError(f"model.family = {model.family!r} is not known; known: {', '.join(_CUSTOMS)}")
+    values = dict(customs)
+    if model.head_dim is None and model.width % model.num_heads:
+        raise UsageError(
+            f"model.width = {model.width} is not a multiple of model.num_heads = {model.num_heads}; "
+            "change one of them or give model.head_dim"
+        )
+    if model.vocab_size is not None and model.vocab_size < tokenizer.vocab_size:
+        raise UsageError(
+            f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "raise it or leave it out"
+        )
+    if values["positions"] == "rope":
+        values["rope"] = RopeConfig(theta=model.rope_theta or _THETA[model.family])
+    elif model.rope_theta is not None:
+        raise UsageError(f"model.rope_theta has no effect with family {model.family!r} (learned positions); remove it")
+    for key in ("norm_eps", "init_std", "tie_embeddings"):
+        if getattr(model, key) is not None:
+            values[key] = getattr(model, key)
+    config = ModelConfig(
+        family=model.family,
+        vocab_size=model.vocab_size or tokenizer.vocab_size,
+        width=model.width,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.width // model.num_heads,
+        ffn_width=model.ffn_width or default_ffn_width(model.width, values["mlp"]),
+        max_positions=model.max_positions or default_positions,
+        dropout=_dropout(model.dropout),
+        bos_token_id=tokenizer.bos_id,
+        eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        pad_token_id=tokenizer.pad_id,
+        **values,
+    )
+    try:
+        config_to_hf(config, "float32")  # what the family's format cannot hold must not first fail at the checkpoint
+    except CheckpointError as error:
+        raise UsageError(f"model: {error}") from None
+    return config
+
+
+def changed_settings(old: Settings, new: Settings, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two settings of one class, with (old, new)."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for name in type(old).model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        if isinstance(before, Settings):
+            changes |= changed_settings(before, after, f"{prefix}{name}.")
+        elif before != after:
+            changes[prefix + name] = (before, after)
+    return changes
+
+
+def _pretrained_config(model: ModelSettings, folder: Path, tokenizer: Tokenizer) -> ModelConfig:
+    config = read_config(folder)
+    if (folder / "tokenizer.json").is_file():
+        own = Tokenizer.load(folder)
+        if own.fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"the data was prepared with another tokenizer than that of {folder}; "
+                f"prepare it again with --tokenizer {folder}"
+            )
+    elif tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"the data's tokenizer has {tokenizer.vocab_size} tokens, the model in {folder} only {config.vocab_size}; "
+            "prepare the data with the model's tokenizer"
+        )
+    return replace(config, dropout=_dropout(model.dropout))
+
+
+def _dropout(rate: float) -> DropoutConfig:
+    return DropoutConfig(embedding=rate, attention=rate, residual=rate)
+
+
+def _check_prompts(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    for prompt in recipe.eval.sample_prompts:
+        length = len(encode_prompt(tokenizer, prompt))
+        if length + recipe.eval.sample_tokens > config.max_positions:
+            raise UsageError(
+                f"eval.sample_prompts: {prompt[:40]!r} has {length} tokens; with eval.sample_tokens = "
+                f"{recipe.eval.sample_tokens} it exceeds the model's context of {config.max_positions}; shorten one"
+            )
+
+
+def _close(
+    recipe: Recipe, config: ModelConfig, *, threads: int, device: torch.device, compute_dtype: torch.dtype
+) -> Recipe:
+    """The recipe with every open setting filled in."""
+    model = recipe.model
+    if model.init_from is None:
+        sizes = {key: getattr(config, key) for key in _SIZES}
+        if config.rope is not None:
+            sizes["rope_theta"] = config.rope.theta
+        model = model.model_copy(update=sizes)
+    train = recipe.train.model_copy(
+        update={
+            "threads": threads,
+            "device": str(device),
+            "compute_dtype": str(compute_dtype).removeprefix("torch."),
+            "micro_batch_size": recipe.train.micro_batch_size or recipe.train.batch_size,
+        }
+    )
+    optim = recipe.optim
+    if optim.name == "muon":
+        given = optim.model_dump(include={"muon_lr", "muon_momentum", "muon_weight_decay"}, exclude_none=True)
+        defaults = {
+            "muon_lr": DEFAULT_MUON_LR,
+            "muon_momentum": DEFAULT_MUON_MOMENTUM,
+            "muon_weight_decay": optim.weight_decay,
+        }
+        optim = optim.model_copy(update={**defaults, **given})
+    schedule = recipe.schedule
+    if schedule.kind in ("cosine", "linear", "wsd"):
+        schedule = schedule.model_copy(update={"final_ratio": schedule.resolved_final_ratio})
+    if schedule.kind == "wsd":
+        schedule = schedule.model_copy(update={"decay_fraction": schedule.resolved_decay_fraction})
+    return recipe.model_copy(update={"model": model, "train": train, "optim": optim, "schedule": schedule})

@@ -1,0 +1,83 @@
+"""Whether a run may be continued with a recipe, and what is then not identical.
+
+Three kinds of change since the checkpoint was written:
+
+    breaking      another model, data, tokenizer, seed or optimizer: refused, naming what
+    hyper         learning rate, schedule, steps, batch size: continued, said
+    machine       other threads, dtype, device or versions: continued, said, not bit-identical any more
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trine.engine.errors import DataError, UsageError
+from trine.engine.log import say, warn
+from trine.engine.train.resolve import Setup, changed_settings
+from trine.engine.train.run_folder import RunFolder, TrainerState
+
+_BREAKING = ("model.", "data.seq_len", "data.document_mask", "train.seed", "optim.name")
+# Changes of these do not touch what is computed; data folders may move, their fingerprint is compared instead.
+_FREE = (
+    "run.",
+    "log.",
+    "eval.",
+    "checkpoint.",
+    "export.",
+    "data.path",
+    "data.sources",
+    "train.device",
+    "train.threads",
+)
+_MACHINE = ("packages", "device_name", "threads", "cpu_name")
+
+
+def check_continuation(setup: Setup, origin: Path, state: TrainerState, environment: dict[str, object]) -> list[str]:
+    """Refuse what cannot be continued; returns what keeps the continuation from being bit-identical, in words.
+
+    Raises `UsageError` (recipe) or `DataError` (data, tokenizer) naming what changed.
+    """
+    if state.tokenizer_fingerprint != setup.tokenizer.fingerprint:
+        raise DataError(
+            f"the tokenizer of the data is not the one {origin} was trained with; "
+            "restore it, or start a new run with run.dir=NEW_FOLDER"
+        )
+    if state.data_fingerprint != setup.stream.fingerprint:
+        raise DataError(
+            f"the data (or its mixing weights) is not what {origin} was trained on; restore it, "
+            f"or start a new run with run.dir=NEW_FOLDER and model.init_from={origin}"
+        )
+    old = RunFolder(origin.parent).recipe()
+    changes = {} if old is None else changed_settings(old, setup.recipe)
+    _refuse_breaking(changes, origin)
+    if state.step > setup.recipe.train.steps:
+        raise UsageError(
+            f"train.steps = {setup.recipe.train.steps}, but {origin} is at step {state.step} already; raise train.steps"
+        )
+    differences = [
+        f"{key} was {_plain(before)}, is {_plain(after)}"
+        for key, (before, after) in changes.items()
+        if not key.startswith(_FREE)
+    ]
+    differences += [
+        f"{key} was {state.environment.get(key)}, is {environment.get(key)}"
+        for key in _MACHINE
+        if state.environment.get(key) != environment.get(key)
+    ]
+    for difference in differences:
+        warn(f"continuing is not identical to an uninterrupted run: {difference}")
+    say(f"continuing {origin} at step {state.step}")
+    return differences
+
+
+def _refuse_breaking(changes: dict[str, tuple[object, object]], origin: Path) -> None:
+    for key, (before, after) in changes.items():
+        if key.startswith(_BREAKING):
+            raise UsageError(
+                f"{key} was {_plain(before)} in the run at {origin.parent} and is {_plain(after)} now, so it cannot be "
+                f"continued; set it back, or start anew with run.dir=NEW_FOLDER"
+            )
+
+
+def _plain(value: object) -> str:
+    return repr(str(value)) if isinstance(value, Path) else repr(value)

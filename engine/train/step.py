@@ -1,0 +1,109 @@
+"""One training step: gradients of a whole batch, computed in pieces, checked and clipped.
+
+The loss of a step is the sum of all token losses divided by the number of valid tokens in the whole step, whatever the
+pieces: with a ragged number of valid tokens per piece, the mean of means would weight tokens unequally. With several
+ranks, each would take its share of the samples, `num_valid` would be the sum over ranks, and gradients would be summed
+before `check_and_clip`; nothing else here would change.
+
+Random numbers (dropout) are seeded for every piece from the seed and the piece's first sample. So no generator state
+has to survive an interruption, and neither evaluation nor sampling can disturb training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trine.engine.data.objectives import CausalLM
+from trine.engine.data.samples import Batch, SampleStream
+from trine.engine.errors import NonFiniteError
+from trine.engine.model.transformer import Transformer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A piece of a step: `batch` and the index of its first sample."""
+
+    first_sample: int
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss per valid token and global gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+def micro_batches(stream: SampleStream, *, first_sample: int, batch_size: int, micro_batch_size: int) -> list[Micro]:
+    """The pieces of the step that starts at `first_sample`, in order."""
+    starts = range(first_sample, first_sample + batch_size, micro_batch_size)
+    return [Micro(start, stream.batch(start, micro_batch_size)) for start in starts]
+
+
+def count_valid(pieces: Sequence[Micro]) -> int:
+    """Targets that count, over all pieces."""
+    return sum(int((piece.batch.targets_BT != IGNORED).sum()) for piece in pieces)
+
+
+def accumulate_gradients(
+    model: Transformer,
+    objective: CausalLM,
+    pieces: Sequence[Micro],
+    *,
+    num_valid: int,
+    seed: int,
+    compute_dtype: torch.dtype,
+    checkpoint_activations: bool,
+) -> Tensor:
+    """Add d(sum of losses / num_valid) to `.grad`; returns that loss (scalar tensor, no graph)."""
+    device = model.device
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    scale = torch.full((), 1.0 / max(1, num_valid), dtype=torch.float32, device=device)
+    for piece in pieces:
+        torch.manual_seed(piece_seed(seed, piece.first_sample))
+        loss_sum, _ = objective.loss(
+            model,
+            piece.batch.to(device),
+            compute_dtype=compute_dtype,
+            checkpoint_activations=checkpoint_activations,
+        )
+        loss_sum.backward(scale)
+        total += loss_sum.detach()
+    return total * scale
+
+
+def check_and_clip(model: nn.Module, loss: Tensor, *, max_norm: float, step: int) -> StepResult:
+    """Refuse a loss or gradient that is not finite, and scale gradients down to `max_norm` (0: never).
+
+    Raises `NonFiniteError` naming the step and the first such parameter; parameters are untouched then.
+    """
+    named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    grads = [grad for _, grad in named]
+    norms = torch.stack(torch._foreach_norm(grads))
+    loss_value, norm = torch.stack([loss, torch.linalg.vector_norm(norms)]).tolist()
+    if not torch.isfinite(loss).item():
+        raise NonFiniteError(f"the loss of step {step} is {loss_value}")
+    if not torch.isfinite(torch.tensor(norm)).item():
+        bad = next((name for (name, _), value in zip(named, norms.tolist(), strict=True) if not _finite(value)), None)
+        where = "all parameters together" if bad is None else bad
+        raise NonFiniteError(f"the gradient of {where} is not finite at step {step} (loss {loss_value:.4g})")
+    if max_norm and norm > max_norm:
+        torch._foreach_mul_(grads, max_norm / norm)
+    return StepResult(loss_value, norm)
+
+
+def piece_seed(seed: int, first_sample: int) -> int:
+    """Seed of the random numbers used for the piece that starts at a sample."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {first_sample}".encode()).digest()[:8], "little") >> 1
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
