@@ -40,8 +40,12 @@ class Tokenizer:
         self._settings = settings
         self._companions = companions or {}
         self._parsing = _build(definition)
-        self._verbatim = _build(definition)
-        self._verbatim.encode_special_tokens = True
+
+    @cached_property
+    def _verbatim(self) -> tokenizers.Tokenizer:
+        tokenizer = _build(self._definition)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -49,7 +53,9 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise DataError(f"no tokenizer in {folder}: it has no tokenizer.json; make one with `trine tokenizer train`")
+            raise DataError(
+                f"no tokenizer in {folder}: it has no tokenizer.json; make one with `trine tokenizer train`"
+            )
         try:
             definition = path.read_text(encoding="utf-8")
             settings = _read_json(folder / "tokenizer_config.json")
