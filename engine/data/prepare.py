@@ -171,7 +171,7 @@ class _Run:
         }
 
     def _finish(self, writers: dict[Split, ShardWriter]) -> dict[str, Any]:
-        splits = {}
+        splits: dict[str, Any] = {}
         for split, writer in writers.items():
             if writer.num_documents:
                 splits[split] = writer.finish(self._tokenizer.fingerprint)

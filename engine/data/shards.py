@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -130,6 +131,18 @@ class TokenShards:
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise DataError(f"{path} {state}; prepare the data again with --overwrite")
+
+
+def open_together(folders: Sequence[Path | str], split: Split) -> list[TokenShards]:
+    """Open a split of several folders that must share one tokenizer; raises `DataError` if they do not."""
+    opened = [TokenShards.open(folder, split) for folder in folders]
+    for shards in opened[1:]:
+        if shards.tokenizer_fingerprint != opened[0].tokenizer_fingerprint:
+            raise DataError(
+                f"{opened[0].folder} and {shards.folder} were prepared with different tokenizers "
+                f"({opened[0].tokenizer_fingerprint[:12]}, {shards.tokenizer_fingerprint[:12]}); prepare them with one"
+            )
+    return opened
 
 
 def split_fingerprint(tokens: hashlib._Hash, documents: npt.NDArray[np.int64], tokenizer_fingerprint: str) -> str:

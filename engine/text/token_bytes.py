@@ -18,7 +18,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Character → byte of the byte-level alphabet (GPT-2): printable Latin-1 stands for itself, the rest follows 255."""
+    """Character to byte in the byte-level alphabet (GPT-2): printable Latin-1 is itself, the rest follows 255."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]

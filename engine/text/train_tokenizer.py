@@ -1,4 +1,4 @@
-"""Learning a vocabulary from text.
+r"""Learning a vocabulary from text.
 
 `train_bpe` learns byte-level BPE: any text is spelled exactly, whatever its script. Before merging, text is cut by
 `PRETOKENS`, a pattern meant for source code as much as for prose:
@@ -6,7 +6,7 @@
 - a word takes one character in front of it (` return`, `.append`, `_size`, `(self`); marks stay with their letters;
 - digits stand alone, so that numbers are spelled the same way wherever they occur;
 - punctuation runs together with one space before (` ==`, `):`);
-- line ends and the indentation that follows are one token (`\\n        `), so a line costs one token to indent;
+- line ends and the indentation that follows are one token (`\n        `), so a line costs one token to indent;
 - of other runs of spaces the last one is left to the word that follows.
 
 `train_characters` gives every character of the text its own id: for tiny models and teaching.

@@ -1,0 +1,95 @@
+"""The training order: sample i as a pure function of (seed, data, i).
+
+A source of N tokens is a ring (it ends with end-of-text, so the seam is a document border like any other). Each epoch
+cuts it into N // T windows of T tokens from a new offset and visits them in a new order; both come from a hash, so
+nothing has to be remembered: batches of any size, from any start, on any number of ranks, show the same samples, and
+the position in the data is one integer. Over an epoch every window comes exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trine.engine.data.batch import Batch, Window, make_batch
+from trine.engine.data.mixture import Mixture
+from trine.engine.data.permutation import IntArray, derive_key, permute
+from trine.engine.data.shards import TokenShards, open_together
+from trine.engine.errors import DataError, UsageError
+
+
+class SampleStream:
+    """An endless sequence of windows of `seq_len` tokens from weighted prepared folders; it has no state.
+
+    Attributes: fingerprint (names the sequence: data, weights, seq_len, seed, document_mask), tokenizer_dir,
+    tokenizer_fingerprint, num_tokens (of all sources), samples_per_epoch (windows of all sources together), seq_len.
+    Raises `DataError` for sources with different tokenizers or with fewer than seq_len + 1 tokens.
+    """
+
+    def __init__(
+        self, sources: Sequence[tuple[Path | str, float]], *, seq_len: int, seed: int, document_mask: bool = True
+    ) -> None:
+        if seq_len < 1:
+            raise UsageError(f"sequence length {seq_len}; give at least 1")
+        if not sources:
+            raise UsageError("no data sources; name at least one prepared folder")
+        self._shards = open_together([folder for folder, _ in sources], "train")
+        for shards in self._shards:
+            if shards.num_tokens <= seq_len:
+                raise DataError(
+                    f"{shards.folder} has {shards.num_tokens} tokens, a sample of length {seq_len} needs "
+                    f"{seq_len + 1}; give more text or a shorter seq_len"
+                )
+        weights = [float(weight) for _, weight in sources]
+        self.seq_len = seq_len
+        self.seed = seed
+        self.document_mask = document_mask
+        self.tokenizer_dir = self._shards[0].tokenizer_dir
+        self.tokenizer_fingerprint = self._shards[0].tokenizer_fingerprint
+        self.num_tokens = sum(shards.num_tokens for shards in self._shards)
+        self.samples_per_epoch = sum(shards.num_tokens // seq_len for shards in self._shards)
+        self._mixture = Mixture(weights, seed=seed)
+        parts = [
+            (shards.fingerprint, weight / sum(weights)) for shards, weight in zip(self._shards, weights, strict=True)
+        ]
+        identity = f"samples-1 {parts} {seq_len} {seed} {document_mask}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples [first_sample, first_sample + count) as a batch [count, seq_len]."""
+        if first_sample < 0 or count < 1:
+            raise UsageError(f"{count} samples from number {first_sample}; both should be positive")
+        source, index = self._mixture.assign(np.arange(first_sample, first_sample + count, dtype=np.int64))
+        starts = self._starts(source, index)
+        windows = [
+            ring_window(self._shards[s], start, self.seq_len + 1)
+            for s, start in zip(source.tolist(), starts.tolist(), strict=True)
+        ]
+        return make_batch(windows, seq_len=self.seq_len, document_mask=self.document_mask)
+
+    def _starts(self, source: IntArray, index: IntArray) -> IntArray:
+        """First token of the `index`-th sample ever taken from `source`; all [n]."""
+        sizes = np.array([shards.num_tokens for shards in self._shards])[source]
+        epoch, place = np.divmod(index, sizes // self.seq_len)
+        starts = np.empty_like(place)
+        for s, e in sorted(set(zip(source.tolist(), epoch.tolist(), strict=True))):
+            inside = (source == s) & (epoch == e)
+            shards = self._shards[s]
+            key = derive_key("epoch", self.seed, s, shards.fingerprint, e)
+            offset = derive_key("offset", key) % shards.num_tokens
+            chosen = permute(place[inside], shards.num_tokens // self.seq_len, key)
+            starts[inside] = (offset + chosen * self.seq_len) % shards.num_tokens
+        return starts
+
+
+def ring_window(shards: TokenShards, start: int, count: int) -> Window:
+    """`count` tokens from `start` on, going on at the beginning after the last token; count <= num_tokens."""
+    first = min(count, shards.num_tokens - start)
+    tokens, starts = shards.read(start, first), shards.document_starts(start, first) - start
+    if first < count:
+        tokens = np.concatenate([tokens, shards.read(0, count - first)])
+        starts = np.concatenate([starts, shards.document_starts(0, count - first) + first])
+    return Window(tokens, starts)

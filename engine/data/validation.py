@@ -1,0 +1,95 @@
+"""The validation split as a fixed set of windows in which each token is scored at most once.
+
+Windows follow one another without overlap. A limit on the number of tokens takes windows spread evenly over the whole
+split, always the same ones, so that a short measurement stands for all of it.
+
+Bits per byte need the bytes of exactly the tokens that were scored. They are the sum of the byte lengths of those
+tokens, from the tokenizer's vocabulary (`Tokenizer.token_bytes`): exact for any choice of windows. End-of-text tokens
+are scored and cost bits, but have no bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from trine.engine.data.batch import IGNORED, Batch, Window, make_batch
+from trine.engine.data.shards import Split, TokenShards, open_together
+from trine.engine.errors import UsageError
+from trine.engine.text.tokenizer import Tokenizer
+
+
+class ValidationSet:
+    """Windows of the validation splits of `folders` (or of another split).
+
+    max_tokens: at most about this many tokens, rounded up to whole windows; None for all.
+    Attributes: fingerprint, num_windows, tokenizer_dir. `num_tokens` and `num_bytes` describe what is scored.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path | str],
+        *,
+        seq_len: int,
+        max_tokens: int | None = None,
+        document_mask: bool = True,
+        split: Split = "validation",
+    ) -> None:
+        if seq_len < 1 or (max_tokens is not None and max_tokens < 1):
+            raise UsageError(f"seq_len {seq_len} and max_tokens {max_tokens} should be at least 1")
+        self._shards = open_together(folders, split)
+        self.seq_len = seq_len
+        self.document_mask = document_mask
+        self.tokenizer_dir = self._shards[0].tokenizer_dir
+        # A window of one token has nothing to predict: hence the - 1.
+        windows = [(shards, i) for shards in self._shards for i in range(math.ceil((shards.num_tokens - 1) / seq_len))]
+        wanted = len(windows) if max_tokens is None else min(len(windows), math.ceil(max_tokens / seq_len))
+        self._windows = [windows[i * len(windows) // wanted] for i in range(wanted)]
+        self.num_windows = wanted
+        identity = f"validation-1 {[s.fingerprint for s in self._shards]} {seq_len} {wanted} {document_mask}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All windows in order, `batch_size` at a time (the last batch may be smaller)."""
+        for first in range(0, self.num_windows, batch_size):
+            windows = [self._window(*place) for place in self._windows[first : first + batch_size]]
+            yield make_batch(windows, seq_len=self.seq_len, document_mask=self.document_mask)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are scored: targets that are not -100."""
+        return self._scored[0]
+
+    @property
+    def num_bytes(self) -> int | None:
+        """UTF-8 bytes of exactly the scored tokens; None where the tokenizer's tokens have no bytes of their own."""
+        return self._scored[1]
+
+    def bits_per_byte(self, total_nats: float) -> float | None:
+        """Bits per byte of text from the summed loss of all batches; None where bytes are not defined."""
+        return total_nats / math.log(2) / self.num_bytes if self.num_bytes else None
+
+    @cached_property
+    def _scored(self) -> tuple[int, int | None]:
+        tokenizer = Tokenizer.load(self.tokenizer_dir)
+        table = tokenizer.token_bytes
+        lengths = None if table is None else np.array([len(token) for token in table])
+        if lengths is not None:
+            lengths[self._shards[0].eos_id] = 0
+        num_tokens, num_bytes = 0, 0
+        for batch in self.batches(256):
+            targets = batch.targets_BT.numpy()
+            valid = targets[targets != IGNORED]
+            num_tokens += len(valid)
+            num_bytes += 0 if lengths is None else int(lengths[valid].sum())
+        return num_tokens, None if lengths is None else num_bytes
+
+    def _window(self, shards: TokenShards, index: int) -> Window:
+        start = index * self.seq_len
+        count = min(self.seq_len + 1, shards.num_tokens - start)
+        return Window(shards.read(start, count), shards.document_starts(start, count) - start)
