@@ -24,6 +24,7 @@ class Batch:
     segment_ids_BT: int64, number of the document inside the row, from 0; None where rows are not divided.
     positions_BT: int64, position inside the document's part of the row; None where it is just 0 .. T - 1.
     num_valid: how many targets are not -100.
+    num_bytes: UTF-8 bytes of the text of those targets, where it is known (validation).
     """
 
     ids_BT: Tensor
@@ -31,6 +32,7 @@ class Batch:
     segment_ids_BT: Tensor | None
     positions_BT: Tensor | None
     num_valid: int
+    num_bytes: int | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -55,12 +57,18 @@ class Window:
     starts: npt.NDArray[np.int64]  # ascending indices into tokens
 
 
-def make_batch(windows: Sequence[Window], *, seq_len: int, document_mask: bool) -> Batch:
+def make_batch(
+    windows: Sequence[Window],
+    *,
+    seq_len: int,
+    document_mask: bool,
+    token_lengths_V: npt.NDArray[np.int64] | None = None,
+) -> Batch:
     """Windows as a batch [len(windows), seq_len].
 
     With `document_mask`, documents in a row get segment ids and positions of their own, and the first token of a
     document is nobody's target: nothing before it says what the next document will be.
-    Short windows are filled with id 0 and target -100.
+    Short windows are filled with id 0 and target -100. `token_lengths_V`: bytes of each token, for `num_bytes`.
     """
     shape = (len(windows), seq_len)
     ids_BT = np.zeros(shape, dtype=np.int64)
@@ -73,6 +81,7 @@ def make_batch(windows: Sequence[Window], *, seq_len: int, document_mask: bool) 
         if document_mask:
             targets_BT[row, window.starts[window.starts > 0] - 1] = IGNORED
             begins_BT[row, window.starts[(window.starts > 0) & (window.starts < seq_len)]] = True
+    valid_BT = targets_BT != IGNORED
     segment_ids_BT = positions_BT = None
     if document_mask:
         segment_ids_BT = torch.from_numpy(begins_BT.cumsum(axis=1))
@@ -83,5 +92,6 @@ def make_batch(windows: Sequence[Window], *, seq_len: int, document_mask: bool) 
         targets_BT=torch.from_numpy(targets_BT),
         segment_ids_BT=segment_ids_BT,
         positions_BT=positions_BT,
-        num_valid=int((targets_BT != IGNORED).sum()),
+        num_valid=int(valid_BT.sum()),
+        num_bytes=None if token_lengths_V is None else int(token_lengths_V[targets_BT[valid_BT]].sum()),
     )

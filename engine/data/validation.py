@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from trine.engine.data.batch import IGNORED, Batch, Window, make_batch
+from trine.engine.data.batch import Batch, Window, make_batch
 from trine.engine.data.shards import Split, TokenShards, open_together
 from trine.engine.errors import UsageError
 from trine.engine.text.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ class ValidationSet:
         document_mask: bool = True,
         split: Split = "validation",
     ) -> None:
+        if not folders:
+            raise UsageError("no folders for validation; name at least one prepared folder")
         if seq_len < 1 or (max_tokens is not None and max_tokens < 1):
             raise UsageError(f"seq_len {seq_len} and max_tokens {max_tokens} should be at least 1")
         self._shards = open_together(folders, split)
@@ -55,10 +58,15 @@ class ValidationSet:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All windows in order, `batch_size` at a time (the last batch may be smaller)."""
+        """All windows in order, `batch_size` at a time (the last batch may be smaller), with `num_bytes` set."""
         for first in range(0, self.num_windows, batch_size):
             windows = [self._window(*place) for place in self._windows[first : first + batch_size]]
-            yield make_batch(windows, seq_len=self.seq_len, document_mask=self.document_mask)
+            yield make_batch(
+                windows,
+                seq_len=self.seq_len,
+                document_mask=self.document_mask,
+                token_lengths_V=self._token_lengths,
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -76,18 +84,18 @@ class ValidationSet:
 
     @cached_property
     def _scored(self) -> tuple[int, int | None]:
-        tokenizer = Tokenizer.load(self.tokenizer_dir)
-        table = tokenizer.token_bytes
-        lengths = None if table is None else np.array([len(token) for token in table])
-        if lengths is not None:
-            lengths[self._shards[0].eos_id] = 0
-        num_tokens, num_bytes = 0, 0
-        for batch in self.batches(256):
-            targets = batch.targets_BT.numpy()
-            valid = targets[targets != IGNORED]
-            num_tokens += len(valid)
-            num_bytes += 0 if lengths is None else int(lengths[valid].sum())
-        return num_tokens, None if lengths is None else num_bytes
+        counts = [(batch.num_valid, batch.num_bytes) for batch in self.batches(256)]
+        num_tokens = sum(valid for valid, _ in counts)
+        return num_tokens, None if self._token_lengths is None else sum(num_bytes or 0 for _, num_bytes in counts)
+
+    @cached_property
+    def _token_lengths(self) -> npt.NDArray[np.int64] | None:
+        table = Tokenizer.load(self.tokenizer_dir).token_bytes
+        if table is None:
+            return None
+        lengths = np.array([len(token) for token in table])
+        lengths[self._shards[0].eos_id] = 0
+        return lengths
 
     def _window(self, shards: TokenShards, index: int) -> Window:
         start = index * self.seq_len
