@@ -2,7 +2,71 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-def quickstart() -> None:
-    """Placeholder while the room behind it is built."""
-    raise NotImplementedError
+import typer
+
+if TYPE_CHECKING:
+    from trine.engine.train.quickstart import QuickstartResult
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="The run folder; everything is written below it.")] = Path(
+        "runs/quickstart"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps; [600, or as many as fit the time, at least 200].")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="The time the whole command may take.")] = 8.0,
+    seed: Annotated[int | None, typer.Option(help="Of first weights and data order; [0].")] = None,
+) -> None:
+    """Train a small code model on this machine's own Python standard library, evaluate it and generate from it.
+
+    The same command again continues an interrupted run.
+    """
+    from trine.engine.train.quickstart import quickstart as run
+
+    result = run(out, steps=steps, minutes=minutes, seed=seed)
+    if result.state == "interrupted":
+        print(f"stopped after step {result.steps}; the same command again continues it")
+        return
+    if result.state == "finished":
+        _show_results(result)
+    else:
+        print(
+            f"the quickstart in {out} has finished before; to start afresh remove that folder or give another by --out"
+        )
+    _say_what_is_next(result)
+
+
+def _show_results(result: QuickstartResult) -> None:
+    from trine.engine.log import format_duration
+    from trine.engine.train.quickstart import PROMPTS
+
+    measured, completions = result.measured, result.completions
+    assert measured is not None
+    assert completions is not None
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        print("-" * 80)
+        print(prompt + completion.text)
+    print("-" * 80)
+    print(
+        f"{result.steps} steps; the whole quickstart took {format_duration(result.seconds)}\n"
+        f"held-out files: loss {measured.loss:.4f} nats per token, perplexity {measured.perplexity:.2f}, "
+        f"{measured.bits_per_byte:.4f} bits per byte\n"
+        f"({measured.texts} files, {measured.tokens:,} tokens, window {measured.window}, stride {measured.stride})"
+    )
+
+
+def _say_what_is_next(result: QuickstartResult) -> None:
+    import shlex
+
+    out = shlex.quote(str(result.out))
+    print(f"""
+Next:
+  the curves, samples and recipe of the run: open {result.report} in a browser
+  trine generate {out} --prompt "def main():" --temperature 0.7
+  trine eval {out} --data {out}/text/validation
+  trine train configs/quickstart.toml run.dir=runs/second data.path={out}/data optim.lr=5e-3
+  your own text: trine tokenizer train, trine data prepare, then trine train with a recipe of your own""")

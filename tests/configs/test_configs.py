@@ -1,0 +1,65 @@
+"""Every shipped recipe is one that the trainer accepts, of the size its header says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from trine.engine.text.tokenizer import Tokenizer
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+MILLIONS = {"quickstart": (5.0, 7.0), "shakespeare-char": (0.75, 0.85), "shakespeare-char-6layer": (10.5, 11.0)}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Prepared data of the two kinds the recipes are made for: a vocabulary of 4096, and characters."""
+    from trine.engine.data.prepare import prepare
+    from trine.engine.text.train_tokenizer import train_bpe, train_characters
+
+    folder = tmp_path_factory.mktemp("configs")
+    words = sorted(
+        {f"{first}{second}{third}" for first in "abcdefghijklmnop" for second in "qrstuvwxyz" for third in "aeiou"}
+    )
+    text = "\n".join(f"{left} {right}" for left in words[::7] for right in words[::5])
+    for split in ("train", "validation"):
+        (folder / f"{split}.txt").write_text(text)
+    made = {}
+    tokenizers: dict[str, Tokenizer] = {"bpe": train_bpe([text], vocab_size=600), "char": train_characters([text])}
+    for kind, tokenizer in tokenizers.items():
+        tokenizer.save(folder / kind)
+        made[kind] = prepare(
+            [folder / "train.txt"],
+            validation_files=[folder / "validation.txt"],
+            tokenizer_dir=folder / kind,
+            out=folder / f"data-{kind}",
+        ).folder
+    return made
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_dry_run_accepts_every_shipped_recipe(path: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    from trine.engine.model.cost import count_parameters
+    from trine.engine.train.loop import train
+    from trine.engine.train.recipe import load_recipe
+    from trine.engine.train.resolve import resolve
+
+    characters = path.stem.startswith("shakespeare")
+    overrides = [f"data.path={tokenizers['char' if characters else 'bpe']}", f"run.dir={tmp_path / 'run'}"]
+    if not characters:
+        overrides.append("model.vocab_size=4096")
+    recipe = load_recipe(path, overrides)
+    assert train(recipe, dry_run=True).reason == "dry-run"
+    assert not (tmp_path / "run").exists()
+    low, high = MILLIONS[path.stem]
+    assert low <= count_parameters(resolve(recipe).config).total / 1e6 <= high
+
+
+def test_recipes_travel_with_the_package() -> None:
+    from importlib import resources
+
+    shipped = {entry.name for entry in resources.files("trine.configs").iterdir() if entry.name.endswith(".toml")}
+    assert shipped == {path.name for path in CONFIGS} >= {f"{name}.toml" for name in MILLIONS}
