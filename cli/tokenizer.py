@@ -1,10 +1,69 @@
-"""`trine tokenizer`."""
+"""`trine tokenizer`: learn a vocabulary."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, help="Learn a tokenizer from text.")
+
+
+class Kind(StrEnum):
+    """What the ids stand for."""
+
+    BPE = "bpe"
+    CHAR = "char"
 
 
 @app.callback()
 def callback() -> None:
-    """Placeholder while the room behind it is built."""
+    """Learn a tokenizer from text."""
+
+
+@app.command("train")
+def train(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Text files, folders, or .jsonl files.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tokenizer.json and tokenizer_config.json.")],
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of ids, special tokens included (for --kind bpe).")
+    ] = None,
+    kind: Annotated[Kind, typer.Option(help="Byte-level BPE, or one id for each character of the text.")] = Kind.BPE,
+    special_token: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="A further special token beside <|endoftext|> (repeatable; for bpe)."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(metavar="NAME", help="Field of a .jsonl line that holds the text.")
+    ] = "text",
+    suffix: Annotated[
+        list[str] | None, typer.Option(metavar=".EXT", help="Take only such files of a folder (repeatable).")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out bad UTF-8, empty files and broken lines instead of stopping.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer that is there already.")] = False,
+) -> None:
+    """Learn a tokenizer and write it as a folder that transformers loads with identical ids."""
+    from trine.engine.data.sources import find_sources, read_texts
+    from trine.engine.errors import UsageError
+    from trine.engine.log import say, warn
+    from trine.engine.text.train_tokenizer import END_OF_TEXT, train_bpe, train_characters
+
+    if kind is Kind.BPE and vocab_size is None:
+        raise UsageError("--vocab-size is needed for a BPE tokenizer, such as --vocab-size 4096")
+    if kind is Kind.CHAR and (vocab_size is not None or special_token):
+        raise UsageError("--vocab-size and --special-token have no effect with --kind char; leave them out")
+    if out.is_file() or ((out / "tokenizer.json").exists() and not overwrite):
+        raise UsageError(f"{out} exists already; use --overwrite or another --out")
+    texts = read_texts(find_sources(files, suffixes=suffix or ()), text_field=text_field, skip_bad=skip_bad)
+    if vocab_size is not None:
+        tokenizer = train_bpe(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT, *(special_token or ())])
+        if tokenizer.vocab_size < vocab_size:
+            warn(f"the text is too small for {vocab_size} ids: the vocabulary has {tokenizer.vocab_size}")
+    else:
+        tokenizer = train_characters(texts)
+    tokenizer.save(out)
+    say(f"wrote {out}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")

@@ -28,14 +28,11 @@ from trine.engine.data.encode import encode_pieces
 from trine.engine.data.progress import ByteProgress
 from trine.engine.data.shard_writer import ShardWriter
 from trine.engine.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, Split, read_manifest
-from trine.engine.data.sources import BadInput, Piece, Source, find_sources, read_source
+from trine.engine.data.sources import Complaints, Piece, Source, find_sources, read_source
 from trine.engine.errors import DataError, UsageError
-from trine.engine.log import warn
 from trine.engine.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 27
-_SHOWN_PROBLEMS = 10
-_LISTED_PROBLEMS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +125,7 @@ class _Run:
         self._options = wanted["options"]
         self._folder = folder
         self._workers = workers
-        self._problems: list[str] = []
-        self._num_problems = 0
+        self._complaints = Complaints(skip_bad=self._options["skip_bad"])
         self._bytes_before = 0  # size of the files read completely, for progress
 
     def write(self) -> dict[str, Any]:
@@ -158,15 +154,13 @@ class _Run:
             for split, group in self._sources.items()
             for s, digest in zip(group, hashes[split], strict=True)
         ]
-        if self._num_problems > _SHOWN_PROBLEMS:
-            warn(f"left out {self._num_problems} bad inputs in all; the manifest lists them")
         return {
             "version": FORMAT_VERSION,
             "dtype": np.dtype(dtype).name,
             **self._wanted,
             "splits": splits,
-            "num_skipped": self._num_problems,
-            "skipped": self._problems,
+            "num_skipped": self._complaints.count,
+            "skipped": self._complaints.listed,
             "sources": records,
         }
 
@@ -190,7 +184,7 @@ class _Run:
     def _pieces(self) -> Iterator[Piece]:
         for split, group in self._sources.items():
             for source in group:
-                for piece in read_source(source, text_field=self._options["text_field"], complain=self._complain):
+                for piece in read_source(source, text_field=self._options["text_field"], complain=self._complaints):
                     chosen = self._held_out(piece.document) if split == "train" else "validation"
                     yield piece.moved(split=chosen, position=self._bytes_before + piece.position)
                 self._bytes_before += source.size
@@ -199,15 +193,6 @@ class _Run:
         fraction = self._options["validation_fraction"]
         digest = hashlib.sha256(f"{self._options['split_seed']}:{document}".encode()).digest()
         return "validation" if int.from_bytes(digest[:8], "big") < fraction * 2.0**64 else "train"
-
-    def _complain(self, problem: BadInput) -> None:
-        if not self._options["skip_bad"]:
-            raise DataError(f"{problem}; mend it, or leave such input out with --skip-bad")
-        self._num_problems += 1
-        if self._num_problems <= _SHOWN_PROBLEMS:
-            warn(f"left out {problem}")
-        if self._num_problems <= _LISTED_PROBLEMS:
-            self._problems.append(str(problem))
 
 
 def _check_options(
@@ -264,11 +249,12 @@ def _difference(manifest: dict[str, Any], wanted: dict[str, Any], sources: dict[
     now = [(split, source) for split, group in sources.items() for source in group]
     names_before = [(record["split"], record["name"]) for record in records]
     names_now = [(split, source.name) for split, source in now]
+    known_before, known_now = set(names_before), set(names_now)
     for split, name in names_now:
-        if (split, name) not in set(names_before):
+        if (split, name) not in known_before:
             return f"the {split} file {name} is new"
     for split, name in names_before:
-        if (split, name) not in set(names_now):
+        if (split, name) not in known_now:
             return f"the {split} file {name} is gone"
     if names_before != names_now:
         return "the files come in another order"

@@ -19,10 +19,13 @@ from pathlib import Path
 
 from trine.engine.data.shards import Split
 from trine.engine.errors import DataError, UsageError
+from trine.engine.log import say, warn
 
 # Text is encoded in pieces of at most about this many bytes: large enough for speed, small enough for memory.
 PIECE_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".ndjson")
+_SHOWN = 10
+_LISTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,35 @@ def read_source(
         yield from _read_json_lines(source, text_field, complain, piece_bytes)
     else:
         yield from _read_text(source, complain, piece_bytes)
+
+
+class Complaints:
+    """Bad input as it is met: stops at the first, or (`skip_bad`) says the first few, counts and lists them."""
+
+    def __init__(self, *, skip_bad: bool) -> None:
+        self._skip_bad = skip_bad
+        self.count = 0
+        self.listed: list[str] = []
+
+    def __call__(self, problem: BadInput) -> None:
+        """Take note of `problem`. Raises `DataError` unless bad input is to be skipped."""
+        if not self._skip_bad:
+            raise DataError(f"{problem}; mend it, or leave such input out with --skip-bad")
+        self.count += 1
+        if self.count <= _SHOWN:
+            warn(f"left out {problem}")
+        if self.count == _SHOWN:
+            say("further bad input is counted in silence")
+        if self.count <= _LISTED:
+            self.listed.append(str(problem))
+
+
+def read_texts(sources: Sequence[Source], *, text_field: str = "text", skip_bad: bool = False) -> Iterator[str]:
+    """The text of all sources in pieces of bounded size, document borders forgotten. Raises `DataError`."""
+    complaints = Complaints(skip_bad=skip_bad)
+    for source in sources:
+        for piece in read_source(source, text_field=text_field, complain=complaints):
+            yield piece.text
 
 
 def cut(text: str, limit: int) -> Iterator[str]:

@@ -80,7 +80,9 @@ class Tokenizer:
         settings = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
         files = {"tokenizer.json": self._definition, "tokenizer_config.json": settings, **self._companions}
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            aside = folder / f".{name}.partial"
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(folder / name)
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
         """The ids of `text`."""
