@@ -212,11 +212,19 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for index, item in enumerate(value):
             yield from _flatten(item, f"{prefix}[{index}]")
     elif isinstance(value, list):
-        yield prefix, ", ".join(map(str, value)) or "none"
-    elif isinstance(value, bool) or value is None:
-        yield prefix, {True: "yes", False: "no", None: "unknown"}[value]
+        yield prefix, ", ".join(map(_plain, value)) or "none"
+    elif isinstance(value, int) and prefix.endswith("_bytes"):
+        yield prefix.removesuffix("_bytes"), format_bytes(value)
     else:
-        yield prefix, str(value)
+        yield prefix, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    if isinstance(value, str) and value != value.strip():
+        return json.dumps(value)  # shows spaces and line ends that would not be seen
+    return str(value)
 
 
 # ---- charts

@@ -33,7 +33,7 @@ steps = 600
 
 
 def start_record() -> dict[str, Any]:
-    environment = {"hardware": {"cpu": "Some CPU", "cores": 2}, "torch": "2.13.0", "commit": None}
+    environment = {"hardware": {"cpu": "Some CPU", "memory_bytes": 2**34}, "torch": "2.13.0", "commit": None}
     return {"kind": "start", "step": 0, "time": 1.79e9, "parameters": 6_290_000, "environment": environment}
 
 
@@ -134,7 +134,7 @@ def test_page_of_a_finished_run_shows_every_part(tmp_path: Path) -> None:
         assert shown in page.text
     for shown in ("def <main>(", "return 600 & 1", "return 100 & 1"):  # samples, escaped in the source
         assert shown in page.text
-    for shown in ("tie_embeddings", "sources[0].path", "shards/code", "hardware.cpu", "Some CPU"):
+    for shown in ("tie_embeddings", "sources[0].path", "shards/code", "hardware.cpu", "Some CPU", "16.0 GiB"):
         assert shown in page.text
 
 
