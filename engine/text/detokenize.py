@@ -2,7 +2,8 @@
 
 One character can be several tokens, so the text of a token may not exist before the next one does. For vocabularies
 with definite bytes (`Tokenizer.token_bytes`) an incremental UTF-8 decoder holds back the unfinished bytes. For the
-others the text is decoded in a window that moves on whenever it ends in a complete character.
+others the text is decoded in a window that moves on whenever it ends in a complete character. (Byte fallback only:
+the library replaces a whole run of byte tokens if one of them is bad; good characters already given out stay.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+from tokenizers import Regex, pre_tokenizers
+
+from trine.engine.errors import DataError, UsageError
+from trine.engine.text.tokenizer import Tokenizer
+from trine.engine.text.train_tokenizer import PRETOKENS, train_bpe, train_characters
+
+TEXT = "def f(self, x):\n    return self.x + 10\n\nfor i in range(10):\n    print(i)\n" * 5
+
+
+def pretokens(text: str) -> list[str]:
+    pieces = [piece for piece, _ in pre_tokenizers.Split(Regex(PRETOKENS), "isolated").pre_tokenize_str(text)]
+    assert "".join(pieces) == text
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("):\n        self.size = 10", ["):", "\n        ", "self", ".size", " =", " ", "1", "0"]),
+        ("a\n\n    b", ["a", "\n\n    ", "b"]),
+        ("a  \r\n\tb", ["a", "  \r\n\t", "b"]),
+        ("x   = y", ["x", "  ", " =", " y"]),
+        ("don't _stop", ["don", "'t", " _", "stop"]),
+        ("e\u0301té", ["e\u0301té"]),
+        ("   ", ["   "]),
+        ("", []),
+    ],
+)
+def test_pretokens_suit_code(text: str, expected: list[str]) -> None:
+    assert pretokens(text) == expected
+
+
+def test_indentation_becomes_one_token() -> None:
+    tokenizer = train_bpe([TEXT], vocab_size=320)
+    assert len(tokenizer.encode("\n    ")) == 1
+
+
+def test_specials_come_first_then_bytes_then_merges() -> None:
+    tokenizer = train_bpe([TEXT], vocab_size=280, special_tokens=("<eos>", "<a>"))
+    assert tokenizer.vocab_size == 280
+    assert tokenizer.eos_id == 0
+    assert tokenizer.encode("<eos><a>") == [0, 1]
+    assert tokenizer.token_bytes is not None
+    assert {len(token) for token in tokenizer.token_bytes[2:258]} == {1}
+    assert all(len(token) > 1 for token in tokenizer.token_bytes[258:])
+
+
+def test_training_is_deterministic() -> None:
+    first, second = (train_bpe([TEXT, TEXT[::-1]], vocab_size=320) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+
+
+def test_small_text_gives_a_smaller_vocabulary() -> None:
+    assert train_bpe(["ab ab"], vocab_size=5000).vocab_size < 300
+
+
+def test_bpe_refuses_impossible_sizes_and_no_text() -> None:
+    with pytest.raises(UsageError, match=r"vocabulary size 256 is too small; .* at least 257"):
+        train_bpe([TEXT], vocab_size=256)
+    with pytest.raises(UsageError, match="each given once"):
+        train_bpe([TEXT], vocab_size=300, special_tokens=("<a>", "<a>"))
+    with pytest.raises(DataError, match="no text to learn a vocabulary from"):
+        train_bpe(iter(["", ""]), vocab_size=300)
+
+
+def test_characters_decode_exactly_and_mark_what_they_do_not_know() -> None:
+    text = "To be, or nöt to be:\n  😀\t"
+    tokenizer = train_characters([text, "again"])
+    assert tokenizer.vocab_size == 2 + len(set(text + "again"))
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("tZ") == [tokenizer.encode("t")[0], tokenizer.unk_id]
+    with pytest.raises(DataError, match="no text"):
+        train_characters([])
+
+
+def test_character_ids_do_not_depend_on_the_order_of_the_text() -> None:
+    one, other = train_characters(["abc", "xyz"]), train_characters(["zyx", "cba"])
+    assert isinstance(one, Tokenizer)
+    assert one.fingerprint == other.fingerprint
