@@ -14,6 +14,7 @@ import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ class Trainer:
     folder: RunFolder
     model: Transformer
     optimizer: Optimizer
-    facts: dict[str, object]
+    facts: dict[str, Any]
     meter: Meter
     objective: CausalLM = field(default_factory=CausalLM)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
@@ -100,7 +101,7 @@ class Trainer:
 
     @classmethod
     def build(
-        cls, setup: Setup, folder: RunFolder, origin: Path | None, state: TrainerState | None, facts: dict[str, object]
+        cls, setup: Setup, folder: RunFolder, origin: Path | None, state: TrainerState | None, facts: dict[str, Any]
     ) -> Trainer:
         """Model, optimizer and counters, new or as a step folder left them."""
         model = _make_model(setup)
@@ -224,16 +225,9 @@ class Trainer:
             self.objective,
             data,
             batch_size=recipe.eval.batch_size or self.setup.micro_batch_size,
-            max_batches=recipe.eval.max_batches,
             compute_dtype=self.setup.compute_dtype,
         )
-        texts = sample(
-            self.model,
-            self.setup.tokenizer,
-            recipe.eval,
-            seed=recipe.train.seed,
-            compute_dtype=self.setup.compute_dtype,
-        )
+        texts = sample(self.model, self.setup.tokenizer, recipe.eval, seed=recipe.train.seed)
         gc.collect()
         seconds = self.meter.end_pause()
         metrics.write(
@@ -321,7 +315,7 @@ class Trainer:
         say(describe(self.setup))
         load = os.getloadavg()[0]
         cores = os.cpu_count() or 1
-        if self.setup.device.type == "cpu" and load + self.setup.threads > cores + 0.5:
+        if self.setup.device.type == "cpu" and load > cores:
             warn(f"load is {load:.1f} on {cores} cores; training with {self.setup.threads} threads may be slow")
 
 

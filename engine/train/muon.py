@@ -17,6 +17,7 @@ Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networ
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ def newton_schulz(update_BRC: Tensor, *, rounds: int = ROUNDS) -> Tensor:
 
 def update_scale(rows: int, cols: int) -> float:
     """Factor on the orthogonal update: keeps the root-mean-square size of tall matrices' updates."""
-    return float(max(1.0, rows / cols)) ** 0.5
+    return math.sqrt(max(1.0, rows / cols))
 
 
 class Muon:

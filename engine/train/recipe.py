@@ -183,7 +183,8 @@ class ScheduleSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Validation loss and samples: every `every` steps and at the end; 0 = never. `max_batches` 0 = the whole split.
+    """Validation loss and samples: every `every` steps and at the end; 0 = never. `max_batches` 0 = the whole
+    split, else so many batches of windows spread evenly over it.
 
     A batch of validation is `train.micro_batch_size` sequences, or `batch_size` where given.
     """

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from trine.engine.config import Settings
-from trine.engine.data.samples import SampleStream, ValidationSet
+from trine.engine.data.samples import SampleStream
+from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
 from trine.engine.generate.plain import encode_prompt
@@ -88,7 +89,13 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
         )
     validation = None
     if recipe.eval.every:
-        validation = ValidationSet(weighted, seq_len=recipe.data.seq_len, document_mask=recipe.data.document_mask)
+        batch = recipe.eval.batch_size or recipe.train.micro_batch_size or recipe.train.batch_size
+        validation = ValidationSet(
+            [path for path, _ in weighted],
+            seq_len=recipe.data.seq_len,
+            max_tokens=recipe.eval.max_batches * batch * recipe.data.seq_len or None,
+            document_mask=recipe.data.document_mask,
+        )
     _check_prompts(recipe, tokenizer, config)
     resolved = _close(recipe, config, threads=threads, device=device, compute_dtype=compute_dtype)
     return Setup(

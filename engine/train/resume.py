@@ -16,7 +16,7 @@ from trine.engine.log import say, warn
 from trine.engine.train.resolve import Setup, changed_settings
 from trine.engine.train.run_folder import RunFolder, TrainerState
 
-_BREAKING = ("model.", "data.seq_len", "data.document_mask", "train.seed", "optim.name")
+_BREAKING = ("data.seq_len", "data.document_mask", "train.seed", "optim.name", "model.")
 # Changes of these do not touch what is computed; data folders may move, their fingerprint is compared instead.
 _FREE = (
     "run.",
@@ -42,14 +42,14 @@ def check_continuation(setup: Setup, origin: Path, state: TrainerState, environm
             f"the tokenizer of the data is not the one {origin} was trained with; "
             "restore it, or start a new run with run.dir=NEW_FOLDER"
         )
+    old = RunFolder(origin.parent).recipe()
+    changes = {} if old is None else changed_settings(old, setup.recipe)
+    _refuse_breaking(changes, origin)
     if state.data_fingerprint != setup.stream.fingerprint:
         raise DataError(
             f"the data (or its mixing weights) is not what {origin} was trained on; restore it, "
             f"or start a new run with run.dir=NEW_FOLDER and model.init_from={origin}"
         )
-    old = RunFolder(origin.parent).recipe()
-    changes = {} if old is None else changed_settings(old, setup.recipe)
-    _refuse_breaking(changes, origin)
     if state.step > setup.recipe.train.steps:
         raise UsageError(
             f"train.steps = {setup.recipe.train.steps}, but {origin} is at step {state.step} already; raise train.steps"
@@ -71,12 +71,13 @@ def check_continuation(setup: Setup, origin: Path, state: TrainerState, environm
 
 
 def _refuse_breaking(changes: dict[str, tuple[object, object]], origin: Path) -> None:
-    for key, (before, after) in changes.items():
-        if key.startswith(_BREAKING):
-            raise UsageError(
-                f"{key} was {_plain(before)} in the run at {origin.parent} and is {_plain(after)} now, so it cannot be "
-                f"continued; set it back, or start anew with run.dir=NEW_FOLDER"
-            )
+    breaking = [key for part in _BREAKING for key in changes if key.startswith(part)]
+    if breaking:
+        before, after = changes[breaking[0]]
+        raise UsageError(
+            f"{breaking[0]} was {_plain(before)} in the run at {origin.parent} and is {_plain(after)} now, so it cannot "
+            "be continued; set it back, or start anew with run.dir=NEW_FOLDER"
+        )
 
 
 def _plain(value: object) -> str:

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trine.engine.data.batch import Batch
 from trine.engine.data.objectives import CausalLM
-from trine.engine.data.samples import Batch, SampleStream
+from trine.engine.data.samples import SampleStream
 from trine.engine.errors import NonFiniteError
 from trine.engine.model.transformer import Transformer
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def micro_batches(stream: SampleStream, *, first_sample: int, batch_size: int, m
 
 def count_valid(pieces: Sequence[Micro]) -> int:
     """Targets that count, over all pieces."""
-    return sum(int((piece.batch.targets_BT != IGNORED).sum()) for piece in pieces)
+    return sum(piece.batch.num_valid for piece in pieces)
 
 
 def accumulate_gradients(

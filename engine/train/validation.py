@@ -6,13 +6,12 @@ it can be compared between tokenizers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from trine.engine.data.objectives import CausalLM
-from trine.engine.data.samples import ValidationSet
+from trine.engine.data.validation import ValidationSet
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.transformer import Transformer
@@ -36,30 +35,23 @@ def validate(
     data: ValidationSet,
     *,
     batch_size: int,
-    max_batches: int,
     compute_dtype: torch.dtype,
 ) -> ValidationResult:
-    """Score the validation split, or its first `max_batches` batches (0 = all), with dropout off."""
+    """Score the validation set with dropout off; the model's training mode is restored."""
     was_training = model.training
     model.eval()
-    nats, tokens, num_bytes = 0.0, 0, 0
+    nats, tokens = 0.0, 0
     try:
-        for index, batch in enumerate(data.batches(batch_size)):
-            if max_batches and index == max_batches:
-                break
+        for batch in data.batches(batch_size):
             loss_sum, num_valid = objective.loss(model, batch.to(model.device), compute_dtype=compute_dtype)
             nats += float(loss_sum)
             tokens += num_valid
-            num_bytes += batch.num_bytes or 0
     finally:
         model.train(was_training)
-    bits_per_byte = nats / math.log(2) / num_bytes if num_bytes else None
-    return ValidationResult(nats / max(1, tokens), bits_per_byte, tokens)
+    return ValidationResult(nats / max(1, tokens), data.bits_per_byte(nats), tokens)
 
 
-def sample(
-    model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, *, seed: int, compute_dtype: torch.dtype
-) -> list[str]:
+def sample(model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, *, seed: int) -> list[str]:
     """A completion of each of the recipe's prompts, the same ones for the same weights and seed."""
     if not settings.sample_prompts:
         return []

@@ -1,0 +1,65 @@
+"""Prepared data and recipes for tiny runs (width 32, 2 layers)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trine.engine.config import parse
+from trine.engine.train.recipe import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def words(count: int, seed: int) -> str:
+    """Text with some structure: short sentences of a small vocabulary."""
+    choose = random.Random(seed)
+    names, verbs, things = ("Ada", "Bo", "Cy"), ("sees", "takes", "likes"), ("a cat", "the sun", "red shoes", "it")
+    return " ".join(f"{choose.choice(names)} {choose.choice(verbs)} {choose.choice(things)}." for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 4,000 tokens in documents of ragged length, so that rows hold several of them, and a validation split."""
+    from trine.engine.data.prepare import prepare
+    from trine.engine.text.train_tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("data")
+    texts = [words(1 + (7 * index) % 23, index) for index in range(60)]
+    for index, text in enumerate(texts):
+        (folder / f"{index:02d}.txt").write_text(text)
+    (folder / "held-out.text").write_text(words(60, 99))
+    tokenizer = folder / "tokenizer"
+    train_bpe(texts, vocab_size=300).save(tokenizer)
+    prepare(
+        sorted(folder.glob("*.txt")), tokenizer_dir=tokenizer, out=folder / "prepared",
+        validation_files=[folder / "held-out.text"], workers=1,
+    )  # fmt: skip
+    return folder / "prepared"
+
+
+@pytest.fixture
+def make_recipe(data_dir: Path, tmp_path: Path) -> MakeRecipe:
+    """`make_recipe(train={"steps": 9}, run={"dir": ...})`: a tiny recipe with changed settings by section."""
+
+    def make(**changes: dict[str, Any]) -> Recipe:
+        table: dict[str, dict[str, Any]] = {
+            "model": {"family": "llama", "width": 32, "num_layers": 2, "num_heads": 2},
+            "data": {"path": str(data_dir), "seq_len": 32},
+            "train": {"steps": 8, "batch_size": 4, "threads": 1, "compute_dtype": "float32", "device": "cpu"},
+            "optim": {"lr": 5e-3},
+            "schedule": {"warmup_steps": 2},
+            "eval": {"every": 0},
+            "checkpoint": {"every": 0},
+            "log": {"every": 1},
+            "run": {"dir": str(tmp_path / "run")},
+        }
+        for section, values in changes.items():
+            table[section] = {**table.get(section, {}), **values}
+        return parse(Recipe, table, origin="test")
+
+    return make
