@@ -96,6 +96,19 @@ def set_threads(requested: int) -> int:
     return requested
 
 
+def make_deterministic() -> None:
+    """Have torch refuse or replace CUDA operations whose results vary from run to run; for the whole process.
+
+    To be called before the first matrix product on a GPU: cuBLAS reads its workspace setting when it starts. On a CPU
+    a fixed number of threads is enough.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Filling fresh memory only makes reads of uninitialised memory repeatable, at the price of a write to every tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def why_threads() -> str:
     """The reason for the number of threads that `set_threads(0)` takes."""
     return "OMP_NUM_THREADS" if _named_threads() else "all physical cores this process may use"

@@ -67,7 +67,7 @@ def test_run_lines_of_the_image_install_a_working_trine(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stdout + done.stderr
     for arguments in (["--help"], ["doctor", "--json"]):
-        command = [app / ".venv/bin/trine", *arguments]
+        command = [str(app / ".venv/bin/trine"), *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     again = subprocess.run(["make", "setup"], cwd=app, env=environment, capture_output=True, text=True, check=False)

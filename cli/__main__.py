@@ -1,0 +1,5 @@
+"""`python -m trine.cli`: the same command line where the `trine` script is not installed."""
+
+from trine.cli.main import main
+
+main()

@@ -1,0 +1,38 @@
+"""Tests of this folder run on a CUDA device and are skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# cuBLAS reads this when it starts; without it torch refuses matrix products in its deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in this folder `gpu`, and skip it without a CUDA device."""
+    import torch
+
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Only operations that repeat to the bit, in float32 without TF32; what was set before is put back."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    precision = torch.get_float32_matmul_precision()
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.set_float32_matmul_precision(precision)
