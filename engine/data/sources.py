@@ -208,11 +208,13 @@ class _Reason(str):
 
 def _text_of_line(line: bytes, text_field: str) -> str | _Reason:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return _Reason(_not_utf8(error))
     except json.JSONDecodeError as error:
         return _Reason(f"not valid JSON ({error.msg}, column {error.colno})" if line.strip() else "the line is empty")
+    except ValueError as error:  # a number of thousands of digits
+        return _Reason(f"not readable as JSON ({error})")
     except RecursionError:
         return _Reason("JSON nested too deep")
     if not isinstance(record, dict):
