@@ -64,7 +64,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of `table` with each `section.key=value` set; a number in a key path indexes a list."""
-    result = _copy(table)
+    result: dict[str, Any] = _copy(table)
     for text in overrides:
         path, value = parse_override(text)
         node: Any = result

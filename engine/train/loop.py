@@ -72,7 +72,7 @@ def train(recipe: Recipe, *, resume: str | Path = "auto", dry_run: bool = False)
     state = None if origin is None else read_state(origin)
     differences = [] if state is None or origin is None else check_continuation(setup, origin, state, facts)
     if dry_run:
-        say(plan_lines(setup))
+        print(plan_lines(setup), flush=True)
         return RunResult(run_dir=folder.path, step=0, tokens=0, seconds=0.0, reason="dry-run")
     random_devices = [setup.device] if setup.device.type == "cuda" else []
     with torch.random.fork_rng(devices=random_devices):

@@ -75,8 +75,8 @@ def _refuse_breaking(changes: dict[str, tuple[object, object]], origin: Path) ->
     if breaking:
         before, after = changes[breaking[0]]
         raise UsageError(
-            f"{breaking[0]} was {_plain(before)} in the run at {origin.parent} and is {_plain(after)} now, so it cannot "
-            "be continued; set it back, or start anew with run.dir=NEW_FOLDER"
+            f"{breaking[0]} was {_plain(before)} in the run at {origin.parent} and is {_plain(after)} now, so it "
+            "cannot be continued; set it back, or start anew with run.dir=NEW_FOLDER"
         )
 
 

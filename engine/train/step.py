@@ -74,7 +74,7 @@ def accumulate_gradients(
             compute_dtype=compute_dtype,
             checkpoint_activations=checkpoint_activations,
         )
-        loss_sum.backward(scale)
+        loss_sum.backward(scale)  # type: ignore[no-untyped-call]
         total += loss_sum.detach()
     return total * scale
 

@@ -1,0 +1,102 @@
+"""`trine train` from the command line: overrides, exit statuses, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from trine.cli.main import main
+
+TEXT = "the cat sat on the mat and the dog ran after it. "
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prepared data, a tokenizer and a recipe of three steps."""
+    from trine.engine.data.prepare import prepare
+    from trine.engine.text.train_tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("workplace")
+    train_bpe([TEXT * 20], vocab_size=280).save(folder / "tokenizer")
+    for name in ("a", "b", "held-out"):
+        (folder / f"{name}.txt").write_text(f"{name}: " + TEXT * 20)
+    prepare(
+        [folder / "a.txt", folder / "b.txt"], tokenizer_dir=folder / "tokenizer", out=folder / "prepared",
+        validation_files=[folder / "held-out.txt"], workers=1,
+    )  # fmt: skip
+    (folder / "recipe.toml").write_text(
+        '[model]\nfamily = "llama"\nwidth = 32\nnum_layers = 1\nnum_heads = 2\n'
+        '[data]\npath = "prepared"\nseq_len = 16\n'
+        '[train]\nsteps = 3\nbatch_size = 2\nthreads = 1\ndevice = "cpu"\n'
+        "[eval]\nevery = 0\n"
+        '[run]\ndir = "run"\n'
+    )
+    return folder
+
+
+def trine(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["trine", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    code = exit_info.value.code
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def test_overrides_and_options_may_be_interleaved(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    overrides = [f"run.dir={tmp_path / 'run'}", "optim.lr=3e-3"]
+    assert trine(monkeypatch, "train", "recipe.toml", overrides[0], "--resume", "never", overrides[1]) == 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert "lr = 0.003" in (tmp_path / "run" / "recipe.toml").read_text()
+    assert trine(monkeypatch, "train", "recipe.toml", *overrides, "--dry-run", "train.steps=5") == 0
+    assert "FLOPs" in capsys.readouterr().out
+
+
+BAD = [
+    (["train.stps=3"], 2, "did you mean 'train.steps'?"),
+    (["model.num_heads=3"], 2, "model.width = 32 is not a multiple of model.num_heads = 3"),
+    (["model.num_kv_heads=3", "model.num_heads=4"], 2, "num_heads 4 is not a multiple of num_kv_heads 3"),
+    (["model.family=lama"], 2, "model.family = 'lama' is not known; known: llama, qwen3, gpt2"),
+    (["model.family=gpt2", "model.rope_theta=1e4"], 2, "model.rope_theta has no effect"),
+    (["model.family=gpt2", "model.num_kv_heads=1"], 2, "format cannot express num_kv_heads = 1"),
+    (["model.vocab_size=5"], 2, "model.vocab_size = 5 is smaller than the tokenizer's"),
+    (["model={init_from='prepared'}"], 1, "prepared"),
+    (["model={init_from='nowhere'}"], 1, "there is no folder nowhere"),
+    (["data.path=nowhere"], 1, "no prepared data in nowhere"),
+    (["data.seq_len=100000"], 1, "give more text or a shorter seq_len"),
+    (["train.device=tpu"], 2, "'tpu'"),
+    (["train.threads=-1"], 2, "train.threads = -1"),
+    (["eval.every=1", "eval.sample_prompts=['the cat sat']"], 2, "exceeds the model's context of 16"),
+    (["run.dir=recipe.toml"], 2, "is a file"),
+    (["run.dir=prepared"], 2, "not empty"),
+    (["--resume", "nowhere"], 2, "--resume nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), BAD, ids=[" ".join(arguments) for arguments, *_ in BAD])
+def test_bad_input_is_one_line_and_writes_nothing(
+    arguments: list[str],
+    status: int,
+    message: str,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workplace)
+    before = sorted(workplace.rglob("*"))
+    assert trine(monkeypatch, "train", "recipe.toml", *arguments) == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("trine: ")
+    assert message in lines[0]
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_a_missing_recipe_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trine(monkeypatch, "train", os.devnull + "/none.toml") == 2
+    assert capsys.readouterr().err.count("\n") == 1
