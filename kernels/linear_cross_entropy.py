@@ -20,15 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of logits at a time: about this many fp32 numbers (32 MiB), which measured fastest on CPU and bounds memory.
+# Logits at a time, in numbers: large enough for efficient products, and 16 MiB in bf16.
 _CHUNK_NUMBERS = 8 * 2**20
+# Rows of a softmax at a time on a CPU: its fp32 numbers should stay in the cache between the passes over them.
+_SOFTMAX_ROWS = 64
 
 
 def cross_entropy_reference(
     hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, *, bias_V: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
     """The formula with whole logits, in fp32 (fp64 for fp64 inputs); a scalar."""
-    work = torch.promote_types(hidden_NC.dtype, torch.float32)
+    work = _work(hidden_NC.dtype)
     weight = weight_VC.to(hidden_NC.dtype)
     logits_NV = F.linear(hidden_NC, weight, None if bias_V is None else bias_V.to(hidden_NC.dtype)).to(work)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index, reduction="sum")
@@ -46,7 +48,7 @@ def linear_cross_entropy(
     """Sum (not mean) of the cross-entropy over rows whose target is not `ignore_index`: a scalar in fp32 (or fp64).
 
     hidden in any float dtype; weight and bias are cast to it; targets int64 in [0, V) or `ignore_index`.
-    `chunk_rows` bounds the rows of logits in memory (default: about 32 MiB of them).
+    `chunk_rows` bounds the rows of logits in memory (default: about 8 million numbers).
     """
     _check(hidden_NC, weight_VC, targets_N, chunk_rows)
     rows = chunk_rows or max(1, _CHUNK_NUMBERS // weight_VC.shape[0])
@@ -73,10 +75,9 @@ def token_log_probs(
         bias = None if bias is None else bias.to(hidden_NC.dtype)
         parts = []
         for rows_slice in _chunks(hidden_NC.shape[0], rows):
-            logits_nV = _logits(hidden_NC[rows_slice], weight, bias)
-            parts.append(-_losses(logits_nV, targets_N[rows_slice], ignore_index)[0])
-        work = torch.promote_types(hidden_NC.dtype, torch.float32)
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=work, device=hidden_NC.device)
+            logits_nV = F.linear(hidden_NC[rows_slice], weight, bias)
+            parts.append(_log_probs(logits_nV, targets_N[rows_slice], ignore_index))
+        return torch.cat(parts) if parts else hidden_NC.new_zeros(0, dtype=_work(hidden_NC.dtype))
 
 
 def _check(hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, chunk_rows: int | None) -> None:
@@ -94,18 +95,43 @@ def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_rows, num_rows))
 
 
-def _logits(hidden_nC: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
-    """A fresh fp32 (or fp64) buffer of logits, which the caller may overwrite."""
-    return F.linear(hidden_nC, weight_VC, bias_V).to(torch.promote_types(hidden_nC.dtype, torch.float32))
+def _softmax_chunks(logits_nV: Tensor) -> Iterator[slice]:
+    return _chunks(len(logits_nV), _SOFTMAX_ROWS if logits_nV.device.type == "cpu" else max(1, len(logits_nV)))
 
 
-def _losses(logits_nV: Tensor, targets_n: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Loss of each row (0 where ignored) and logsumexp of each row."""
-    valid_n = targets_n != ignore_index
-    safe_n = torch.where(valid_n, targets_n, 0)
-    logsumexp_n = torch.logsumexp(logits_nV, dim=-1)
-    losses_n = logsumexp_n - logits_nV.gather(1, safe_n[:, None])[:, 0]
-    return torch.where(valid_n, losses_n, 0), logsumexp_n
+def _log_probs(logits_nV: Tensor, targets_n: Tensor, ignore_index: int) -> Tensor:
+    """Log-probability of each target, 0 where ignored: fp32 (or fp64) [n]."""
+    parts = []
+    for rows in _softmax_chunks(logits_nV):
+        log_probs_rV = torch.log_softmax(logits_nV[rows].to(_work(logits_nV.dtype)), dim=-1)
+        valid_r = targets_n[rows] != ignore_index
+        found_r = log_probs_rV.gather(1, torch.where(valid_r, targets_n[rows], 0)[:, None])[:, 0]
+        parts.append(torch.where(valid_r, found_r, 0))
+    return torch.cat(parts)
+
+
+def _replace_by_gradient(logits_nV: Tensor, targets_n: Tensor, ignore_index: int, dbias_V: Tensor | None) -> Tensor:
+    """Overwrite logits with softmax - onehot (0 in ignored rows), add its column sums to dbias; returns the loss."""
+    total = torch.zeros((), dtype=_work(logits_nV.dtype), device=logits_nV.device)
+    for rows in _softmax_chunks(logits_nV):
+        targets_r = targets_n[rows]
+        valid_r1 = (targets_r != ignore_index)[:, None]
+        safe_r1 = torch.where(valid_r1, targets_r[:, None], 0)
+        log_probs_rV = torch.log_softmax(logits_nV[rows].to(_work(logits_nV.dtype)), dim=-1)
+        total -= torch.where(valid_r1, log_probs_rV.gather(1, safe_r1), 0).sum()
+        dlogits_rV = log_probs_rV.exp_()
+        dlogits_rV.scatter_add_(1, safe_r1, torch.full_like(safe_r1, -1, dtype=dlogits_rV.dtype))
+        if not bool(valid_r1.all()):
+            dlogits_rV.masked_fill_(~valid_r1, 0)
+        if dbias_V is not None:
+            dbias_V += dlogits_rV.sum(dim=0)
+        logits_nV[rows] = dlogits_rV
+    return total
+
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and sums: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -120,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_rows: int,
     ) -> Tensor:
         dtype = hidden_NC.dtype
-        work = torch.promote_types(dtype, torch.float32)
+        work = _work(dtype)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         weight = weight_VC.to(dtype)
         bias = None if bias_V is None else bias_V.to(dtype)
@@ -130,15 +156,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=work, device=hidden_NC.device)
         for rows in _chunks(hidden_NC.shape[0], chunk_rows):
             hidden_nC, targets_n = hidden_NC[rows], targets_N[rows]
-            logits_nV = _logits(hidden_nC, weight, bias)
-            losses_n, logsumexp_n = _losses(logits_nV, targets_n, ignore_index)
-            total += losses_n.sum()
+            logits_nV = F.linear(hidden_nC, weight, bias)
             if dhidden_NC is None and dweight_VC is None and dbias_V is None:
+                total -= _log_probs(logits_nV, targets_n, ignore_index).sum()
                 continue
-            dlogits_nV = _dlogits(logits_nV, logsumexp_n, targets_n, ignore_index)
-            if dbias_V is not None:
-                dbias_V += dlogits_nV.sum(dim=0)
-            dlogits_nV = dlogits_nV.to(dtype)
+            total += _replace_by_gradient(logits_nV, targets_n, ignore_index, dbias_V)
+            dlogits_nV = logits_nV
             if dhidden_NC is not None:
                 torch.mm(dlogits_nV, weight, out=dhidden_NC[rows])
             if dweight_VC is not None:
@@ -154,17 +177,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return scaled[0], scaled[1], scaled[2], None, None, None
-
-
-def _dlogits(logits_nV: Tensor, logsumexp_n: Tensor, targets_n: Tensor, ignore_index: int) -> Tensor:
-    """The difference softmax - onehot, written over the logits; rows of ignored targets are 0."""
-    valid_n1 = (targets_n != ignore_index)[:, None]
-    safe_n1 = torch.where(valid_n1, targets_n[:, None], 0)
-    probabilities_nV = logits_nV.sub_(logsumexp_n[:, None]).exp_()
-    probabilities_nV.scatter_add_(1, safe_n1, torch.full_like(safe_n1, -1, dtype=logits_nV.dtype))
-    if not bool(valid_n1.all()):
-        probabilities_nV.masked_fill_(~valid_n1, 0)
-    return probabilities_nV
 
 
 def _accumulate_product(sum_VC: Tensor, a_nV: Tensor, b_nC: Tensor) -> None:

@@ -14,31 +14,32 @@ What may attend to what is said by meaning, never by a dense bias, so that a ker
 Anything else is refused. A `Mask` is made once per forward pass and shared by all layers.
 Cost: 4 B H T S D FLOPs forward (causal kernels skip half), 2.5 times that backward.
 
-Here the work is done by torch's scaled_dot_product_attention (flash attention on CPU and CUDA where its conditions
-hold); packed documents run as one causal call per document when they are few, since that skips all masked work.
+Paths: causal training in bf16 on the CPU runs `blocked.py`; all else torch's scaled_dot_product_attention (flash
+attention on CPU and CUDA where its conditions hold).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trine.kernels.attention.blocked import blocked_attention
+
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """What may be attended to, prepared for the torch path. Build it with `make_mask`.
+    """What may be attended to. Build it with `make_mask`.
 
-    `dense_B1TS`: boolean, True = attend; None where `causal` alone says it. `spans`: (row, start, stop) of each packed
-    document, when running them one by one is cheaper than a dense mask.
+    `dense_B1TS`: boolean, True = attend; None where `causal` alone says it. `first_key_BT`: with causal segments that
+    are runs of tokens, where each token's segment begins.
     """
 
     causal: bool
     dense_B1TS: Tensor | None = None
-    spans: tuple[tuple[int, int, int], ...] | None = None
+    first_key_BT: Tensor | None = None
 
 
 def make_mask(
@@ -53,37 +54,26 @@ def make_mask(
         raise ValueError("query_positions_BT (a cache) needs causal=True and no segment_ids_BT")
     if query_positions_BT is not None:
         keys_S = torch.arange(num_keys, device=query_positions_BT.device)
-        return Mask(causal=False, dense_B1TS=(keys_S <= query_positions_BT[..., None])[:, None])
+        return Mask(causal=True, dense_B1TS=(keys_S <= query_positions_BT[..., None])[:, None])
     if segment_ids_BT is None:
         return Mask(causal=causal)
     if segment_ids_BT.shape[1] != num_keys:
         raise ValueError(f"segment ids of length {segment_ids_BT.shape[1]} for {num_keys} keys; they must agree")
-    spans = _document_spans(segment_ids_BT) if causal and segment_ids_BT.device.type == "cpu" else None
-    if spans is not None:
-        return Mask(causal=True, spans=spans)
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    if causal:
-        same_BTS = same_BTS.tril()
-    return Mask(causal=False, dense_B1TS=same_BTS[:, None])
+    if not causal:
+        return Mask(causal=False, dense_B1TS=same_BTS[:, None])
+    return Mask(causal=True, dense_B1TS=same_BTS.tril()[:, None], first_key_BT=_segment_starts(segment_ids_BT))
 
 
-# Below this mean document length the calls cost more than the masked work they skip.
-_SHORTEST_MEAN_SPAN = 48
-
-
-def _document_spans(segment_ids_BT: Tensor) -> tuple[tuple[int, int, int], ...] | None:
-    """Runs of equal ids, if ids never return after a gap (then runs are segments) and runs are long enough."""
-    B, T = segment_ids_BT.shape
-    changes_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    if (int(changes_BT.sum()) + B) * _SHORTEST_MEAN_SPAN > B * T:
+def _segment_starts(segment_ids_BT: Tensor) -> Tensor | None:
+    """Where the segment of each token begins; None unless ids ascend, for then an id might return after a gap."""
+    steps_BT = segment_ids_BT[:, 1:] - segment_ids_BT[:, :-1]
+    if bool((steps_BT < 0).any()):
         return None
-    if bool((segment_ids_BT[:, 1:] < segment_ids_BT[:, :-1]).any()):
-        return None  # not in ascending order: an id might come back later in the row
-    spans = []
-    for row in range(B):
-        borders = [0, *(changes_BT[row].nonzero().flatten() + 1).tolist(), T]
-        spans += [(row, start, stop) for start, stop in pairwise(borders)]
-    return tuple(spans)
+    places_T = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device)
+    starts_BT = torch.zeros_like(segment_ids_BT)
+    starts_BT[:, 1:] = torch.where(steps_BT > 0, places_T[1:], 0)
+    return starts_BT.cummax(dim=1).values
 
 
 def attention(
@@ -101,45 +91,25 @@ def attention(
     Raises ValueError for mixed dtypes, head counts that do not divide, and a causal mask with T != S.
     """
     _check(q_BHTD, k_BKSD, v_BKSD, mask)
-    if mask.spans is not None and len(mask.spans) > q_BHTD.shape[0]:
-        return _by_document(q_BHTD, k_BKSD, v_BKSD, mask.spans, scale=scale, dropout_p=dropout_p)
+    blocks_fit = mask.causal and (mask.dense_B1TS is None or mask.first_key_BT is not None)
+    if blocks_fit and _trains_on_cpu(q_BHTD) and not dropout_p:
+        scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
+        return blocked_attention(q_BHTD, k_BKSD, v_BKSD, scale=scale, first_key_BT=mask.first_key_BT)
     return F.scaled_dot_product_attention(
         q_BHTD,
         k_BKSD,
         v_BKSD,
         attn_mask=mask.dense_B1TS,
         dropout_p=dropout_p,
-        is_causal=mask.causal,
+        is_causal=mask.causal and mask.dense_B1TS is None,
         scale=scale,
         enable_gqa=q_BHTD.shape[1] != k_BKSD.shape[1],
     )
 
 
-def _by_document(
-    q_BHTD: Tensor,
-    k_BKSD: Tensor,
-    v_BKSD: Tensor,
-    spans: tuple[tuple[int, int, int], ...],
-    *,
-    scale: float | None,
-    dropout_p: float,
-) -> Tensor:
-    """Causal attention inside each (row, start, stop). Spans lie in order and cover every position."""
-    gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
-    parts_HTD = [
-        F.scaled_dot_product_attention(
-            q_BHTD[row : row + 1, :, start:stop],
-            k_BKSD[row : row + 1, :, start:stop],
-            v_BKSD[row : row + 1, :, start:stop],
-            dropout_p=dropout_p,
-            is_causal=True,
-            scale=scale,
-            enable_gqa=gqa,
-        )[0].transpose(0, 1)
-        for row, start, stop in spans
-    ]
-    B, H, T, D = q_BHTD.shape
-    return torch.cat(parts_HTD).view(B, T, H, D).transpose(1, 2)
+def _trains_on_cpu(q_BHTD: Tensor) -> bool:
+    half = q_BHTD.dtype in (torch.bfloat16, torch.float16)
+    return q_BHTD.device.type == "cpu" and half and q_BHTD.requires_grad and torch.is_grad_enabled()
 
 
 def _check(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> None:
@@ -148,7 +118,7 @@ def _check(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> None:
     H, K = q_BHTD.shape[1], k_BKSD.shape[1]
     if H % K:
         raise ValueError(f"{H} query heads do not divide into groups over {K} key/value heads")
-    if mask.causal and q_BHTD.shape[2] != k_BKSD.shape[2]:
+    if mask.causal and mask.dense_B1TS is None and q_BHTD.shape[2] != k_BKSD.shape[2]:
         raise ValueError(
             f"a causal mask without positions needs as many queries as keys, not {q_BHTD.shape[2]} and "
             f"{k_BKSD.shape[2]}; give query_positions_BT to make_mask"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trine.kernels.attention import blocked
 from trine.kernels.attention.op import attention, make_mask
 from trine.kernels.attention.reference import attention_reference
 
@@ -88,3 +89,33 @@ def test_unsupported_combinations_are_refused() -> None:
         make_mask(causal=True, num_keys=5, query_positions_BT=ids, segment_ids_BT=ids)
     with pytest.raises(ValueError, match="length 5 for 6 keys"):
         make_mask(causal=True, num_keys=6, segment_ids_BT=ids)
+
+
+@pytest.mark.parametrize("kind", [None, *_SEGMENTS])
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (6, 2)])
+def test_training_in_bfloat16_is_within_its_rounding(kind: str | None, H: int, K: int) -> None:
+    """Values and gradients, against the error of the same formula computed naively in bf16."""
+    T = 200
+    segments = None if kind is None else torch.tensor(_SEGMENTS[kind])
+    q, k, v = (x.requires_grad_() for x in _inputs(2, H, K, T, T, 16, torch.bfloat16))
+    direction = torch.randn(2, H, T, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours = attention(q, k, v, mask=make_mask(causal=True, num_keys=T, segment_ids_BT=segments))
+    gradients = torch.autograd.grad(ours, (q, k, v), direction)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = attention_reference(wide[0], wide[1], wide[2], causal=True, segment_ids_BT=segments)
+    exact_gradients = torch.autograd.grad(exact, wide, direction.double())
+    assert ours.dtype == torch.bfloat16
+    for one, two in zip((ours, *gradients), (exact, *exact_gradients), strict=True):
+        assert float((one.double() - two).norm() / two.norm()) < 1e-2
+
+
+def test_blocks_of_queries_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.requires_grad_() for x in _inputs(2, 4, 2, 160, 160, 16, torch.bfloat16))
+    direction = torch.ones(2, 4, 160, 16, dtype=torch.bfloat16)
+    results = []
+    for numbers in (1, 2**22):  # blocks of 32 queries, and of 128
+        monkeypatch.setattr(blocked, "_BLOCK_NUMBERS", numbers)
+        o = attention(q, k, v, mask=make_mask(causal=True, num_keys=160))
+        results.append((o, *torch.autograd.grad(o, (q, k, v), direction)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0.02 * float(two.detach().abs().max()))
