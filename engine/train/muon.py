@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trine.engine.train.adamw import gradients
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 # Matrices orthogonalised in one call: enough to fill the machine, few enough to keep temporaries small.
@@ -70,7 +72,7 @@ class Muon:
         for indices in self._batches:
             weights = [self.parameters[i] for i in indices]
             buffers = [self.buffers[i] for i in indices]
-            grads = [_grad(weight) for weight in weights]
+            grads = gradients(weights)
             torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
             ahead = torch._foreach_lerp(grads, buffers, self.momentum)
             batch_BRC = torch.stack([update.to(self.dtype) for update in ahead])
@@ -78,11 +80,6 @@ class Muon:
             if self.weight_decay:
                 torch._foreach_mul_(weights, 1.0 - lr * self.weight_decay)
             torch._foreach_add_(weights, orthogonal, alpha=-lr * update_scale(*weights[0].shape))
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def _batches_of_equal_shape(parameters: Sequence[Tensor]) -> list[list[int]]:

@@ -6,7 +6,7 @@ Every parameter belongs to exactly one group:
     decay      other matrices: embeddings and head; with "adamw" all of them AdamW, lr, weight_decay
     no_decay   norms and biases                                              AdamW, lr, no decay
 
-AdamW is torch's fused one (Loshchilov & Hutter 2019, decoupled decay); all state is fp32 and is saved by parameter
+All state is fp32 and is saved by parameter
 name, so that it does not depend on the order or grouping of parameters.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trine.engine.errors import CheckpointError
+from trine.engine.train.adamw import AdamW
 from trine.engine.train.muon import Muon
 from trine.engine.train.recipe import OptimSettings
 
@@ -57,17 +58,13 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: OptimSettings, *, muon_dtype: torch.dtype = torch.float32) -> None:
         self.settings = settings
         self.groups = parameter_groups(model.named_parameters(), muon=settings.name == "muon")
-        adamw_groups = [
-            {"params": list(self.groups.decay.values()), "weight_decay": settings.weight_decay},
-            {"params": list(self.groups.no_decay.values()), "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in adamw_groups if group["params"]],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
+        self.adamw = {
+            name: AdamW(list(group.values()), betas=settings.betas, eps=settings.eps, weight_decay=decay)
+            for name, group, decay in (
+                ("decay", self.groups.decay, settings.weight_decay),
+                ("no_decay", self.groups.no_decay, 0.0),
+            )
+        }
         self.muon: Muon | None = None
         if settings.name == "muon":
             momentum, decay = settings.muon_momentum, settings.muon_weight_decay
@@ -89,20 +86,19 @@ class Optimizer:
     def step(self, factor: float) -> None:
         """One update from the gradients in `.grad`, with all learning rates times `factor`."""
         rates = self.learning_rates(factor)
-        for group in self.adamw.param_groups:
-            group["lr"] = rates["lr"]
-        self.adamw.step()
+        self.updates += 1
+        for adamw in self.adamw.values():
+            adamw.step(rates["lr"], update=self.updates)
         if self.muon is not None:
             self.muon.step(rates["muon_lr"])
-        self.updates += 1
 
     def state_tensors(self) -> dict[str, Tensor]:
         """All state as `adamw.exp_avg.NAME`, `adamw.exp_avg_sq.NAME`, `muon.momentum.NAME` (not copies)."""
         tensors = {}
-        for name, parameter in self._adamw_parameters().items():
-            state = self.adamw.state[parameter]
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"adamw.{key}.{name}"] = state[key] if state else torch.zeros_like(parameter)
+        for group, adamw in ((self.groups.decay, self.adamw["decay"]), (self.groups.no_decay, self.adamw["no_decay"])):
+            moments = zip(group, adamw.first_moments, adamw.second_moments, strict=True)
+            for name, first, second in moments:
+                tensors[f"adamw.exp_avg.{name}"], tensors[f"adamw.exp_avg_sq.{name}"] = first, second
         if self.muon is not None:
             for name, buffer in zip(self.groups.muon, self.muon.buffers, strict=True):
                 tensors[f"muon.momentum.{name}"] = buffer
@@ -119,16 +115,6 @@ class Optimizer:
                 f"the saved optimizer state does not fit this model and optimizer: {len(odd)} tensors differ, "
                 f"first {odd[0]!r}; continue with the recipe it was saved with"
             )
-        for name, parameter in self._adamw_parameters().items():
-            state = {
-                key: tensors[f"adamw.{key}.{name}"].to(parameter.device, copy=True) for key in ("exp_avg", "exp_avg_sq")
-            }
-            steps = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
-            self.adamw.state[parameter] = {"step": steps, **state}
-        if self.muon is not None:
-            for name, buffer in zip(self.groups.muon, self.muon.buffers, strict=True):
-                buffer.copy_(tensors[f"muon.momentum.{name}"])
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
         self.updates = updates
-
-    def _adamw_parameters(self) -> dict[str, nn.Parameter]:
-        return {**self.groups.decay, **self.groups.no_decay}
