@@ -115,6 +115,14 @@ def test_kernels_are_usable_alone(path: Path) -> None:
         assert name.partition(".")[0] in allowed or name.startswith("trine.kernels."), f"{path.name} imports {name}"
 
 
+def test_development_tools_are_imported_by_benchmarks_only() -> None:
+    """`make setup` installs Trine without them, so nothing a user runs may need them."""
+    tools = {"transformers", "accelerate", "pytest", "hypothesis", "build"}
+    for path in MODULES:
+        if not path.is_relative_to(ROOT / "benchmarks"):
+            assert not tools & {name.partition(".")[0] for name in imports(path)}, module_name(path)
+
+
 def test_the_environment_is_read_in_one_place_per_room() -> None:
     readers = {"trine.engine.env", "trine.kernels.hardware"}
     for path in MODULES:

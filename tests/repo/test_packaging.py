@@ -149,3 +149,7 @@ def test_wheel_works_in_another_folder(installed: Path, tmp_path: Path) -> None:
     assert where.startswith(str(installed.parent)), "the wheel, not the checkout, must be imported"
     assert "quickstart.toml" in configs.split()
     assert "torch" in run(installed / "trine", "doctor")
+    shown = run(installed / "trine", "quickstart", "--steps", "3", "--out", tmp_path / "run")
+    assert "bits per byte" in shown
+    assert (tmp_path / "run/report.html").is_file()
+    assert run(installed / "trine", "generate", tmp_path / "run", "--prompt", "def f", "--max-tokens", "3")
