@@ -16,8 +16,8 @@ test-slow: $(VENV)/.develop ## the wide and long tests
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 lint: $(VENV)/.develop ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-types: $(VENV)/.develop ## mypy, strict
-	$(BIN)/mypy
+types: $(VENV)/.develop ## mypy, strict: the rooms and the tests
+	$(BIN)/mypy && $(BIN)/mypy tests
 gpu: ## on a GPU machine: doctor, GPU tests, training and generation against the CPU
 	PYTHONPATH=.typing $(or $(wildcard $(BIN)/python),$(PYTHON)) -m trine.benchmarks.gpu_pass
 bench: $(VENV)/.develop ## training speed against the transformers Trainer

@@ -89,7 +89,7 @@ def test_cores_count_threads_of_a_core_once_and_respect_the_quota(
         (tmp_path / "cpu.max").write_text(quota + "\n")
     monkeypatch.setattr(env, "_CPU_TOPOLOGY", tmp_path)
     monkeypatch.setattr(env, "_CPU_QUOTA", tmp_path / "cpu.max")
-    monkeypatch.setattr(env.os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3})
     assert env.physical_cores() == expected
 
 

@@ -13,7 +13,7 @@ def test_lines_tell_share_rate_and_time_left() -> None:
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = iter([0.0, 4.0, 11.0, 12.0, 22.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with ByteProgress(1000, what="x") as meter:
         for position in (100, 200, 300, 400):
             meter.update(position, tokens=10)

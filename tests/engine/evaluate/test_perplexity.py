@@ -135,7 +135,7 @@ def test_bad_sizes_and_inputs_are_refused(model: Transformer, tiny_tokenizer: To
     with pytest.raises(DataError, match="nothing to score"):
         perplexity(model, tiny_tokenizer, ["x"])
     with torch.no_grad():
-        model.norm.weight.fill_(float("nan"))
+        model.get_parameter("norm.weight").fill_(float("nan"))
     with pytest.raises(NonFiniteError):
         perplexity(model, tiny_tokenizer, TEXTS)
 

@@ -161,7 +161,7 @@ def test_ids_outside_the_vocabulary_are_refused(model: Transformer, tiny_tokeniz
 
 def test_damaged_weights_are_reported(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
     with torch.no_grad():
-        model.norm.weight.fill_(float("nan"))
+        model.get_parameter("norm.weight").fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="not finite"):
         generate(model, tiny_tokenizer, ["a"], GREEDY)
 

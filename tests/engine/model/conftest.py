@@ -137,7 +137,7 @@ def record_parity(record_property: Callable[[str, object], None]) -> Callable[[s
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the parity table."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    rows = [
+    rows: list[Any] = [
         value
         for report in reports
         if isinstance(report, pytest.TestReport) and report.when == "call"

@@ -176,7 +176,7 @@ def test_files_of_a_base_class_are_read(
     make_pair: MakePair, name: str, prefix: str, sample_ids: torch.Tensor, tmp_path: Path
 ) -> None:
     folder = _copy(make_pair(name).folder, tmp_path / "copy")
-    _edit_tensors(folder, lambda t: [t.__setitem__(key.removeprefix(prefix), t.pop(key)) for key in list(t)])
+    _edit_tensors(folder, lambda t: t.update({key.removeprefix(prefix): t.pop(key) for key in list(t)}))
     assert torch.equal(_logits(folder, sample_ids), _logits(make_pair(name).folder, sample_ids))
 
 

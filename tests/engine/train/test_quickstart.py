@@ -111,7 +111,7 @@ class StopAfter(StopRequest):
         self._left = self.looks
 
     @property
-    def requested(self) -> bool:
+    def requested(self) -> bool:  # type: ignore[override]
         self._left -= 1
         return self._left < 0
 

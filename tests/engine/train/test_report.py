@@ -300,7 +300,14 @@ def test_browser_shows_the_curves_without_a_complaint_or_a_request(tmp_path: Pat
     document.title = JSON.stringify({seen, requests, overflow: document.documentElement.scrollWidth - innerWidth});
     </script></body>"""
     page.write_text(page.read_text().replace("</body>", probe))
-    quiet = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+    quiet: tuple[str, ...] = (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+    )
     quiet += ("disable-component-update", "disable-sync", "enable-logging=stderr")
     options = [*quiet, f"user-data-dir={tmp_path / 'profile'}", f"window-size={width},900", "dump-dom"]
     command = [chromium(), *(f"--{option}" for option in options), page.as_uri()]
