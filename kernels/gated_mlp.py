@@ -1,6 +1,6 @@
 """The gated unit of a feed-forward layer: y = activation(gate) * up  (SwiGLU with silu, GeGLU with gelu).
 
-The product is one operation with its own backward, which recomputes the activation: only gate and up are kept.
+In training gate and up come as one tensor from one matrix product, and their gradients go back as one.
 
     dup = dy * act(gate)      dgate = dy * up * act'(gate)
 
@@ -51,20 +51,31 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
     """activation(gate) * up; both of one dtype and shape. `activation` is one of `ACTIVATIONS`."""
     if gate_NF.dtype != up_NF.dtype:
         raise ValueError(f"gate is {gate_NF.dtype} but up is {up_NF.dtype}; cast them to one")
-    result: Tensor = _Gated.apply(gate_NF, up_NF, activation)  # type: ignore[no-untyped-call]
+    return activate(gate_NF, activation) * up_NF
+
+
+def gated_joined(gate_up_NG: Tensor, activation: str) -> Tensor:
+    """As `gated` for training: gate and up are the halves of the last dimension, as one matrix product leaves them."""
+    result: Tensor = _Gated.apply(gate_up_NG, activation)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(gate_NF, up_NF)
+    def forward(ctx: Any, gate_up_NG: Tensor, activation: str) -> Tensor:
+        gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+        activated_NF = _ACTIVATIONS[activation][0](gate_NF)
+        ctx.save_for_backward(gate_up_NG, activated_NF)
         ctx.activation = activation
-        return _ACTIVATIONS[activation][0](gate_NF).mul_(up_NF)
+        return activated_NF * up_NF
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy_NF,) = grads
-        gate_NF, up_NF = ctx.saved_tensors
-        function, function_backward = _ACTIVATIONS[ctx.activation]
-        return function_backward(dy_NF * up_NF, gate_NF), function(gate_NF).mul_(dy_NF), None
+        gate_up_NG, activated_NF = ctx.saved_tensors
+        gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+        dgate_up_NG = torch.empty_like(gate_up_NG)
+        dgate_NF, dup_NF = dgate_up_NG.chunk(2, dim=-1)
+        torch.mul(dy_NF, activated_NF, out=dup_NF)
+        dgate_NF.copy_(_ACTIVATIONS[ctx.activation][1](dy_NF * up_NF, gate_NF))
+        return dgate_up_NG, None

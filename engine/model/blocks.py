@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from trine.engine.model.cache import CacheStep, KVCache
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.layers import Linear, RMSNorm, fused_linear, make_norm
+from trine.engine.model.layers import Linear, RMSNorm, joined_linear, make_norm, records_gradients
 from trine.kernels.attention.op import Mask, attention
-from trine.kernels.gated_mlp import activate, gated
-from trine.kernels.rope import rope
+from trine.kernels.gated_mlp import activate, gated, gated_joined
+from trine.kernels.rope import rope, rope_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, *, device: torch.device | str | None, dtype: torch.dtype):
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.dropout = config.dropout.attention
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.width, q_width, bias=config.qkv_bias, device=device, dtype=dtype)
@@ -51,18 +51,29 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        heads = (*x_BTC.shape[:2], -1, self.head_dim)
-        q_BTHD, k_BTKD, v_BTKD = (y.view(heads) for y in fused_linear(x_BTC, self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
-        if context.rope_tables is not None:
-            q_BTHD, k_BTKD = rope(q_BTHD, *context.rope_tables), rope(k_BTKD, *context.rope_tables)
-        k_BKSD, v_BKSD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+        q_BHTD, k_BKSD, v_BKSD = self._heads(x_BTC, context.rope_tables)
         if context.cache is not None and context.step is not None:
             k_BKSD, v_BKSD = context.cache.update(self.layer, k_BKSD, v_BKSD, context.step)
         dropout_p = self.dropout if self.training else 0.0
-        o_BHTD = attention(q_BTHD.transpose(1, 2), k_BKSD, v_BKSD, mask=context.mask, dropout_p=dropout_p)
+        o_BHTD = attention(q_BHTD, k_BKSD, v_BKSD, mask=context.mask, dropout_p=dropout_p)
         return self.o_proj(o_BHTD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x_BTC: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q_BHTD, k_BKTD, v_BKTD, normalised and rotated as the config says."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if records_gradients(self.q_proj):
+            qkv_BTE = joined_linear(x_BTC, *layers)
+            if tables is not None and self.q_norm is None:
+                return rope_heads(qkv_BTE, *tables, self.num_heads, self.num_kv_heads)
+            parts = torch.split(qkv_BTE, [layer.weight.shape[0] for layer in layers], dim=-1)
+        else:
+            parts = tuple(layer(x_BTC) for layer in layers)
+        q_BTHD, k_BTKD, v_BTKD = (part.reshape(*part.shape[:2], -1, self.head_dim) for part in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        if tables is not None:
+            q_BTHD, k_BTKD = rope(q_BTHD, *tables), rope(k_BTKD, *tables)
+        return q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -81,9 +92,10 @@ class MLP(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         if self.gate_proj is None:
             h_BTF = activate(self.up_proj(x_BTC), self.activation)
+        elif records_gradients(self.up_proj):
+            h_BTF = gated_joined(joined_linear(x_BTC, self.gate_proj, self.up_proj), self.activation)
         else:
-            gate_BTF, up_BTF = fused_linear(x_BTC, self.gate_proj, self.up_proj)
-            h_BTF = gated(gate_BTF, up_BTF, self.activation)
+            h_BTF = gated(self.gate_proj(x_BTC), self.up_proj(x_BTC), self.activation)
         return self.down_proj(h_BTF)  # type: ignore[no-any-return]
 
 

@@ -32,19 +32,22 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def fused_linear(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """The outputs of several layers on the same input.
+def joined_linear(x: Tensor, *layers: Linear) -> Tensor:
+    """The outputs of several layers on the same input, side by side in the last dimension; for training.
 
-    While gradients are recorded their weights are joined into one matrix (in the copy that the cast makes anyway), so
-    that there is one product forward and two backward instead of three and six, and no sum of input gradients.
+    Their weights are joined into one matrix, in the copy that the cast makes anyway: one product forward and two
+    backward instead of three and six, and no sum of input gradients.
     """
-    if not (torch.is_grad_enabled() and layers[0].weight.requires_grad):
-        return tuple(layer(x) for layer in layers)
     weight: Tensor = _JoinCast.apply(x.dtype, *(layer.weight for layer in layers))  # type: ignore[no-untyped-call]
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias: Tensor | None = _JoinCast.apply(x.dtype, *biases) if biases else None  # type: ignore[no-untyped-call]
     assert len(biases) in (0, len(layers)), "layers that are joined have biases all or none"
-    return torch.split(F.linear(x, weight, bias), [layer.weight.shape[0] for layer in layers], dim=-1)
+    bias: Tensor | None = _JoinCast.apply(x.dtype, *biases) if biases else None  # type: ignore[no-untyped-call]
+    return F.linear(x, weight, bias)
+
+
+def records_gradients(layer: Linear) -> bool:
+    """Whether a product with this layer's weight will be differentiated."""
+    return torch.is_grad_enabled() and layer.weight.requires_grad
 
 
 class _JoinCast(torch.autograd.Function):

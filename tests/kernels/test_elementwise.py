@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.gated_mlp import ACTIVATIONS, gated, gated_reference
+from trine.kernels.gated_mlp import ACTIVATIONS, gated, gated_joined, gated_reference
 from trine.kernels.layer_norm import layer_norm, layer_norm_reference
 from trine.kernels.rms_norm import rms_norm, rms_norm_reference
-from trine.kernels.rope import rope, rope_reference, rope_tables
+from trine.kernels.rope import rope, rope_heads, rope_reference, rope_tables
 
 SHAPES = [(3, 5), (2, 7, 123), (1, 1, 64), (4, 33, 2, 16), (0, 8)]
 
@@ -104,10 +104,31 @@ def test_gated(shape: tuple[int, ...], activation: str, dtype: torch.dtype, tole
     _check(lambda g, u: gated(g, u, activation), lambda g, u: gated_reference(g, u, activation), [gate, up], tolerance)
 
 
-def test_gated_of_views() -> None:
-    joined = _randn(4, 6, 24)
-    gate, up = joined[..., :12], joined[..., 12:]
-    _check(lambda g, u: gated(g, u, "silu"), lambda g, u: gated_reference(g, u, "silu"), [gate, up], 2e-6)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_joined(activation: str, dtype: torch.dtype, tolerance: float) -> None:
+    joined = _randn(4, 7, 24).to(dtype)
+    _check(
+        lambda x: gated_joined(x, activation),
+        lambda x: gated_reference(x[..., :12], x[..., 12:], activation),
+        [joined],
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1.6e-2)])
+@pytest.mark.parametrize(("H", "K"), [(4, 4), (6, 2)])
+def test_rope_heads(H: int, K: int, dtype: torch.dtype, tolerance: float) -> None:
+    B, T, D = 2, 33, 8
+    cos, sin = rope_tables(torch.arange(T)[None], 1.0 / (10_000.0 ** (torch.arange(0, D, 2) / D)), dtype)
+
+    def exact(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(B, T, -1, D).split([H, K, K], dim=2)
+        tables = cos.double(), sin.double()
+        return torch.cat([rope_reference(q, *tables), rope_reference(k, *tables), v], dim=2).transpose(1, 2)
+
+    joined = _randn(B, T, (H + 2 * K) * D).to(dtype)
+    _check(lambda x: torch.cat(rope_heads(x, cos, sin, H, K), dim=1), exact, [joined], tolerance)
 
 
 def test_mixed_dtypes_are_refused() -> None:
