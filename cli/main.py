@@ -7,12 +7,15 @@ answers at once.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from trine.cli import bench, data, doctor, generate, quickstart, report, tokenizer, train
 from trine.cli import eval as evaluate
+
+# typer's error for a wrong command line: the base of its one public class of that kind.
+_WrongUsage = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="trine",
@@ -58,10 +61,9 @@ def main() -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        app(arguments)
-    except SystemExit:
-        raise
-    except KeyboardInterrupt:
+        status = app(arguments, prog_name="trine", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
         # The reader went away (`| head`); close stdout quietly instead of complaining at interpreter exit.
@@ -70,12 +72,31 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        line, status = _explain(error)
-        print(f"trine: {line}", file=sys.stderr)
+        line, status = _explain(error, arguments)
+        print(line, file=sys.stderr)
         sys.exit(status)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
+    """The line to print and the exit status."""
+    if isinstance(error, _WrongUsage):
+        return _explain_usage(error, arguments), 2
+    line, status = _explain_failure(error)
+    return f"trine: {line}", status
+
+
+def _explain_usage(error: Any, arguments: list[str]) -> str:
+    message = error.format_message()
+    if message.startswith("Usage:"):
+        return str(message)  # a group of commands without one: its help
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        if option in arguments[:-1]:
+            message = f"{message.rstrip('.')}, not {arguments[arguments.index(option) + 1]!r}"
+    help_of = "" if error.ctx is None else f"; see `{error.ctx.command_path} --help`"
+    return f"trine: {message.rstrip('.')}{help_of}"
+
+
+def _explain_failure(error: Exception) -> tuple[str, int]:
     from trine.engine.errors import TrineError
 
     if isinstance(error, TrineError):

@@ -46,7 +46,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     """Split `a.b=value` into its key path and value.
 
     The value is read as TOML where it is valid TOML (`1e-3`, `true`, `[1, 2]`, `"x"`) and as a plain string otherwise.
-    `True`, `False` and `None`-free Python spellings of booleans are accepted too.
+    `True` and `False` are accepted for booleans too.
     """
     key, separator, raw = text.partition("=")
     path = key.strip().split(".")
@@ -91,7 +91,6 @@ def apply_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
 def parse(settings: type[SettingsT], table: dict[str, Any], *, origin: str) -> SettingsT:
     """Validate `table` as `settings`; raises one `UsageError` naming `origin`, the key and the remedy."""
     try:
-        # Coerce from strings is off (strict); paths and tuples are what TOML cannot spell, so lax rules serve them.
         return settings.model_validate(table)
     except ValidationError as error:
         complaints = "; ".join(_describe(settings, detail) for detail in error.errors(include_url=False))

@@ -14,7 +14,7 @@ from trine.engine.errors import CheckpointError, UsageError
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, raises: BaseException | None = None) -> int:
     """The exit status of `trine ARGUMENTS`; with `raises`, the application itself is replaced by that error."""
 
-    def fail(arguments: list[str]) -> None:
+    def fail(arguments: list[str], **_: object) -> None:
         assert raises is not None
         raise raises
 
@@ -52,20 +52,37 @@ def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_debug_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "app", lambda arguments: 1 / len(arguments))
+    monkeypatch.setattr(main, "app", lambda arguments, **_: 1 / len(arguments))
     monkeypatch.setattr(sys, "argv", ["trine", "--debug"])
     with pytest.raises(ZeroDivisionError):
         main.main()
 
 
-@pytest.mark.parametrize("arguments", [("doctr",), ("doctor", "--no-such-option"), ("doctor", "extra")])
-def test_wrong_usage_is_status_2(
-    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, *arguments) == 2
-    assert "Error: " in capsys.readouterr().err
-
-
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"trine {importlib.metadata.version('trine')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("train",), "trine: Missing argument 'RECIPE.toml'; see `trine train --help`"),
+        (("doctr",), "trine: No such command 'doctr'. Did you mean 'doctor'?; see `trine --help`"),
+        (("report", "x", "--fulness"), "trine: No such option: --fulness; see `trine report --help`"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(
+    arguments: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_value_of_the_wrong_type_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "generate", "x", "--prompt", "p", "--temperature", "warm") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("trine: Invalid value for '--temperature'")
+    assert "'warm'" in shown
+    assert shown.count("\n") == 1
