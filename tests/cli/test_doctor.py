@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from trine.cli import doctor
 from trine.cli.main import app
 from trine.engine import env
+from trine.kernels.attention import op
+from trine.kernels.attention.blocked import blocked_attention
 from trine.kernels.implementations import implementations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +43,7 @@ def test_doctor_json_is_one_object_on_one_line() -> None:
     assert result.stdout.count("\n") == 1
     assert found["device"] == {"value": "cpu", "reason": "as requested"}
     assert found["environment"]["packages"]["torch"] == torch.__version__
-    assert {row["operation"] for row in found["kernels"]} >= {"attention", "rms_norm"}
+    assert {row["operation"] for row in found["kernels"]} >= {"attention training", "rms_norm"}
 
 
 def test_doctor_shows_gpus_and_a_busy_machine() -> None:
@@ -56,8 +61,30 @@ def test_every_operation_of_the_kernel_room_has_a_row() -> None:
         path.parent.name for path in (ROOT / "kernels").glob("*/*.py")
     }
     rows = implementations(torch.device("cpu"), torch.bfloat16)
-    assert [row.operation for row in rows] == sorted(on_disk - no_operations)
+    assert [row.operation for row in rows] == sorted(row.operation for row in rows)
+    assert {row.operation.split()[0] for row in rows} == on_disk - no_operations
     assert all(row.implementation and row.reason for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_does_what_its_row_says(dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def watch(target: str, label: str, original: Callable[..., torch.Tensor]) -> None:
+        def call(*arguments: Any, **options: Any) -> torch.Tensor:
+            called.append(label)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(target, call)
+
+    watch("trine.kernels.attention.op.blocked_attention", "blocked", blocked_attention)
+    watch("torch.nn.functional.scaled_dot_product_attention", "torch SDPA", F.scaled_dot_product_attention)
+    x_BHTD = torch.randn(1, 2, 8, 16).to(dtype).requires_grad_(training)
+    op.attention(x_BHTD, x_BHTD, x_BHTD, mask=op.make_mask(causal=True, num_keys=8))
+    use = "attention training" if training else "attention generation"
+    (row,) = (row for row in implementations(torch.device("cpu"), dtype) if row.operation == use)
+    assert row.implementation.startswith(called[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
