@@ -16,22 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.gelu_backward(dy, x, approximate="tanh")
-    return result
-
-
-# name -> (activation, its backward: dy and input to dinput). "gelu_tanh" is GPT-2's gelu_new, "gelu" the exact one.
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu_tanh": (_gelu_tanh, _gelu_tanh_backward),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-    "relu": (F.relu, lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0)),
+# name -> (activation, its backward written into the last argument: dy, input, dinput).
+# "gelu_tanh" is the tanh approximation (GPT-2's gelu_new), "gelu" the exact one.
+_aten = torch.ops.aten
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], object]]] = {
+    "silu": (F.silu, lambda dy, x, dx: _aten.silu_backward(dy, x, grad_input=dx)),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda dy, x, dx: _aten.gelu_backward(dy, x, approximate="tanh", grad_input=dx),
+    ),
+    "gelu": (F.gelu, lambda dy, x, dx: _aten.gelu_backward(dy, x, grad_input=dx)),
+    "relu": (F.relu, lambda dy, x, dx: _aten.threshold_backward(dy, x, 0, grad_input=dx)),
 }
 ACTIVATIONS: tuple[str, ...] = tuple(_ACTIVATIONS)
 
@@ -77,5 +72,5 @@ class _Gated(torch.autograd.Function):
         dgate_up_NG = torch.empty_like(gate_up_NG)
         dgate_NF, dup_NF = dgate_up_NG.chunk(2, dim=-1)
         torch.mul(dy_NF, activated_NF, out=dup_NF)
-        dgate_NF.copy_(_ACTIVATIONS[ctx.activation][1](dy_NF * up_NF, gate_NF))
+        _ACTIVATIONS[ctx.activation][1](dy_NF * up_NF, gate_NF, dgate_NF)
         return dgate_up_NG, None

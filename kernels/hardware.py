@@ -6,6 +6,7 @@ timed. Callers print which of the two they got.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
@@ -70,6 +71,20 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep large freed blocks for reuse instead of returning each to the system at once.
+
+    A training step on a CPU frees and takes the same large tensors over and over; with glibc's defaults every one costs
+    page faults and zeroing: 7 % of a step of a 34M model. For the whole process and for good; peak memory was the same.
+    Returns whether it took effect (False where the C library is not glibc).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4  # names of the options in malloc.h
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
-from trine.kernels.hardware import device_name, has_fast_bf16, memory_bytes, peak_flops
+from trine.kernels.hardware import device_name, has_fast_bf16, keep_freed_memory, memory_bytes, peak_flops
 
 
 def test_probes_of_the_cpu() -> None:
@@ -17,3 +19,7 @@ def test_probes_of_the_cpu() -> None:
     flops, origin = peak_flops(cpu, torch.float32)
     assert flops > 1e8
     assert origin == "measured"
+
+
+def test_freed_memory_is_kept_where_glibc_is() -> None:
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
