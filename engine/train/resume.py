@@ -10,6 +10,7 @@ Three kinds of change since the checkpoint was written:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from trine.engine.errors import DataError, UsageError
 from trine.engine.log import say, warn
@@ -29,10 +30,12 @@ _FREE = (
     "train.device",
     "train.threads",
 )
-_MACHINE = ("packages", "device_name", "threads", "cpu_name")
+# The facts of `environment()` that the bits depend on: what computes, and where.
+_MACHINE = ("trine", "commit", "device_name", "cpu_name", "threads")
+_PACKAGES = ("torch", "numpy", "triton")
 
 
-def check_continuation(setup: Setup, origin: Path, state: TrainerState, environment: dict[str, object]) -> list[str]:
+def check_continuation(setup: Setup, origin: Path, state: TrainerState, environment: dict[str, Any]) -> list[str]:
     """Refuse what cannot be continued; returns what keeps the continuation from being bit-identical, in words.
 
     Raises `UsageError` (recipe) or `DataError` (data, tokenizer) naming what changed.
@@ -59,15 +62,19 @@ def check_continuation(setup: Setup, origin: Path, state: TrainerState, environm
         for key, (before, after) in changes.items()
         if not key.startswith(_FREE)
     ]
-    differences += [
-        f"{key} was {state.environment.get(key)}, is {environment.get(key)}"
-        for key in _MACHINE
-        if state.environment.get(key) != environment.get(key)
-    ]
+    differences += machine_differences(state.environment, environment)
     for difference in differences:
         warn(f"continuing is not identical to an uninterrupted run: {difference}")
     say(f"continuing {origin} at step {state.step}")
     return differences
+
+
+def machine_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What two `environment()`s differ in, of all that the bits of a run depend on; one line each."""
+    pairs = [(key, before.get(key), after.get(key)) for key in _MACHINE]
+    packages, installed = before.get("packages", {}), after.get("packages", {})
+    pairs += [(name, packages.get(name), installed.get(name)) for name in _PACKAGES]
+    return [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
 
 
 def _refuse_breaking(changes: dict[str, tuple[object, object]], origin: Path) -> None:

@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from trine.engine.env import environment
 from trine.engine.errors import DataError, UsageError
 from trine.engine.train import loop
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe, recipe_toml
+from trine.engine.train.resume import machine_differences
 
 MakeRecipe = Callable[..., Recipe]
 CASES: dict[str, dict[str, Any]] = {
@@ -167,6 +169,19 @@ def test_a_changed_learning_rate_is_accepted_and_said(
     assert "optim.lr was 0.005, is 0.001" in capsys.readouterr().err
     resumed = next(record for record in records(tmp_path / "run") if record["kind"] == "resume")
     assert resumed["differences"] == ["optim.lr was 0.005, is 0.001"]
+
+
+def test_only_what_the_bits_depend_on_is_compared_one_line_each() -> None:
+    before = environment()
+    other = {"trine": "9.9", "threads": 64, "platform": "Linux 1.0", "python": "3.99", "memory_bytes": 1}
+    packages = {**before["packages"], "torch": "0.1", "tokenizers": "0.1", "triton": "0.2"}
+    assert machine_differences(before, before) == []
+    assert machine_differences(before, {**before, **other, "packages": packages}) == [
+        f"trine was {before['trine']}, is 9.9",
+        f"threads was {before['threads']}, is 64",
+        f"torch was {before['packages']['torch']}, is 0.1",
+        f"triton was {before['packages'].get('triton')}, is 0.2",
+    ]
 
 
 @pytest.mark.usefixtures("stopped")
