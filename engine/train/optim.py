@@ -6,8 +6,7 @@ Every parameter belongs to exactly one group:
     decay      other matrices: embeddings and head; with "adamw" all of them AdamW, lr, weight_decay
     no_decay   norms and biases                                              AdamW, lr, no decay
 
-All state is fp32 and is saved by parameter
-name, so that it does not depend on the order or grouping of parameters.
+All state is fp32 and is saved by parameter name, so that it does not depend on the order or grouping of parameters.
 """
 
 from __future__ import annotations

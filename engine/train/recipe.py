@@ -17,6 +17,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from trine.engine.config import Settings, apply_overrides, parse, read_toml
 
+RECIPE = "recipe.toml"  # its name in a run folder
+
 # TOML spells paths as strings and tuples as lists; only these two fields' own rules are lax, not those of their items.
 PathValue = Annotated[Path, Field(strict=False)]
 Positive = Annotated[int, Field(ge=1)]
@@ -183,10 +185,10 @@ class ScheduleSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Validation loss and samples: every `every` steps and at the end; 0 = never. `max_batches` 0 = the whole
-    split, else so many batches of windows spread evenly over it.
+    """Validation loss and samples every `every` steps and at the end; 0 = never.
 
-    A batch of validation is `train.micro_batch_size` sequences, or `batch_size` where given.
+    `max_batches` 0 is the whole split, any other number so many batches of windows spread evenly over it. A batch of
+    validation is `train.micro_batch_size` sequences, or `batch_size` where given.
     """
 
     every: Count = 250
@@ -205,10 +207,9 @@ class CheckpointSettings(Settings):
 
 
 class ExportSettings(Settings):
-    """What `final/` holds: the trained weights (`raw`) in `dtype`."""
+    """What `final/` holds: the trained weights in `dtype`."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    weights: Literal["raw"] = "raw"
 
 
 class LogSettings(Settings):

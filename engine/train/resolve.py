@@ -15,6 +15,7 @@ import torch
 
 from trine.engine.config import Settings
 from trine.engine.data.samples import SampleStream
+from trine.engine.data.shards import read_manifest
 from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
@@ -70,9 +71,11 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     device = choose_device(recipe.train.device)
     threads = set_threads(recipe.train.threads)
     compute_dtype, reason = choose_dtype(device, recipe.train.compute_dtype)
-    weighted = recipe.data.weighted
     stream = SampleStream(
-        weighted, seq_len=recipe.data.seq_len, seed=recipe.train.seed, document_mask=recipe.data.document_mask
+        recipe.data.weighted,
+        seq_len=recipe.data.seq_len,
+        seed=recipe.train.seed,
+        document_mask=recipe.data.document_mask,
     )
     tokenizer = Tokenizer.load(stream.tokenizer_dir)
     weights = continue_from
@@ -87,15 +90,7 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
         raise UsageError(
             f"data.seq_len = {recipe.data.seq_len} exceeds the model's context of {config.max_positions}; shorten it"
         )
-    validation = None
-    if recipe.eval.every:
-        batch = recipe.eval.batch_size or recipe.train.micro_batch_size or recipe.train.batch_size
-        validation = ValidationSet(
-            [path for path, _ in weighted],
-            seq_len=recipe.data.seq_len,
-            max_tokens=recipe.eval.max_batches * batch * recipe.data.seq_len or None,
-            document_mask=recipe.data.document_mask,
-        )
+    validation = _open_validation(recipe) if recipe.eval.every else None
     _check_prompts(recipe, tokenizer, config)
     resolved = _close(recipe, config, threads=threads, device=device, compute_dtype=compute_dtype)
     return Setup(
@@ -163,6 +158,23 @@ def changed_settings(old: Settings, new: Settings, prefix: str = "") -> dict[str
         elif before != after:
             changes[prefix + name] = (before, after)
     return changes
+
+
+def _open_validation(recipe: Recipe) -> ValidationSet:
+    folders = [path for path, _ in recipe.data.weighted]
+    for folder in folders:
+        if "validation" not in read_manifest(folder)["splits"]:
+            raise DataError(
+                f"{folder} has no validation split; prepare it with --validation FILE or --validation-fraction X, "
+                "or train without validation: eval.every=0"
+            )
+    batch = recipe.eval.batch_size or recipe.train.micro_batch_size or recipe.train.batch_size
+    return ValidationSet(
+        folders,
+        seq_len=recipe.data.seq_len,
+        max_tokens=recipe.eval.max_batches * batch * recipe.data.seq_len or None,
+        document_mask=recipe.data.document_mask,
+    )
 
 
 def _pretrained_config(model: ModelSettings, folder: Path, tokenizer: Tokenizer) -> ModelConfig:

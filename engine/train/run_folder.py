@@ -32,10 +32,9 @@ from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.metrics import METRICS
 from trine.engine.train.optim import Optimizer
-from trine.engine.train.recipe import Recipe, load_recipe, recipe_toml
+from trine.engine.train.recipe import RECIPE, Recipe, load_recipe, recipe_toml
 
 STATE_VERSION = 1
-RECIPE = "recipe.toml"
 LATEST = "latest"
 FINAL = "final"
 _ASIDE = ".writing-"

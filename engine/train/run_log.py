@@ -1,9 +1,8 @@
 """What a run folder tells about its run: the recipe, the metrics, and whether it has ended.
 
-`metrics.jsonl` is a log that is only ever appended to, so a run that was killed and went on from its last checkpoint
-holds some steps twice. A `resume` record at step n says that everything logged after step n is superseded; reading
-applies that, and what is left is one run in order. A last line without its newline is still being written (or was cut
-off by a kill) and is passed over.
+`metrics.jsonl` holds one run in order: when a run goes on from its last checkpoint, `MetricsFile.resume` drops what was
+logged after it, and the `end`. A last line without its newline is still being written (or was cut off by a kill) and is
+passed over.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trine.engine.errors import DataError, UsageError
+from trine.engine.train.metrics import METRICS
+from trine.engine.train.recipe import RECIPE
 
-METRICS = "metrics.jsonl"
-RECIPE = "recipe.toml"
 Record = dict[str, Any]
 
 
@@ -95,7 +94,7 @@ def _parse(line: bytes, path: Path, number: int) -> Record:
 
 
 def _add(log: RunLog, record: Record) -> None:
-    kind, step = record["kind"], record["step"]
+    kind = record["kind"]
     lists = {"step": log.steps, "eval": log.evaluations, "sample": log.samples, "checkpoint": log.checkpoints}
     if kind in lists:
         lists[kind].append(record)
@@ -104,10 +103,7 @@ def _add(log: RunLog, record: Record) -> None:
     elif kind == "end":
         log.end = record
     elif kind == "resume":
-        log.end = None
-        log.resumed_at = [earlier for earlier in log.resumed_at if earlier <= step] + [int(step)]
-        for records in lists.values():
-            records[:] = [earlier for earlier in records if earlier["step"] <= step]
+        log.resumed_at.append(int(record["step"]))
 
 
 def _is_number(value: object) -> bool:

@@ -51,9 +51,12 @@ def validate(
     return ValidationResult(nats / max(1, tokens), data.bits_per_byte(nats), tokens)
 
 
-def sample(model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, *, seed: int) -> list[str]:
+def sample(
+    model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, *, seed: int, compute_dtype: torch.dtype
+) -> list[str]:
     """A completion of each of the recipe's prompts, the same ones for the same weights and seed."""
     if not settings.sample_prompts:
         return []
     params = SamplingParams(max_tokens=settings.sample_tokens, temperature=settings.sample_temperature, seed=seed)
-    return [completion.text for completion in generate(model, tokenizer, settings.sample_prompts, params)]
+    completions = generate(model, tokenizer, settings.sample_prompts, params, compute_dtype=compute_dtype)
+    return [completion.text for completion in completions]

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from trine.engine.errors import DataError, NonFiniteError, UsageError
+from trine.engine.generate import plain
 from trine.engine.model.checkpoint import load_model
-from trine.engine.train import loop
+from trine.engine.train import loop, validation
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe, load_recipe
 
@@ -67,6 +68,19 @@ def test_a_run_learns_and_leaves_metrics_checkpoints_and_a_final_model(make_reci
     final = load_file(run / "final" / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in masters.values())
     assert all(torch.equal(final[name], masters[name].bfloat16()) for name in masters)
+
+
+def test_samples_are_drawn_in_the_compute_dtype(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def generate(*arguments: Any, compute_dtype: torch.dtype) -> list[Any]:
+        used.append(compute_dtype)
+        return plain.generate(*arguments, compute_dtype=compute_dtype)
+
+    monkeypatch.setattr(validation, "generate", generate)
+    evaluation = {"every": 3, "sample_prompts": ["Ada"], "sample_tokens": 2}
+    train(make_recipe(train={"steps": 3, "compute_dtype": "bfloat16"}, eval=evaluation))
+    assert used == [torch.bfloat16]
 
 
 def test_the_final_model_loads_in_transformers(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -163,6 +177,6 @@ def test_evaluation_without_a_validation_split_is_refused(
 
     (tmp_path / "a.txt").write_text("Ada sees a cat. " * 50)
     prepare([tmp_path / "a.txt"], tokenizer_dir=data_dir / "tokenizer", out=tmp_path / "bare", workers=1)
-    with pytest.raises(DataError, match="no validation split"):
+    with pytest.raises(DataError, match=r"has no validation split; .* eval\.every=0"):
         train(make_recipe(data={"path": str(tmp_path / "bare")}, eval={"every": 5}))
     assert not (tmp_path / "run").exists()

@@ -61,7 +61,7 @@ BAD: list[tuple[str, str, str]] = [
     ("[run]", "[schedule]\ndecay_fraction = 0.1\n[run]", "decay_fraction has no effect"),
     ("[run]", '[eval]\nevery = 0\nsample_prompts = ["x"]\n[run]', "sample_prompts has no effect"),
     ("[run]", '[eval]\nsample_prompts = [""]\n[run]', "a sample prompt must not be empty"),
-    ("[run]", '[export]\nweights = "ema"\n[run]', "export.weights = 'ema' should be 'raw'"),
+    ("[run]", '[export]\ndtype = "int8"\n[run]', "export.dtype = 'int8' should be 'bfloat16' or 'float32'"),
     ("[run]", "[checkpoint]\nkeep_last = 0\n[run]", "checkpoint.keep_last = 0 should be greater than or equal to 1"),
     ("[run]", "[run", "is not valid TOML"),
 ]  # fmt: skip

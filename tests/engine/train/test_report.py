@@ -15,6 +15,7 @@ import pytest
 
 from trine.engine.errors import DataError, UsageError
 from trine.engine.train.charts import Line, decimate, draw
+from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.report import save_loss_figure, smooth, write_report
 from trine.engine.train.run_log import read_run
 
@@ -186,7 +187,12 @@ def test_resumed_run_shows_each_step_once(tmp_path: Path) -> None:
     before = [start_record(), *map(step_record, range(1, 151)), eval_record(150), end_record(150, "interrupted")]
     killed = [{"kind": "resume", "step": 150}, *map(step_record, range(151, 231)), sample_record(230)]
     after = [{"kind": "resume", "step": 200}, *map(step_record, range(201, 251))]
-    folder = write_run(tmp_path / "run", before + killed + after)
+    folder = write_run(tmp_path / "run", before)
+    for step, records in ((150, killed), (200, after)):
+        metrics = MetricsFile.resume(folder / "metrics.jsonl", step=step)
+        for record in records:
+            metrics.write(**record)
+        metrics.close()
     log = read_run(folder)
     assert [record["step"] for record in log.steps] == list(range(1, 251))
     assert log.resumed_at == [150, 200]
