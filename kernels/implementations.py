@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
-_NO_TRITON = "has no Triton kernel; torch is its only path"
+_NO_TRITON = "has no Triton kernel"
 
 
 @dataclass(frozen=True, slots=True)
