@@ -38,7 +38,7 @@ from trine.engine.train.run_folder import RunFolder, TrainerState, load_optimize
 from trine.engine.train.schedule import lr_factor
 from trine.engine.train.signals import StopRequest
 from trine.engine.train.validation import ValidationResult, sample, validate
-from trine.kernels.hardware import peak_flops
+from trine.kernels.hardware import keep_freed_memory, peak_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ def train(recipe: Recipe, *, resume: str | Path = "auto", dry_run: bool = False)
     if dry_run:
         print(plan_lines(setup), flush=True)
         return RunResult(run_dir=folder.path, step=0, tokens=0, seconds=0.0, reason="dry-run")
+    if setup.device.type == "cpu":
+        keep_freed_memory()
     random_devices = [setup.device] if setup.device.type == "cuda" else []
     with torch.random.fork_rng(devices=random_devices):
         trainer = Trainer.build(setup, folder, origin, state, facts)
