@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Prepare text for training.")
+from trine.cli.options import SkipBad, Suffixes, TextField, TextFiles
+
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
@@ -17,33 +19,28 @@ def callback() -> None:
 
 @app.command("prepare")
 def prepare(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Text files, folders, or .jsonl files.")],
+    files: TextFiles,
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="A tokenizer folder (trine tokenizer train).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the shards and their manifest.")],
     validation: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Text for the validation split (repeatable).")
+        list[Path] | None, typer.Option(metavar="FILE", help="Text, likewise, for the validation split (repeatable).")
     ] = None,
     validation_fraction: Annotated[
         float, typer.Option(metavar="X", help="Share of the documents to hold out, by a hash of their names.")
     ] = 0.0,
     split_seed: Annotated[int, typer.Option(metavar="N", help="Another seed holds out other documents.")] = 0,
-    text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Field of a .jsonl line that holds the text.")
-    ] = "text",
-    suffix: Annotated[
-        list[str] | None, typer.Option(metavar=".EXT", help="Take only such files of a folder (repeatable).")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out bad UTF-8, empty files and broken lines instead of stopping.")
-    ] = False,
+    text_field: TextField = "text",
+    suffix: Suffixes = None,
+    skip_bad: SkipBad = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace data that was prepared from something else.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads (default: one per core); changes nothing in the result.")
+        int | None,
+        typer.Option(metavar="N", help="Threads; changes nothing in the result.", show_default="one per core"),
     ] = None,
 ) -> None:
-    """Encode text into memory-mapped shards; a second run with nothing changed does nothing."""
+    """Encode text into memory-mapped shards. A second run with nothing changed does nothing."""
     from trine.engine.data.prepare import prepare as run
     from trine.engine.log import format_bytes, format_count, say
 

@@ -7,36 +7,46 @@ from typing import Annotated
 
 import typer
 
+from trine.cli.options import Checkpoint, Device, Dtype, TextField
+
 
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or a run folder (its final or latest).")
-    ],
-    more_data: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="More files, after the one of --data.")
-    ] = None,
+    checkpoint: Checkpoint,
     data: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Text files, folders of them, or .jsonl files.")
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="Text files, folders of them, or .jsonl files.  [required]"),
     ] = None,
+    more_data: Annotated[list[Path] | None, typer.Argument(metavar="--data FILE", hidden=True)] = None,
     window: Annotated[
-        int | None, typer.Option(help="Tokens in view, the predicted one included; [the context].")
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens in view, the predicted one included.", show_default="the model's context"
+        ),
     ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next; [half the window].")] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="half the window"),
+    ] = None,
     bos: Annotated[
         bool | None,
-        typer.Option("--bos/--no-bos", help="Begin-of-text token before each text; [as the tokenizer does]."),
+        typer.Option(
+            "--bos/--no-bos",
+            help="A beginning-of-text token before each text.",
+            show_default="as the tokenizer does",
+        ),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="The field of a .jsonl line that holds the text.")] = "text",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    text_field: TextField = "text",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on one line.")] = False,
 ) -> None:
-    """Measure perplexity and bits per byte on texts, with a sliding window."""
+    """Measure perplexity and bits per byte on texts. Long texts are read in a sliding window."""
     from trine.engine.errors import UsageError
 
-    files = [*(data or []), *(more_data or [])]
-    if not files:
-        raise UsageError("no data; give --data FILE")
+    # An option takes one value: the files after the first one arrive as arguments.
+    if not data:
+        raise UsageError("no data; give --data FILE...")
+    files = [*data, *(more_data or [])]
 
     import dataclasses
 

@@ -8,44 +8,52 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trine.cli.options import Checkpoint, Device, Dtype
+
 if TYPE_CHECKING:
     from trine.engine.generate.request import Completion
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or a run folder (its final or latest).")
-    ],
+    checkpoint: Checkpoint,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to go on from; - reads stdin. May be given more than once.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Text to go on from; - reads stdin (repeatable).")
     ] = None,
     prompt_file: Annotated[
-        list[Path] | None, typer.Option(help="A UTF-8 file with a prompt, taken as it is. May be given more than once.")
+        list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 file with a prompt, as it is (repeatable).")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="At most so many new tokens.")] = 128,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; 1 is the model's distribution.")
+        float, typer.Option(metavar="X", help="0 takes the likeliest token; 1 is the model's distribution.")
     ] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that reach this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Leave out tokens below this fraction of the likeliest.")] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", help="Sample among the N likeliest tokens; 0 takes all of them.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Sample among the likeliest tokens that reach this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(metavar="X", help="Leave out tokens below this fraction of the likeliest.")
+    ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens of prompt and output become less likely.")
+        float, typer.Option(metavar="X", help="Above 1: tokens of prompt and output become less likely.")
     ] = 1.0,
     presence_penalty: Annotated[
-        float, typer.Option(help="Taken from the logit of every token generated before.")
+        float, typer.Option(metavar="X", help="Taken from the logit of every token generated before.")
     ] = 0.0,
     frequency_penalty: Annotated[
-        float, typer.Option(help="Taken from a logit once for each time its token was generated.")
+        float, typer.Option(metavar="X", help="Taken from a logit once for each time its token was generated.")
     ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes the result repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Makes the result repeatable.", show_default="another each time")
+    ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End the text before this string. May be given more than once.")
+        list[str] | None, typer.Option(metavar="TEXT", help="End the text before this string (repeatable).")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
-    n: Annotated[int, typer.Option("-n", "--n", help="Completions per prompt.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    n: Annotated[int, typer.Option("-n", "--n", metavar="N", help="Completions per prompt.")] = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON object per completion, each on a line.")] = False,
 ) -> None:
     """Complete prompts. One completion is streamed as it comes; several are printed in order, under headings."""

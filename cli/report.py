@@ -11,10 +11,10 @@ import typer
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder that `trine train` wrote.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page to write; report.html in the run folder if left out.")
+        Path | None, typer.Option(metavar="FILE", help="The page to write.", show_default="RUN/report.html")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run: curves, recipe, samples, environment."""
+    """Write one HTML page about a run. Curves, recipe, samples and environment; nothing outside the page is loaded."""
     from trine.engine.train.report import write_report
 
     print(write_report(run, out))

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Learn a tokenizer from text.")
+from trine.cli.options import SkipBad, Suffixes, TextField, TextFiles
+
+app = typer.Typer(no_args_is_help=True)
 
 
 class Kind(StrEnum):
@@ -25,28 +27,24 @@ def callback() -> None:
 
 @app.command("train")
 def train(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Text files, folders, or .jsonl files.")],
+    files: TextFiles,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tokenizer.json and tokenizer_config.json.")],
     vocab_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of ids, special tokens included (for --kind bpe).")
+        int | None, typer.Option(metavar="N", help="Number of ids, special tokens included; for --kind bpe.")
     ] = None,
-    kind: Annotated[Kind, typer.Option(help="Byte-level BPE, or one id for each character of the text.")] = Kind.BPE,
+    kind: Annotated[
+        Kind, typer.Option(metavar="bpe|char", help="Byte-level BPE, or one id per character of the text.")
+    ] = Kind.BPE,
     special_token: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="A further special token beside <|endoftext|> (repeatable; for bpe)."),
+        typer.Option(metavar="TEXT", help="A special token beside <|endoftext|>, for --kind bpe (repeatable)."),
     ] = None,
-    text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Field of a .jsonl line that holds the text.")
-    ] = "text",
-    suffix: Annotated[
-        list[str] | None, typer.Option(metavar=".EXT", help="Take only such files of a folder (repeatable).")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out bad UTF-8, empty files and broken lines instead of stopping.")
-    ] = False,
+    text_field: TextField = "text",
+    suffix: Suffixes = None,
+    skip_bad: SkipBad = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer that is there already.")] = False,
 ) -> None:
-    """Learn a tokenizer and write it as a folder that transformers loads with identical ids."""
+    """Learn a tokenizer and write its folder. transformers loads it with identical ids."""
     from trine.engine.data.sources import find_sources, read_texts
     from trine.engine.errors import UsageError
     from trine.engine.log import say, warn

@@ -12,11 +12,15 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe: a TOML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's, such as optim.lr=3e-4."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's, such as optim.lr=3e-4."),
     ] = None,
     resume: Annotated[
         str,
-        typer.Option(metavar="auto|never|DIR", help="Continue the run folder's latest step, start anew, or a step."),
+        typer.Option(
+            metavar="auto|never|DIR",
+            help="auto continues the run folder's latest step, if any; never begins anew, and refuses a folder that "
+            "holds a run; DIR, a step or run folder, continues from there.",
+        ),
     ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost; write nothing.")

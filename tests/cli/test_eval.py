@@ -84,6 +84,7 @@ def test_json_is_one_object_with_everything(
     ("options", "status", "expected"),
     [
         ([], 2, "--data"),
+        (["DATA"], 2, "--data FILE..."),
         (["--data", "nowhere.txt"], 1, "nowhere.txt"),
         (["--data", "DATA", "--window", "1"], 2, "window"),
         (["--data", "DATA", "--window", "65"], 1, "context of 64"),
