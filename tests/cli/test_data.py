@@ -1,3 +1,5 @@
+"""`trine data prepare`: what it prints, and what it refuses."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""`trine doctor`: what it finds, as tables and as JSON."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""`trine tokenizer train`: what it writes, and what it refuses."""
+
 from __future__ import annotations
 
 from pathlib import Path

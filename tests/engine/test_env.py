@@ -1,3 +1,5 @@
+"""The environment: facts that results depend on, and choices with their reasons."""
+
 from __future__ import annotations
 
 import json

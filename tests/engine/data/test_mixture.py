@@ -1,3 +1,5 @@
+"""Mixing sources: exact shares, and a place for every sample that is a pure function."""
+
 from __future__ import annotations
 
 import numpy as np

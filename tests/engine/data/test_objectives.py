@@ -1,3 +1,5 @@
+"""The training loss: a sum over valid targets, the same however a batch is packed or cut."""
+
 from __future__ import annotations
 
 from pathlib import Path

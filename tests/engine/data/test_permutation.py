@@ -1,3 +1,5 @@
+"""The shuffling of windows: a permutation for every size and key, the same for ever."""
+
 from __future__ import annotations
 
 import numpy as np

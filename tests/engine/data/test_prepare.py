@@ -1,3 +1,5 @@
+"""Preparing data: the same bytes from the same input, and no silent change of either."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""Progress by bytes: lines in a log, a bar on a terminal."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Training samples: any of them at any time, documents kept apart, epochs complete."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,5 @@
+"""Reading shards: across borders, and refusing what is damaged or does not belong together."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Finding and reading text: order, pieces, and bad input named by file and line."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The validation split: each token scored once, bytes counted exactly."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Incremental decoding: whole characters only, and the text of `decode` in the end."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Tokenizers: ids equal to transformers, exact decoding, the bytes of each token."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Learning vocabularies: pre-tokens, order of ids, determinism, refusals."""
+
 from __future__ import annotations
 
 import pytest
