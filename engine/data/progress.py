@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typing import TYPE_CHECKING
 
 from trine.engine.log import format_bytes, format_count, format_duration, is_terminal, say
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LINE_SECONDS = 10.0
 
@@ -23,6 +24,16 @@ class ByteProgress:
         self._begin = self._shown = time.monotonic()
         self._bar: Progress | None = None
         if is_terminal():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
             self._task = self._bar.add_task(what, total=total)
@@ -53,8 +64,8 @@ class ByteProgress:
         """The plain line after `seconds` of work."""
         rate = position / max(seconds, 1e-9)
         left = (self._total - position) / max(rate, 1e-9)
+        tokens = f"{format_count(self._tokens)} tokens, " if self._tokens else ""
         return (
             f"{self._what}: {100 * position / max(self._total, 1):.0f}% ({format_bytes(position)} of "
-            f"{format_bytes(self._total)}), {format_count(self._tokens)} tokens, {format_bytes(rate)}/s, "
-            f"{format_duration(left)} left"
+            f"{format_bytes(self._total)}), {tokens}{format_bytes(rate)}/s, {format_duration(left)} left"
         )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trine.engine.data.progress import ByteProgress
 from trine.engine.data.shards import Split
 from trine.engine.errors import DataError, UsageError
 from trine.engine.log import say, warn
@@ -124,11 +125,18 @@ class Complaints:
 
 
 def read_texts(sources: Sequence[Source], *, text_field: str = "text", skip_bad: bool = False) -> Iterator[str]:
-    """The text of all sources in pieces of bounded size, document borders forgotten. Raises `DataError`."""
+    """The text of all sources in pieces of bounded size, document borders forgotten; progress is shown.
+
+    Raises `DataError` for bad input unless `skip_bad`.
+    """
     complaints = Complaints(skip_bad=skip_bad)
-    for source in sources:
-        for piece in read_source(source, text_field=text_field, complain=complaints):
-            yield piece.text
+    before = 0
+    with ByteProgress(sum(source.size for source in sources), what="reading") as progress:
+        for source in sources:
+            for piece in read_source(source, text_field=text_field, complain=complaints):
+                progress.update(before + piece.position)
+                yield piece.text
+            before += source.size
 
 
 def cut(text: str, limit: int) -> Iterator[str]:

@@ -15,12 +15,14 @@ r"""Learning a vocabulary from text.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from trine.engine.errors import DataError, UsageError
+from trine.engine.log import format_duration, say
 from trine.engine.text.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,6 +39,7 @@ def train_bpe(
     """Byte-level BPE with `vocab_size` ids: the special tokens first, then 256 bytes, then merges by frequency.
 
     The first special token is the end-of-text token. A text too small for the wished size gives a smaller vocabulary.
+    Says when all text is read and the merges begin, and how long they took.
     Raises `UsageError` for a size that cannot hold the bytes, `DataError` if there is no text.
     """
     smallest = 256 + len(special_tokens)
@@ -56,7 +59,17 @@ def train_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_nonempty(texts), trainer)
+    began = time.monotonic()
+
+    def read() -> Iterator[str]:
+        nonlocal began
+        yield from _nonempty(texts)
+        # The merges come after the last text, in one call that tells nothing until it is done.
+        say(f"learning merges for {vocab_size} ids")
+        began = time.monotonic()
+
+    tokenizer.train_from_iterator(read(), trainer)
+    say(f"learned {tokenizer.get_vocab_size() - smallest} merges in {format_duration(time.monotonic() - began)}")
     return _finish(tokenizer, special_tokens[0])
 
 

@@ -10,7 +10,7 @@ from trine.engine.data.progress import ByteProgress
 
 def test_lines_tell_share_rate_and_time_left() -> None:
     meter = ByteProgress(100 << 20, what="preparing")
-    assert meter.line(25 << 20, 5.0) == "preparing: 25% (25.0 MiB of 100.0 MiB), 0 tokens, 5.0 MiB/s, 15.0 s left"
+    assert meter.line(25 << 20, 5.0) == "preparing: 25% (25.0 MiB of 100.0 MiB), 5.0 MiB/s, 15.0 s left"
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from trine.engine.data import progress
 from trine.engine.data.sources import BadInput, Piece, cut, find_sources, read_source, read_texts
 from trine.engine.errors import DataError, UsageError
 
@@ -109,6 +110,18 @@ def test_bad_json_lines_are_named(tmp_path: Path, line: bytes, reason: str | Non
 def test_text_field_chooses_the_field(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "b", "text": "t"}\n')
     assert [piece.text for piece in read(tmp_path / "a.jsonl", text_field="body")[0]] == ["b"]
+
+
+def test_read_texts_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    (tmp_path / "a.txt").write_text("a" * 512)
+    (tmp_path / "b.txt").write_text("b" * 1536)
+    assert "".join(read_texts(find_sources([tmp_path]))) == "a" * 512 + "b" * 1536
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("reading: 25% (512 B of 2.0 KiB), ")
+    assert lines[-1].startswith("reading: 100% (2.0 KiB of 2.0 KiB), ")
 
 
 def test_read_texts_stops_at_bad_input_or_skips_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
