@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trine.cli.main import main
 from trine.engine.evaluate.perplexity import perplexity
 from trine.engine.model.checkpoint import load_model
 from trine.engine.text.tokenizer import Tokenizer
 
-
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[object, str, str]:
-    """Exit status, stdout, stderr of `trine eval`."""
-    monkeypatch.setattr(sys, "argv", ["trine", "eval", *map(str, arguments)])
-    status: object = 0
-    try:
-        main()
-    except SystemExit as exit_:
-        status = exit_.code or 0
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+Trine = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -36,13 +23,12 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_result_says_how_it_was_measured(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trine: Trine,
     tiny_checkpoint: Path,
     tiny_tokenizer: Tokenizer,
     data: Path,
 ) -> None:
-    status, out, err = run(monkeypatch, capsys, tiny_checkpoint, "--data", data, "--window", 40, "--stride", 10)
+    status, out, err = trine("eval", tiny_checkpoint, "--data", data, "--window", 40, "--stride", 10)
     expected = perplexity(load_model(tiny_checkpoint), tiny_tokenizer, [data.read_text()], window=40, stride=10)
     assert status == 0
     for fact in (
@@ -59,17 +45,14 @@ def test_result_says_how_it_was_measured(
 
 
 def test_json_is_one_object_with_everything(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trine: Trine,
     tiny_checkpoint: Path,
     tmp_path: Path,
     data: Path,
 ) -> None:
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"body": "the cat"}\n{"body": "the mat"}\n')
-    status, out, _ = run(
-        monkeypatch, capsys, tiny_checkpoint, "--data", data, lines, "--text-field", "body", "--json", "--no-bos"
-    )
+    status, out, _ = trine("eval", tiny_checkpoint, "--data", data, lines, "--text-field", "body", "--json", "--no-bos")
     assert status == 0
     assert len(out.splitlines()) == 1
     record = json.loads(out)
@@ -94,8 +77,7 @@ def test_json_is_one_object_with_everything(
     ],
 )
 def test_bad_options_are_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    trine: Trine,
     tiny_checkpoint: Path,
     data: Path,
     options: list[str],
@@ -103,7 +85,7 @@ def test_bad_options_are_one_line(
     expected: str,
 ) -> None:
     named = [str(data) if option == "DATA" else option for option in options]
-    got, out, err = run(monkeypatch, capsys, tiny_checkpoint, *named)
+    got, out, err = trine("eval", tiny_checkpoint, *named)
     lines = [line for line in err.splitlines() if line.startswith("trine: ")]
     assert (got, out) == (status, "")
     assert len(lines) == 1

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from trine.cli.main import main
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.checkpoint import load_model, save_model
@@ -20,24 +19,6 @@ from trine.engine.text.tokenizer import Tokenizer
 Trine = Callable[..., tuple[int, str, str]]
 ENGINE_OPTIONS = ["--temperature", "0", "--max-tokens", "12"]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
-
-
-@pytest.fixture
-def trine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Trine:
-    """Run the command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["trine", *map(str, arguments)])
-        try:
-            main()
-            status: object = 0
-        except SystemExit as exit_:
-            status = exit_.code or 0
-        captured = capsys.readouterr()
-        assert isinstance(status, int)
-        return status, captured.out, captured.err
-
-    return run
 
 
 def test_one_completion_is_printed_as_text(trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer) -> None:

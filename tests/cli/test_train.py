@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trine.cli.main import main
-
+Trine = Callable[..., tuple[int, str, str]]
 TEXT = "the cat sat on the mat and the dog ran after it. "
 
 
@@ -37,24 +36,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trine(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["trine", *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    code = exit_info.value.code
-    return code if isinstance(code, int) else 0 if code is None else 1
-
-
 def test_overrides_and_options_may_be_interleaved(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trine: Trine, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workplace)
     overrides = [f"run.dir={tmp_path / 'run'}", "optim.lr=3e-3"]
-    assert trine(monkeypatch, "train", "recipe.toml", overrides[0], "--resume", "never", overrides[1]) == 0
+    assert trine("train", "recipe.toml", overrides[0], "--resume", "never", overrides[1])[0] == 0
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
     assert "lr = 0.003" in (tmp_path / "run" / "recipe.toml").read_text()
-    assert trine(monkeypatch, "train", "recipe.toml", *overrides, "--dry-run", "train.steps=5") == 0
-    assert "FLOPs" in capsys.readouterr().out
+    status, out, _ = trine("train", "recipe.toml", *overrides, "--dry-run", "train.steps=5")
+    assert status == 0
+    assert "FLOPs" in out
 
 
 BAD = [
@@ -83,20 +75,21 @@ def test_bad_input_is_one_line_and_writes_nothing(
     arguments: list[str],
     status: int,
     message: str,
+    trine: Trine,
     workplace: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(workplace)
     before = sorted(workplace.rglob("*"))
-    assert trine(monkeypatch, "train", "recipe.toml", *arguments) == status
-    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    got, _, err = trine("train", "recipe.toml", *arguments)
+    assert got == status
+    lines = [line for line in err.splitlines() if line]
     assert len(lines) == 1, lines
     assert lines[0].startswith("trine: ")
     assert message in lines[0]
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_a_missing_recipe_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert trine(monkeypatch, "train", os.devnull + "/none.toml") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_missing_recipe_is_wrong_usage(trine: Trine) -> None:
+    status, _, err = trine("train", os.devnull + "/none.toml")
+    assert (status, err.count("\n")) == (2, 1)
