@@ -20,11 +20,13 @@ def bench() -> None:
 
 @app.command("train")
 def bench_train(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; in each, every contestant runs once.")] = 7,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per contestant and round.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each contestant; 0 = all physical cores.")] = 0,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; in each, every contestant runs once.")] = 7,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps per contestant and round.")] = 3,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences per step.")] = 8,
+    seq_len: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens per sequence.")] = 512,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=0, help="CPU threads of each contestant; 0 = all physical cores.")
+    ] = 0,
     peers: Annotated[bool, typer.Option("--peers/--alone", help="Time the transformers Trainer too.")] = True,
 ) -> None:
     """Train a 34M-parameter Llama in bf16 against the transformers Trainer, in turns.

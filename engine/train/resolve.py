@@ -17,7 +17,7 @@ from trine.engine.config import Settings
 from trine.engine.data.samples import SampleStream
 from trine.engine.data.shards import read_manifest
 from trine.engine.data.validation import ValidationSet
-from trine.engine.env import choose_device, choose_dtype, set_threads
+from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
 from trine.engine.generate.plain import encode_prompt
 from trine.engine.model.checkpoint import read_config, resolve_checkpoint
@@ -70,6 +70,8 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     """
     device = choose_device(recipe.train.device)
     threads = set_threads(recipe.train.threads)
+    if device.type == "cuda":
+        make_deterministic()  # before the first matrix product on the GPU
     compute_dtype, reason = choose_dtype(device, recipe.train.compute_dtype)
     stream = SampleStream(
         recipe.data.weighted,

@@ -119,3 +119,8 @@ def test_the_check_catches_what_it_is_for(line: str, wrong: str | None) -> None:
     (only,) = shell_lines(f"text\n\n```sh\n$ {line}\n```\n")
     complaints = [found for words in commands(only) if (found := complaint(words))]
     assert complaints == ([wrong] if wrong else [])
+
+
+def test_no_document_holds_a_placeholder() -> None:
+    for path in documents():
+        assert not re.search(r"\{\{[A-Z_]+\}\}", path.read_text(encoding="utf-8")), path
