@@ -32,8 +32,8 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     """What a result depends on besides its inputs, as plain JSON values.
 
     Keys: trine, commit, python, platform, packages {name: version}, device, device_name, cpu_name, cpu_cores, threads,
-    memory_bytes (of the host), device_memory_bytes. Two runs are promised the same bits only where trine, commit, torch,
-    numpy, triton, device_name, cpu_name and threads agree.
+    memory_bytes (of the host), device_memory_bytes. Two runs are promised the same bits only where trine, commit,
+    torch, numpy, triton, device_name, cpu_name and threads agree.
     """
     device = device or torch.device("cpu")
     cpu = torch.device("cpu")
