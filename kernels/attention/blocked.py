@@ -51,8 +51,8 @@ def _probabilities(q_NGbD: Tensor, k_NsD: Tensor, block: tuple[int, int, int], f
     N, G, b, D = q_NGbD.shape
     start, stop, first = block
     scores_NGbs = torch.bmm(q_NGbD.reshape(N, G * b, D), k_NsD.transpose(1, 2)).view(N, G, b, stop - first)
-    diagonal_bb = torch.ones(b, b, dtype=torch.bool, device=q_NGbD.device).triu(1)
-    scores_NGbs[..., start - first :].masked_fill_(diagonal_bb, float("-inf"))
+    # Added, not filled: on the CPU adding a broadcast table is several times faster than a masked fill.
+    scores_NGbs[..., start - first :] += q_NGbD.new_full((b, b), float("-inf")).triu(1)
     if first_key_BT is not None:
         keys_s = torch.arange(first, stop, device=q_NGbD.device)
         other_Bbs = keys_s < first_key_BT[:, start:stop, None]
