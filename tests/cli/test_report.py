@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-
-def trine_report(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    program = "from trine.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "report", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+Trine = Callable[..., tuple[int, str, str]]
 
 
 def write_run(folder: Path) -> Path:
@@ -22,25 +17,33 @@ def write_run(folder: Path) -> Path:
     return folder
 
 
-def test_report_is_written_where_asked_and_its_path_printed(tmp_path: Path) -> None:
+def test_report_is_written_where_asked_and_its_path_printed(trine: Trine, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     page = tmp_path / "page.html"
-    done = trine_report(run, "--out", page)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{page}\n", "")
+    assert trine("report", run, "--out", page) == (0, f"{page}\n", "")
     assert page.read_text().startswith("<!doctype html>")
-    assert trine_report(run).stdout == f"{run / 'report.html'}\n"
+    assert trine("report", run) == (0, f"{run / 'report.html'}\n", "")
 
 
-def test_bad_input_is_one_line_and_a_status(tmp_path: Path) -> None:
-    missing = trine_report(tmp_path / "nowhere")
-    assert (missing.returncode, missing.stdout) == (2, "")
-    assert missing.stderr.count("\n") == 1
-    assert "nowhere" in missing.stderr
+def test_missing_run_is_wrong_usage(trine: Trine, tmp_path: Path) -> None:
+    status, shown, complaints = trine("report", tmp_path / "nowhere")
+    assert (status, shown) == (2, "")
+    assert complaints.count("\n") == 1
+    assert "nowhere" in complaints
+
+
+def test_damaged_run_is_a_failure_that_names_the_line(trine: Trine, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text("not json\n")
-    damaged = trine_report(run)
-    assert (damaged.returncode, damaged.stdout) == (1, "")
-    assert "line 1" in damaged.stderr
-    unwritable = trine_report(write_run(tmp_path / "other"), "--out", tmp_path / "no" / "such" / "page.html")
-    assert unwritable.returncode == 1
-    assert unwritable.stderr.count("\n") == 1
+    status, shown, complaints = trine("report", run)
+    assert (status, shown) == (1, "")
+    assert complaints.count("\n") == 1
+    assert "line 1" in complaints
+
+
+def test_page_that_cannot_be_written_is_a_failure(trine: Trine, tmp_path: Path) -> None:
+    status, _, complaints = trine(
+        "report", write_run(tmp_path / "run"), "--out", tmp_path / "no" / "such" / "page.html"
+    )
+    assert status == 1
+    assert complaints.count("\n") == 1
