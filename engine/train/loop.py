@@ -91,6 +91,7 @@ class Trainer:
     optimizer: Optimizer
     facts: dict[str, Any]
     meter: Meter
+    peak_source: str  # of the meter's peak FLOP/s: "known" or "measured"
     objective: CausalLM = field(default_factory=CausalLM)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
     step: int = 0
@@ -107,11 +108,11 @@ class Trainer:
         """Model, optimizer and counters, new or as a step folder left them."""
         model = _make_model(setup)
         optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype)
-        peak, _ = peak_flops(setup.device, setup.compute_dtype)
+        peak, peak_source = peak_flops(setup.device, setup.compute_dtype)
         per_token = flops_per_token(setup.config, setup.recipe.data.seq_len, training=True)
         trainer = cls(
             setup=setup, folder=folder, model=model, optimizer=optimizer, facts=facts,
-            meter=Meter(flops_per_token=per_token, peak_flops=peak),
+            meter=Meter(flops_per_token=per_token, peak_flops=peak), peak_source=peak_source,
         )  # fmt: skip
         if origin is not None and state is not None:
             load_optimizer(optimizer, origin)
@@ -318,10 +319,14 @@ class Trainer:
                 environment=self.facts,
                 parameters=count_parameters(self.setup.config).total,
                 flops_per_token=self.meter.flops_per_token,
+                peak_flops=self.meter.peak_flops,
+                peak_source=self.peak_source,
                 steps=recipe.train.steps,
                 tokens_per_step=recipe.train.batch_size * recipe.data.seq_len,
             )
         say(describe(self.setup))
+        if self.meter.peak_flops:
+            say(f"MFU is the share of a {self.peak_source} peak of {self.meter.peak_flops / 1e12:.3g} TFLOP/s")
         load, cores = load_average()[0], physical_cores()
         if self.setup.device.type == "cpu" and load > cores:
             warn(f"load is {load:.1f} on {cores} cores; training with {self.setup.threads} threads may be slow")

@@ -2,7 +2,8 @@
 
 Every line has `kind` and `step`. Kinds and their fields:
 
-    start       time (unix), environment, parameters, flops_per_token, steps, tokens_per_step
+    start       time (unix), environment, parameters, flops_per_token, peak_flops and peak_source (known, measured) of
+                mfu, steps, tokens_per_step
     resume      time, differences (what may keep the continuation from being bit-identical)
     step        tokens (valid ones trained so far), loss (nats per token of this step's batch), lr, muon_lr (with Muon),
                 grad_norm (before clipping), tokens_per_second, mfu (null where no peak is known), seconds (of training

@@ -172,7 +172,10 @@ def _speed_tiles(log: RunLog) -> Iterator[Tile]:
     _, speeds = series(log.steps, "tokens_per_second")
     _, utilisations = series(log.steps, "mfu")
     if speeds:
-        remark = f"median; {100 * statistics.median(utilisations):.0f} % of peak FLOP/s" if utilisations else "median"
+        remark = "median"
+        if utilisations:
+            percent = 100 * statistics.median(utilisations)
+            remark += f"; {percent:.0f} % of the {log.start.get('peak_source', '')} peak FLOP/s"
         yield Tile("Tokens per second", format_count(statistics.median(speeds)), remark)
     _, memory = series(log.steps, "memory_bytes")
     peak = (log.end or {}).get("peak_memory_bytes") or max(memory, default=0)

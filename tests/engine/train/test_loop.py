@@ -21,7 +21,9 @@ from trine.engine.train.recipe import Recipe, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
 FIELDS = {
-    "start": {"time", "environment", "parameters", "flops_per_token", "steps", "tokens_per_step"},
+    "start": {
+        "time", "environment", "parameters", "flops_per_token", "peak_flops", "peak_source", "steps", "tokens_per_step",
+    },
     "step": {
         "tokens", "loss", "lr", "muon_lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "memory_bytes",
     },
