@@ -73,8 +73,6 @@ def train(recipe: Recipe, *, resume: str | Path = "auto", dry_run: bool = False)
     if dry_run:
         print(plan_lines(setup), flush=True)
         return RunResult(run_dir=folder.path, step=0, tokens=0, seconds=0.0, reason="dry-run")
-    if setup.device.type == "cpu":
-        keep_freed_memory()
     random_devices = [setup.device] if setup.device.type == "cuda" else []
     with torch.random.fork_rng(devices=random_devices):
         trainer = Trainer.build(setup, folder, origin, state, facts)
@@ -106,6 +104,8 @@ class Trainer:
         cls, setup: Setup, folder: RunFolder, origin: Path | None, state: TrainerState | None, facts: dict[str, Any]
     ) -> Trainer:
         """Model, optimizer and counters, new or as a step folder left them."""
+        if setup.device.type == "cpu":
+            keep_freed_memory()
         model = _make_model(setup)
         optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype)
         peak, peak_source = peak_flops(setup.device, setup.compute_dtype)

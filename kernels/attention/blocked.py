@@ -54,10 +54,11 @@ def _probabilities(q_NGbD: Tensor, k_NsD: Tensor, block: tuple[int, int, int], f
     # Added, not filled: on the CPU adding a broadcast table is several times faster than a masked fill.
     scores_NGbs[..., start - first :] += q_NGbD.new_full((b, b), float("-inf")).triu(1)
     if first_key_BT is not None:
-        keys_s = torch.arange(first, stop, device=q_NGbD.device)
-        other_Bbs = keys_s < first_key_BT[:, start:stop, None]
         B = first_key_BT.shape[0]
-        scores_NGbs.view(B, -1, b, stop - first).masked_fill_(other_Bbs[:, None], float("-inf"))
+        keys_s = torch.arange(first, stop, device=q_NGbD.device)
+        hidden_Bbs = torch.zeros(B, b, stop - first, dtype=q_NGbD.dtype, device=q_NGbD.device)
+        hidden_Bbs.masked_fill_(keys_s < first_key_BT[:, start:stop, None], float("-inf"))
+        scores_NGbs.view(B, -1, b, stop - first).add_(hidden_Bbs[:, None])
     return torch.softmax(scores_NGbs, dim=-1).view(N, G * b, stop - first)
 
 

@@ -59,6 +59,8 @@ def make_mask(
         return Mask(causal=causal)
     if segment_ids_BT.shape[1] != num_keys:
         raise ValueError(f"segment ids of length {segment_ids_BT.shape[1]} for {num_keys} keys; they must agree")
+    if bool((segment_ids_BT == segment_ids_BT[:, :1]).all()):
+        return Mask(causal=causal)  # one segment a row: nothing to hide
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     if not causal:
         return Mask(causal=False, dense_B1TS=same_BTS[:, None])
