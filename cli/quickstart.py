@@ -68,5 +68,5 @@ Next:
   the curves, samples and recipe of the run: open {result.report} in a browser
   trine generate {out} --prompt "def main():" --temperature 0.7
   trine eval {out} --data {out}/text/validation
-  trine train configs/quickstart.toml run.dir=runs/second data.path={out}/data optim.lr=5e-3
+  the same with other settings: trine train {out}/recipe.toml run.dir=runs/second optim.lr=5e-3
   your own text: trine tokenizer train, trine data prepare, then trine train with a recipe of your own""")

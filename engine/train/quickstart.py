@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from trine.engine.train.report import write_report
 from trine.engine.train.resolve import Setup, resolve
 from trine.engine.train.run_folder import RunFolder
 from trine.engine.train.standard_library import StandardLibrary, find_standard_library
+from trine.kernels.hardware import keep_freed_memory
 
 VOCAB_SIZE = 4096
 FEWEST_STEPS = 200
@@ -136,16 +138,17 @@ def steps_that_fit(*, wanted: int, step_seconds: float, seconds: float, eval_ste
 
 
 def time_steps(setup: Setup) -> float:
-    """Seconds of one training step, measured on a model that is thrown away."""
+    """Seconds of one training step (median of a few), measured on a model that is thrown away."""
+    if setup.device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     model = Transformer(setup.config)
     initialize(model, setup.recipe.train.seed)
     model.to(setup.device).train()
     optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype)
     train_settings = setup.recipe.train
-    began = 0.0
+    seconds = []
     for index in range(WARM_STEPS + TIMED_STEPS):
-        if index == WARM_STEPS:
-            began = time.perf_counter()
+        began = time.perf_counter()
         pieces = steps_of.micro_batches(
             setup.stream,
             first_sample=index * train_settings.batch_size,
@@ -164,7 +167,8 @@ def time_steps(setup: Setup) -> float:
         steps_of.check_and_clip(model, loss, max_norm=setup.recipe.optim.grad_clip, step=index + 1)
         optimizer.step(1e-3)
         model.zero_grad(set_to_none=True)
-    return (time.perf_counter() - began) / TIMED_STEPS
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_STEPS:])
 
 
 def _check_frozen(frozen: Recipe, out: Path, *, steps: int | None, seed: int | None) -> None:
