@@ -26,6 +26,11 @@ _CHUNK_NUMBERS = 8 * 2**20
 _SOFTMAX_ROWS = 256
 
 
+def default_chunk_rows(vocab_size: int) -> int:
+    """Rows of logits that exist at a time where the caller does not say."""
+    return max(1, _CHUNK_NUMBERS // vocab_size)
+
+
 def cross_entropy_reference(
     hidden_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, *, bias_V: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
@@ -51,7 +56,7 @@ def linear_cross_entropy(
     `chunk_rows` bounds the rows of logits in memory (default: about 8 million numbers).
     """
     _check(hidden_NC, weight_VC, targets_N, chunk_rows)
-    rows = chunk_rows or max(1, _CHUNK_NUMBERS // weight_VC.shape[0])
+    rows = chunk_rows or default_chunk_rows(weight_VC.shape[0])
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NC, weight_VC, bias, targets_N, ignore_index, rows
     )
@@ -69,7 +74,7 @@ def token_log_probs(
 ) -> Tensor:
     """Each row's log p(target): fp32 [N] (fp64 for fp64 inputs), 0 where the target is `ignore_index`; no gradient."""
     _check(hidden_NC, weight_VC, targets_N, chunk_rows)
-    rows = chunk_rows or max(1, _CHUNK_NUMBERS // weight_VC.shape[0])
+    rows = chunk_rows or default_chunk_rows(weight_VC.shape[0])
     with torch.no_grad():
         weight = weight_VC.to(hidden_NC.dtype)
         bias = None if bias is None else bias.to(hidden_NC.dtype)

@@ -16,9 +16,9 @@ from trine.engine.model.cost import count_parameters, flops_per_token
 from trine.engine.train.recipe import recipe_toml
 from trine.engine.train.resolve import Setup
 from trine.kernels.hardware import memory_bytes, peak_flops
+from trine.kernels.linear_cross_entropy import default_chunk_rows
 
 FP32_BYTES = 4
-LOGITS_NUMBERS = 8 * 2**20  # chunk of kernels/linear_cross_entropy.py, in numbers
 TYPICAL_MFU = 0.4
 
 
@@ -44,13 +44,13 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     by_muon = _muon_parameters(config) if recipe.optim.name == "muon" else 0
     tokens = setup.micro_batch_size * recipe.data.seq_len
     itemsize = setup.compute_dtype.itemsize
-    rows = min(tokens, max(1, LOGITS_NUMBERS // config.vocab_size))
+    rows = min(tokens, default_chunk_rows(config.vocab_size))
     return MemoryEstimate(
         weights=parameters * FP32_BYTES,
         gradients=parameters * FP32_BYTES,
         optimizer=FP32_BYTES * (by_muon + 2 * (parameters - by_muon)),
         activations=tokens * _activations_per_token(config, recipe.train.checkpoint_activations) * itemsize,
-        logits=rows * config.vocab_size * (FP32_BYTES + itemsize),
+        logits=rows * config.vocab_size * itemsize,
     )
 
 
