@@ -54,6 +54,8 @@ FEWEST_STEPS = 200
 WARM_STEPS, TIMED_STEPS = 2, 6
 # Seconds kept for what follows training and does not grow with the model: export, completions, the report.
 RESERVE_SECONDS = 20.0
+# Share of the time left that is planned with: over minutes a machine is slower than over the few steps that are timed.
+PLANNED_SHARE = 0.9
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a text file."""\n',
     "class Stack:\n    def __init__(self):\n",
@@ -132,7 +134,7 @@ def steps_that_fit(*, wanted: int, step_seconds: float, seconds: float, eval_ste
 
     An evaluation costs as much time as `eval_steps` steps; there is one every `every` steps and two in the end.
     """
-    available = (seconds - RESERVE_SECONDS) / step_seconds - 2 * eval_steps
+    available = PLANNED_SHARE * (seconds - RESERVE_SECONDS) / step_seconds - 2 * eval_steps
     fitting = int(available / (1 + eval_steps / every))
     return min(wanted, max(FEWEST_STEPS, fitting // 10 * 10))
 
