@@ -5,19 +5,24 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 PYTEST_ARGS ?= -n 2 --dist loadfile
 .DEFAULT_GOAL = help
-.PHONY: setup quickstart test test-slow lint types gpu bench docs help
+.PHONY: setup quickstart test test-slow lint types aot gpu bench docs help
 
 setup: $(VENV)/.setup ## install Trine into .venv (PIP_ARGS="..." is passed to pip)
 quickstart: setup ## train a small code model here and generate from it
 	$(BIN)/trine quickstart
-test: lint types ## lint, types and the fast tests
+test: lint types ## lint, types and the fast tests; kernels in the interpreter and compiled in processes of their own
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) tests/interpreter
+	$(BIN)/python -m trine.kernels.aot --check
 test-slow: $(VENV)/.develop ## the wide and long tests
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -m slow $(PYTEST_ARGS) tests/interpreter
 lint: $(VENV)/.develop ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(VENV)/.develop ## mypy, strict: the rooms and the tests
 	$(BIN)/mypy && $(BIN)/mypy tests
+aot: $(VENV)/.develop ## compile every kernel for four GPUs, without one, and rewrite kernels/aot.json
+	$(BIN)/python -m trine.kernels.aot --write
 gpu: ## on a GPU machine: doctor, GPU tests, training and generation against the CPU
 	PYTHONPATH=.typing $(or $(wildcard $(BIN)/python),$(PYTHON)) -m trine.benchmarks.gpu_pass
 bench: $(VENV)/.develop ## training speed against the transformers Trainer

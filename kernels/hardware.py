@@ -15,6 +15,10 @@ from pathlib import Path
 
 import torch
 
+# Whether Triton kernels run in its interpreter, on any tensor. Read once, because triton.jit decides when a kernel is
+# defined; the values are those that Triton takes for yes.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+
 # Dense peak in TFLOP/s by substring of the device name: (bf16 or fp16 tensor cores, fp32 without tensor cores).
 # NVIDIA data sheets; the first match wins, so more specific names stand first.
 _GPU_PEAKS: tuple[tuple[str, float, float], ...] = (
