@@ -114,7 +114,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     attributes: dict[tuple[int], list[list[Any]]] = {}
     for place, parameter in enumerate(launch.kernel.params):
         name = parameter.name
-        value = launch.arguments[name] if name in launch.arguments else parameter.default
+        value = launch.arguments.get(name, parameter.default)
         divisible = False
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value

@@ -1,0 +1,50 @@
+"""Training steps on Triton kernels in the interpreter equal those on the torch path."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+PROGRAM = Path(__file__).with_name("training_step.py")
+SHARED = {"attention", "linear_cross_entropy", "adamw", "gradient_norm", "newton_schulz"}
+USED = {
+    "llama": SHARED | {"rms_norm", "rope", "mlp"},
+    "qwen3": SHARED | {"rms_norm", "rope", "mlp"},
+    "gpt2": SHARED | {"layer_norm", "mlp"},
+}
+
+
+def steps(model: str, out: Path, *, interpreted: bool) -> tuple[dict[str, Tensor], set[str]]:
+    """Results of the program, and the operations whose kernels ran."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), model, str(out)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with safe_open(out, framework="pt") as file:
+        kernels = json.loads(file.metadata()["kernels"])
+        return {name: file.get_tensor(name) for name in file.keys()}, {name.partition(".")[0] for name in kernels}
+
+
+@pytest.mark.parametrize("model", USED)
+def test_training_steps_equal_the_torch_path(model: str, tmp_path: Path) -> None:
+    found, used = steps(model, tmp_path / "triton.safetensors", interpreted=True)
+    expected, none = steps(model, tmp_path / "torch.safetensors", interpreted=False)
+    assert used == USED[model]
+    assert none == set()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        bound = {"loss": 1e-5, "grad": 1e-4, "norm": 1e-4, "parameter": 1e-4}[name.partition(".")[0]]
+        error = float((found[name] - value).abs().max())
+        assert error <= bound * max(1.0 if name.startswith("loss") else 0.0, float(value.abs().max())), name
+        assert torch.isfinite(value).all()
