@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Operation modules that hold Triton kernels, in the order of the tables.
-OPERATIONS = ("rms_norm",)
+OPERATIONS = ("rms_norm", "attention.op", "mlp.op")
 HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -111,8 +111,9 @@ class Block(nn.Module):
         self.mlp = MLP(config, device=device, dtype=dtype)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        x_BTC = x_BTC + self._drop(self.self_attn(self.input_layernorm(x_BTC), context))
-        return x_BTC + self._drop(self.mlp(self.post_attention_layernorm(x_BTC)))
+        branch_BTC = self._drop(self.self_attn(self.input_layernorm(x_BTC), context))
+        normed_BTC, x_BTC = self.post_attention_layernorm.add(x_BTC, branch_BTC)
+        return x_BTC + self._drop(self.mlp(normed_BTC))
 
     def _drop(self, x_BTC: Tensor) -> Tensor:
         return F.dropout(x_BTC, self.dropout, training=self.training) if self.dropout else x_BTC

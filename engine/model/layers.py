@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trine.engine.model.config import ModelConfig
 from trine.kernels.layer_norm import layer_norm
-from trine.kernels.rms_norm import rms_norm
+from trine.kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class Linear(nn.Module):
@@ -90,6 +90,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + branch, x + branch)."""
+        return add_rms_norm(x, branch, self.weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """See `trine.kernels.layer_norm`."""
@@ -103,8 +107,13 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of x + branch, x + branch)."""
+        total = x + branch
+        return self(total), total
 
-def make_norm(config: ModelConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> nn.Module:
+
+def make_norm(config: ModelConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> RMSNorm | LayerNorm:
     """The normalisation over the model width that `config.norm` names."""
     kind = RMSNorm if config.norm == "rms" else LayerNorm
     return kind(config.width, config.norm_eps, device=device, dtype=dtype)
