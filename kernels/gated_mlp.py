@@ -27,6 +27,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tens
     ),
     "gelu": (F.gelu, lambda dy, x, dx: _aten.gelu_backward(dy, x, grad_input=dx)),
     "relu": (F.relu, lambda dy, x, dx: _aten.threshold_backward(dy, x, 0, grad_input=dx)),
+    "relu2": (lambda x: F.relu(x).square(), lambda dy, x, dx: torch.mul(dy, 2 * F.relu(x), out=dx)),
 }
 ACTIVATIONS: tuple[str, ...] = tuple(_ACTIVATIONS)
 
@@ -47,6 +48,12 @@ def gated(gate_NF: Tensor, up_NF: Tensor, activation: str) -> Tensor:
     if gate_NF.dtype != up_NF.dtype:
         raise ValueError(f"gate is {gate_NF.dtype} but up is {up_NF.dtype}; cast them to one")
     return activate(gate_NF, activation) * up_NF
+
+
+def gated_clamped(gate_NF: Tensor, up_NF: Tensor, limit: float) -> Tensor:
+    """gpt-oss's unit: g * sigmoid(1.702 g) * (u + 1), g = min(gate, limit), u = up clamped to [-limit, limit]."""
+    gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit)
+    return gate_NF * torch.sigmoid(1.702 * gate_NF) * (up_NF + 1)
 
 
 def gated_joined(gate_up_NG: Tensor, activation: str) -> Tensor:

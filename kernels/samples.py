@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 # Operation modules that hold Triton kernels, in the order of the tables.
-OPERATIONS = ("rms_norm", "attention.op", "mlp.op")
+OPERATIONS = (
+    "rms_norm",
+    "attention.op",
+    "mlp.op",
+)
 HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
 

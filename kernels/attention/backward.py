@@ -51,24 +51,22 @@ def _prepare_kernel(
 
 @triton.jit
 def _tile_gradient(
-    q_MD, k_ND, v_ND, do_MD, lse_M, delta_M, queries_M, keys_N, low_M, high_M, slope, bias_ptr, scale, softcap,
-    num_queries, num_keys, seed, rows_M, drop,
+    product, dp, lse, delta, queries, keys, low, high, slope, bias_ptr, scale, softcap, num_queries, num_keys, seed, rows,
+    drop,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """(P * keep, dS without the scale) of one tile, [M, N] fp32."""
-    zeros = tl.zeros([q_MD.shape[0], k_ND.shape[0]], dtype=tl.float32)
-    scores_MN, slack = tile_scores(
-        dot(q_MD, tl.trans(k_ND), zeros), queries_M, keys_N, low_M, high_M, slope, bias_ptr, scale, softcap,
-        num_queries, num_keys, MASKED, SOFTCAP, ALIBI, BIAS,
+    """(P * keep, dS without the scale) of one tile, fp32, from the products q k^T and dO V^T; shapes as in tile.py."""
+    scores, slack = tile_scores(
+        product, queries, keys, low, high, slope, bias_ptr, scale, softcap, num_queries, num_keys,
+        MASKED, SOFTCAP, ALIBI, BIAS,
     )  # fmt: skip
-    p_MN = tl.exp2(scores_MN - lse_M[:, None])
-    dp_MN = dot(do_MD, tl.trans(v_ND), zeros)
-    kept_MN = p_MN
+    p = tl.exp2(scores - lse)
+    kept = p
     if DROPOUT:
-        keep = keep_factors(seed, rows_M, keys_N, drop, DROPOUT)
-        kept_MN = p_MN * keep
-        dp_MN *= keep
-    return kept_MN, p_MN * (dp_MN - delta_M[:, None]) * slack
+        keep = keep_factors(seed, rows, keys, drop, DROPOUT)
+        kept = p * keep
+        dp *= keep
+    return kept, p * (dp - delta) * slack
 
 
 @triton.jit
@@ -92,12 +90,17 @@ def _keys_visit(
         delta_M = tl.load(delta_ptr + places_M, mask=row_inside, other=0.0)
         low_M = tl.load(low_ptr + places_M, mask=row_inside, other=0)
         high_M = tl.load(high_ptr + places_M, mask=row_inside, other=0)
-        p_MN, ds_MN = _tile_gradient(
-            q_MD, k_ND, v_ND, do_MD, lse_M, delta_M, queries_M, keys_N, low_M, high_M, slope, bias_ptr, scale, softcap,
-            num_queries, num_keys, seed, row_base + places_M * num_keys, drop, MASKED, SOFTCAP, ALIBI, BIAS, DROPOUT,
+        # Keys by queries, so that both products below take this tile as it lies.
+        zeros_NM = tl.zeros([k_ND.shape[0], BLOCK_M], dtype=tl.float32)
+        product_NM = dot(k_ND, tl.trans(q_MD), zeros_NM)
+        dp_NM = dot(v_ND, tl.trans(do_MD), zeros_NM)
+        p_NM, ds_NM = _tile_gradient(
+            product_NM, dp_NM, lse_M[None, :], delta_M[None, :], queries_M[None, :], keys_N[:, None], low_M[None, :],
+            high_M[None, :], slope, bias_ptr, scale, softcap, num_queries, num_keys, seed,
+            (row_base + places_M * num_keys)[None, :], drop, MASKED, SOFTCAP, ALIBI, BIAS, DROPOUT,
         )  # fmt: skip
-        dv_ND = dot(tl.trans(narrow(p_MN, do_MD)), do_MD, dv_ND)
-        dk_ND = dot(tl.trans(narrow(ds_MN, q_MD)), q_MD, dk_ND)
+        dv_ND = dot(narrow(p_NM, do_MD), do_MD, dv_ND)
+        dk_ND = dot(narrow(ds_NM, q_MD), q_MD, dk_ND)
     return dk_ND, dv_ND
 
 
@@ -200,9 +203,13 @@ def _queries_visit(
         inside = (keys_N < num_keys)[:, None] & (channels_D[None, :] < HEAD_DIM)
         k_ND = tl.load(k_ptr + places_N[:, None] * k_stride + channels_D[None, :], mask=inside, other=0.0)
         v_ND = tl.load(v_ptr + places_N[:, None] * v_stride + channels_D[None, :], mask=inside, other=0.0)
+        zeros_MN = tl.zeros([q_MD.shape[0], BLOCK_N], dtype=tl.float32)
+        product_MN = dot(q_MD, tl.trans(k_ND), zeros_MN)
+        dp_MN = dot(do_MD, tl.trans(v_ND), zeros_MN)
         _, ds_MN = _tile_gradient(
-            q_MD, k_ND, v_ND, do_MD, lse_M, delta_M, queries_M, keys_N, low_M, high_M, slope, bias_ptr, scale, softcap,
-            num_queries, num_keys, seed, rows_M, drop, MASKED, SOFTCAP, ALIBI, BIAS, DROPOUT,
+            product_MN, dp_MN, lse_M[:, None], delta_M[:, None], queries_M[:, None], keys_N[None, :], low_M[:, None],
+            high_M[:, None], slope, bias_ptr, scale, softcap, num_queries, num_keys, seed, rows_M[:, None], drop,
+            MASKED, SOFTCAP, ALIBI, BIAS, DROPOUT,
         )  # fmt: skip
         dq_MD = dot(narrow(ds_MN, k_ND), k_ND, dq_MD)
     return dq_MD
@@ -345,10 +352,13 @@ def _bias_kernel(
                 v_MD = tl.load(
                     v_base + key_places_M[:, None] * v_row_stride + channels_D[None, :], mask=key_inside, other=0.0
                 )
+                zeros_MM = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
+                product_MM = dot(q_MD, tl.trans(k_MD), zeros_MM)
+                dp_MM = dot(do_MD, tl.trans(v_MD), zeros_MM)
                 _, ds_MM = _tile_gradient(
-                    q_MD, k_MD, v_MD, do_MD, lse_M, delta_M, queries_M, keys_M, low_M, high_M, slope,
-                    bias_ptr + head * bias_stride, scale, softcap, num_queries, num_keys, seed,
-                    (rows + places_M) * num_keys, drop, True, SOFTCAP, ALIBI, True, DROPOUT,
+                    product_MM, dp_MM, lse_M[:, None], delta_M[:, None], queries_M[:, None], keys_M[None, :],
+                    low_M[:, None], high_M[:, None], slope, bias_ptr + head * bias_stride, scale, softcap, num_queries,
+                    num_keys, seed, ((rows + places_M) * num_keys)[:, None], drop, True, SOFTCAP, ALIBI, True, DROPOUT,
                 )  # fmt: skip
                 column_MM = diagonal_MM - half * BLOCK_M
                 found = (column_MM >= 0) & (column_MM < BLOCK_M)

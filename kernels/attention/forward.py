@@ -71,10 +71,10 @@ def _visit(
         product_MN = dot(q_MD, tl.trans(k_ND), tl.zeros([q_MD.shape[0], BLOCK_N], dtype=tl.float32))
         scores_MN, _ = tile_scores(
             product_MN,
-            queries_M,
-            keys_N,
-            low_M,
-            high_M,
+            queries_M[:, None],
+            keys_N[None, :],
+            low_M[:, None],
+            high_M[:, None],
             slope,
             bias_ptr,
             scale,
@@ -94,7 +94,7 @@ def _visit(
         sums_M = sums_M * shrink_M + tl.sum(p_MN, axis=1)
         tops_M = new_tops_M
         if DROPOUT:
-            p_MN *= keep_factors(seed, rows_M, keys_N, drop, DROPOUT)
+            p_MN *= keep_factors(seed, rows_M[:, None], keys_N[None, :], drop, DROPOUT)
         if MASKED or HEAD_DIM < BLOCK_D:
             v_ND = tl.load(v_ptr + places_N[:, None] * v_stride + channels_D[None, :], mask=inside, other=0.0)
         else:

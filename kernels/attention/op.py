@@ -116,9 +116,7 @@ def _check_window(causal: bool, window: Window) -> None:
         raise ValueError(f"window {window} looks ahead but causal=True forbids it; give ({left}, 0)")
 
 
-def _cpu_mask(
-    causal: bool, num_keys: int, query_positions_BT: Tensor | None, segment_ids_BT: Tensor | None
-) -> Mask:
+def _cpu_mask(causal: bool, num_keys: int, query_positions_BT: Tensor | None, segment_ids_BT: Tensor | None) -> Mask:
     if query_positions_BT is not None:
         keys_S = torch.arange(num_keys, device=query_positions_BT.device)
         return Mask(causal=True, dense_B1TS=(keys_S <= query_positions_BT[..., None])[:, None])
@@ -396,9 +394,7 @@ def attention_forward(
     drop: float,
 ) -> tuple[Tensor, Tensor]:
     """The registered operation: o_BHTD (laid out as [B, T, H, D]) and lse_BHT. Fields of `Options`, in order."""
-    options = Options(
-        low_BT, high_BT, first_BS, last_BS, lower, scale, softcap, drop, sinks_H, slopes_H, bias_HR, seed
-    )
+    options = Options(low_BT, high_BT, first_BS, last_BS, lower, scale, softcap, drop, sinks_H, slopes_H, bias_HR, seed)
     return launch_forward(q_BHTD, k_BKSD, v_BKSD, options)
 
 
@@ -430,9 +426,7 @@ def attention_backward(
     drop: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The registered operation: dq, dk, dv, dbias_HR (empty without a table) and rowsum(dO * O) as fp32 [B, H, T]."""
-    options = Options(
-        low_BT, high_BT, first_BS, last_BS, lower, scale, softcap, drop, sinks_H, slopes_H, bias_HR, seed
-    )
+    options = Options(low_BT, high_BT, first_BS, last_BS, lower, scale, softcap, drop, sinks_H, slopes_H, bias_HR, seed)
     do_BHTD = do_BHTD if do_BHTD.stride(-1) == 1 else do_BHTD.contiguous()
     return launch_backward(q_BHTD, k_BKSD, v_BKSD, o_BHTD, lse_BHT, do_BHTD, options)
 
@@ -487,7 +481,9 @@ def samples() -> Iterator[Sample]:
     yield from _samples("window softcap 256", half, 256, {"lower": True, "softcap": 50.0})
     yield from _samples("window sinks 64", half, 64, {"lower": True, "sinks_H": meta(16, dtype=half)})
     yield from _samples("alibi 128", half, 128, {"slopes_H": meta(16)})
-    yield from _samples("bias dropout 64", half, 64, {"bias_HR": meta(16, 8191), "seed": meta(1, dtype=torch.int64), "drop": 0.1})
+    yield from _samples(
+        "bias dropout 64", half, 64, {"bias_HR": meta(16, 8191), "seed": meta(1, dtype=torch.int64), "drop": 0.1}
+    )
 
 
 def _samples(name: str, dtype: torch.dtype, D: int, extra: dict[str, Any]) -> Iterator[Sample]:

@@ -1,7 +1,8 @@
 """The scores of one tile of attention: shared by the forward and both backward passes.
 
 Scores are in units of log2, so that exp2 can be used. Query t sees the keys low[t] <= s < high[t] (`op.py`); a caller
-says by MASKED whether a tile can hold others. Shapes: M queries, N keys of a tile.
+says by MASKED whether a tile can hold others. A tile may be queries by keys or keys by queries: what belongs to queries and
+what belongs to keys comes in shapes that broadcast to it, [M, 1] and [1, N] or [1, M] and [N, 1].
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ def tanh(x):
 
 @triton.jit
 def tile_scores(
-    product_MN,
-    queries_M,
-    keys_N,
-    low_M,
-    high_M,
+    product,
+    queries,
+    keys,
+    low,
+    high,
     slope,
     bias_ptr,
     scale,
@@ -39,28 +40,28 @@ def tile_scores(
     """Masked scores in log2 units of the products q k^T, and d(capped score)/d(score) (1 without softcap)."""
     slack = 1.0
     if SOFTCAP:
-        capped = tanh(product_MN * (scale / softcap))
+        capped = tanh(product * (scale / softcap))
         scores = capped * (softcap * LOG2E)
         slack = 1.0 - capped * capped
     else:
-        scores = product_MN * (scale * LOG2E)
+        scores = product * (scale * LOG2E)
     if ALIBI:
-        scores += (slope * LOG2E) * (keys_N[None, :] - queries_M[:, None]).to(tl.float32)
+        scores += (slope * LOG2E) * (keys - queries).to(tl.float32)
     if BIAS:
-        entry = keys_N[None, :] - queries_M[:, None] + (num_queries - 1)
+        entry = keys - queries + (num_queries - 1)
         inside = (entry >= 0) & (entry < num_queries + num_keys - 1)
         scores += tl.load(bias_ptr + entry, mask=inside, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        visible = (keys_N[None, :] >= low_M[:, None]) & (keys_N[None, :] < high_M[:, None])
+        visible = (keys >= low) & (keys < high)
         scores = tl.where(visible, scores, float("-inf"))
     return scores, slack
 
 
 @triton.jit
-def keep_factors(seed, rows_M, keys_N, drop, DROPOUT: tl.constexpr):
-    """1 / (1 - drop) where a weight is kept and 0 where it is dropped, from its place alone (Philox): [M, N].
+def keep_factors(seed, rows, keys, drop, DROPOUT: tl.constexpr):
+    """1 / (1 - drop) where a weight is kept and 0 where it is dropped, from its place alone (Philox).
 
-    `rows_M` (int64): (row of the batch * heads + head) * queries + query, times the keys.
+    `rows` (int64): (row of the batch * heads + head) * queries + query, times the keys.
     """
-    draw = tl.rand(seed, rows_M[:, None] + keys_N[None, :])
+    draw = tl.rand(seed, rows + keys)
     return tl.where(draw >= drop, 1.0 / (1.0 - drop), 0.0)
