@@ -17,7 +17,7 @@ from trine.engine.model.cache import CacheStep, KVCache
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Linear, RMSNorm, joined_linear, make_norm, records_gradients
 from trine.kernels.attention.op import Mask, attention
-from trine.kernels.gated_mlp import activate, gated, gated_joined
+from trine.kernels.mlp.op import gated_mlp, mlp
 from trine.kernels.rope import rope, rope_heads
 
 
@@ -90,13 +90,19 @@ class MLP(nn.Module):
         self.down_proj = Linear(ffn_width, width, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            h_BTF = activate(self.up_proj(x_BTC), self.activation)
-        elif records_gradients(self.up_proj):
-            h_BTF = gated_joined(joined_linear(x_BTC, self.gate_proj, self.up_proj), self.activation)
-        else:
-            h_BTF = gated(self.gate_proj(x_BTC), self.up_proj(x_BTC), self.activation)
-        return self.down_proj(h_BTF)  # type: ignore[no-any-return]
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if gate is None:
+            return mlp(x_BTC, up.weight, down.weight, activation=self.activation, up_bias=up.bias, down_bias=down.bias)
+        return gated_mlp(
+            x_BTC,
+            gate.weight,
+            up.weight,
+            down.weight,
+            activation=self.activation,
+            gate_bias=gate.bias,
+            up_bias=up.bias,
+            down_bias=down.bias,
+        )
 
 
 class Block(nn.Module):

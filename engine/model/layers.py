@@ -7,13 +7,12 @@ uninitialised memory; `init.py` or a checkpoint fills it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trine.engine.model.config import ModelConfig
+from trine.kernels import joined
 from trine.kernels.layer_norm import layer_norm
 from trine.kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -29,43 +28,17 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_out, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return joined.linear(x, self.weight, self.bias)
 
 
 def joined_linear(x: Tensor, *layers: Linear) -> Tensor:
-    """The outputs of several layers on the same input, side by side in the last dimension; for training.
-
-    Their weights are joined into one matrix, in the copy that the cast makes anyway: one product forward and two
-    backward instead of three and six, and no sum of input gradients.
-    """
-    weight: Tensor = _JoinCast.apply(x.dtype, *(layer.weight for layer in layers))  # type: ignore[no-untyped-call]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    assert len(biases) in (0, len(layers)), "layers that are joined have biases all or none"
-    bias: Tensor | None = _JoinCast.apply(x.dtype, *biases) if biases else None  # type: ignore[no-untyped-call]
-    return F.linear(x, weight, bias)
+    """The outputs of several layers on the same input, side by side in the last dimension; for training."""
+    return joined.joined_linear(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
 
 
 def records_gradients(layer: Linear) -> bool:
     """Whether a product with this layer's weight will be differentiated."""
     return torch.is_grad_enabled() and layer.weight.requires_grad
-
-
-class _JoinCast(torch.autograd.Function):
-    """Concatenate along rows and cast, in one pass; the gradient is cut and cast back."""
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *parts: Tensor) -> Tensor:
-        ctx.layout = [(part.shape[0], part.dtype) for part in parts]
-        rows = sum(part.shape[0] for part in parts)
-        joined = torch.empty(rows, *parts[0].shape[1:], dtype=dtype, device=parts[0].device)
-        for target, part in zip(torch.split(joined, [part.shape[0] for part in parts]), parts, strict=True):
-            target.copy_(part)
-        return joined
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cuts = torch.split(grads[0], [rows for rows, _ in ctx.layout])
-        return (None, *(cut.to(dtype) for cut, (_, dtype) in zip(cuts, ctx.layout, strict=True)))
 
 
 class Embedding(nn.Module):

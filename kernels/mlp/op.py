@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trine.kernels.gated_mlp import ACTIVATIONS, activate, gated, gated_clamped, gated_joined
 from trine.kernels.joined import joined_linear, linear
+from trine.kernels.mlp.activation import ACTIVATIONS, activate, gated, gated_clamped, gated_joined
 from trine.kernels.mlp.projection import launch_backward, launch_forward
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trine.kernels.attention.op import attention, make_mask
 from trine.kernels.attention.reference import attention_reference
-from trine.kernels.gated_mlp import ACTIVATIONS, gated, gated_reference
+from trine.kernels.mlp.activation import ACTIVATIONS, gated, gated_reference
 from trine.kernels.layer_norm import layer_norm, layer_norm_reference
 from trine.kernels.linear_cross_entropy import cross_entropy_reference, linear_cross_entropy
 from trine.kernels.rms_norm import rms_norm, rms_norm_reference

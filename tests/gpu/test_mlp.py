@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.gated_mlp import ACTIVATIONS
+from trine.kernels.mlp.activation import ACTIVATIONS
 from trine.kernels.mlp.op import GATED_ACTIVATIONS, gated_mlp, gated_mlp_reference, mlp, mlp_reference
 
 # Error over the root mean square of the exact values: (largest, mean). Each result is a sum of thousands of rounded

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.kernels.gated_mlp import ACTIVATIONS, activate
+from trine.kernels.mlp.activation import ACTIVATIONS, activate
 from trine.kernels.mlp.op import GATED_ACTIVATIONS, gated_mlp, gated_mlp_reference, mlp, mlp_forward, mlp_reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.gated_mlp import ACTIVATIONS, gated, gated_joined, gated_reference
 from trine.kernels.layer_norm import layer_norm, layer_norm_reference
+from trine.kernels.mlp.activation import ACTIVATIONS, gated, gated_joined, gated_reference
 from trine.kernels.rms_norm import rms_norm, rms_norm_reference
 from trine.kernels.rope import rope, rope_heads, rope_reference, rope_tables
 

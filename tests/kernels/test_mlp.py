@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.kernels.gated_mlp import ACTIVATIONS, activate, gated, gated_joined
 from trine.kernels.joined import joined_linear, linear
+from trine.kernels.mlp.activation import ACTIVATIONS, activate, gated, gated_joined
 from trine.kernels.mlp.op import GATED_ACTIVATIONS, gated_mlp, gated_mlp_reference, mlp, mlp_reference
 from trine.kernels.mlp.projection import TUNABLES, shared_estimate
 from trine.kernels.target import COMPILED, INTERPRETER
