@@ -370,7 +370,7 @@ def _bias_kernel(
 
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
-    width = next_power_of_2(max(16, shape["D"]))
+    width = next_power_of_2(max(16, shape["exact_D"]))
     if target.interpreted:
         return Config({"BLOCK_M": 16, "BLOCK_N": 16})
     if dtype == torch.float32:
@@ -430,7 +430,7 @@ def launch_backward(
     }
     launch(_prepare_kernel, (ceil_div(T, rows.blocks["BLOCK_M"]), H, B), rows, prepare)
     common |= {"do_ptr": do_BHTD, "lse2_ptr": lse2_BHT, "delta_ptr": delta_BHT, **strides("do", do_BHTD)}
-    config = BACKWARD.pick(dtype, target, T=T, S=S, D=D, exact_pass=0)
+    config = BACKWARD.pick(dtype, target, T=T, S=S, exact_D=D, exact_pass=0)
     keys = {
         "dk_ptr": dk_BKSD,
         "dv_ptr": dv_BKSD,
@@ -440,7 +440,7 @@ def launch_backward(
         "first_stride": options.first_BS.stride(0) if options.first_BS.shape[0] > 1 else 0,
     }
     launch(_keys_kernel, (ceil_div(S, config.blocks["BLOCK_N"]), K, B), config, common | keys)
-    config = BACKWARD.pick(dtype, target, T=T, S=S, D=D, exact_pass=1)
+    config = BACKWARD.pick(dtype, target, T=T, S=S, exact_D=D, exact_pass=1)
     queries = {"dq_ptr": dq_BHTD, **strides("dq", dq_BHTD)}
     launch(_queries_kernel, (ceil_div(T, config.blocks["BLOCK_M"]), H, B), config, common | queries)
     if entries:

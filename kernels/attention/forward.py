@@ -222,7 +222,7 @@ def _forward_kernel(
 
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
-    width = next_power_of_2(max(16, shape["D"]))
+    width = next_power_of_2(max(16, shape["exact_D"]))
     if target.interpreted:
         return Config({"BLOCK_M": 16, "BLOCK_N": 16})
     if dtype == torch.float32:
@@ -258,7 +258,7 @@ def launch_forward(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Opti
     if k_BKSD.shape[2] == 0:
         sink = float("-inf") if options.sinks_H is None else options.sinks_H.float()[:, None]
         return torch.zeros_like(o_BHTD, dtype=q_BHTD.dtype), lse_BHT.copy_(torch.as_tensor(sink).expand_as(lse_BHT))
-    config = FORWARD.pick(q_BHTD.dtype, target_of(q_BHTD), T=T, S=k_BKSD.shape[2], D=D)
+    config = FORWARD.pick(q_BHTD.dtype, target_of(q_BHTD), T=T, S=k_BKSD.shape[2], exact_D=D)
     arguments: dict[str, Any] = {
         **common_arguments(q_BHTD, k_BKSD, v_BKSD, options),
         "o_ptr": o_BHTD,
