@@ -14,9 +14,10 @@ test: lint types ## lint, types and the fast tests; kernels in the interpreter a
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) tests/interpreter
 	$(BIN)/python -m trine.kernels.aot --check
-test-slow: $(VENV)/.develop ## the wide and long tests
+test-slow: $(VENV)/.develop $(VENV)/triton-3.6 ## the wide and long tests; kernels compiled with the oldest triton too
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow $(PYTEST_ARGS) tests/interpreter
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m trine.kernels.aot
 lint: $(VENV)/.develop ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(VENV)/.develop ## mypy, strict: the rooms and the tests
@@ -41,3 +42,6 @@ $(VENV)/.setup: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e ".[dev]"
 	@touch $(VENV)/.setup $@
+# The oldest triton that Trine runs on, beside the pinned one: PYTHONPATH puts it first.
+$(VENV)/triton-3.6: | $(VENV)/.develop
+	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet --target $@ triton==3.6.0
