@@ -17,6 +17,7 @@ OPERATIONS = (
     "rms_norm",
     "attention.op",
     "mlp.op",
+    "rope.op",
     "moe.groups",
 )
 HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)

@@ -18,7 +18,7 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Linear, RMSNorm, joined_linear, make_norm, records_gradients
 from trine.kernels.attention.op import Mask, attention
 from trine.kernels.mlp.op import gated_mlp, mlp
-from trine.kernels.rope import rope, rope_heads
+from trine.kernels.rope.op import rope, rope_heads
 
 
 @dataclass(frozen=True, slots=True)

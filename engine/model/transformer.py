@@ -25,7 +25,7 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Embedding, Linear, make_norm
 from trine.engine.model.rotary import inverse_frequencies
 from trine.kernels.attention.op import make_mask
-from trine.kernels.rope import rope_tables
+from trine.kernels.rope.op import rope_tables
 
 
 class Transformer(nn.Module):

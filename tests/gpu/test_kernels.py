@@ -14,7 +14,7 @@ from trine.kernels.mlp.activation import ACTIVATIONS, gated, gated_reference
 from trine.kernels.layer_norm import layer_norm, layer_norm_reference
 from trine.kernels.linear_cross_entropy import cross_entropy_reference, linear_cross_entropy
 from trine.kernels.rms_norm import rms_norm, rms_norm_reference
-from trine.kernels.rope import rope, rope_reference, rope_tables
+from trine.kernels.rope.op import rope, rope_reference, rope_tables
 
 CUDA = torch.device("cuda")
 # (max error over the reference's largest value) by dtype: forward and gradient.

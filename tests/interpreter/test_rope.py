@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trine.kernels.rms_norm import rms_norm_reference
-from trine.kernels.rope import rope, rope_heads, rope_heads_forward, rope_reference, rope_rotate
+from trine.kernels.rope.op import rope, rope_heads, rope_heads_forward, rope_reference, rope_rotate
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # (D, R): whole heads, part of a head, sizes that are no powers of two, nothing turned.

@@ -11,7 +11,7 @@ from torch import Tensor
 from trine.kernels.layer_norm import layer_norm, layer_norm_reference
 from trine.kernels.mlp.activation import ACTIVATIONS, gated, gated_joined, gated_reference
 from trine.kernels.rms_norm import rms_norm, rms_norm_reference
-from trine.kernels.rope import rope, rope_heads, rope_reference, rope_tables
+from trine.kernels.rope.op import rope, rope_heads, rope_reference, rope_tables
 
 SHAPES = [(3, 5), (2, 7, 123), (1, 1, 64), (4, 33, 2, 16), (0, 8)]
 

@@ -19,7 +19,7 @@ from trine.engine.model.checkpoint import load_model
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.transformer import Transformer
 from trine.kernels.attention.op import attention
-from trine.kernels.rope import rope_reference
+from trine.kernels.rope.op import rope_reference
 
 Mutation = Callable[[Transformer, pytest.MonkeyPatch], Transformer]
 
