@@ -1,47 +1,80 @@
-"""The GPU pass: does everything that works on a CPU work, and give the same, on this machine's GPU?
+"""The GPU pass: does everything that works on a CPU work, and give the same, on this machine's GPU? And how fast?
 
-    PYTHONPATH=.typing python -m trine.benchmarks.gpu_pass [--device cuda] [--steps 50]
+    PYTHONPATH=.typing python -m trine.benchmarks.gpu_pass [--device cuda] [--minutes N] [--bench] [--tune] ...
 
-For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers, typer and pytest are enough, Trine need not be
-installed. Runs `trine doctor` and tests/gpu, trains a small model on both devices from the same weights and data, and
-lets both generate. A table of what was compared comes last; exit status 0 only if every row is good. With
-`--device cpu` the CPU is compared with itself, which checks this script.
+For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest are enough, Trine need not be
+installed (without typer, doctor is left out). In this order: `trine doctor`; a small model trained on both devices
+from the same weights and data, and generating on both; each file of tests/gpu; with `--bench` the kernel benchmark,
+whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
+
+Every stage is a process of its own with a time limit, so that a kernel that hangs or breaks the device costs its stage
+and no other. With `--minutes` the whole ends in time, and what was not run is said. A table comes last; exit status 0
+only if everything asked for ran and was good. `--device cpu` compares the CPU with itself, which checks this script.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "typer", "pytest")
-# Two correct float32 implementations drift apart over 50 steps by about 1e-6 per nat; 100 times that is an error.
-FLOAT32_TOLERANCE = 1e-4
-# bfloat16 keeps 8 bits, so that single losses differ in the third digit.
-BFLOAT16_TOLERANCE = 2e-2
+NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pytest")
+# A stage that has less than this is not begun.
+_LEAST_SECONDS = 20
+_SHOWN_LINES = 40
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table; `good` is None for what was not run."""
 
     check: str
-    good: bool
+    good: bool | None
     detail: str
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A program with a time limit, and how its output becomes rows. `show`: print all of its output.
+
+    `settings` go to a program that keeps its time by itself: it gets them as JSON, with the minutes it has.
+    """
+
+    name: str
+    command: list[str]
+    minutes: float
+    read: Callable[[str, str], list[Row]] | None = None
+    show: bool = False
+    settings: dict[str, object] | None = None
+
+
+class Budget:
+    """Seconds left of the whole pass."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
+
+    def seconds(self, stage: Stage) -> float:
+        """What a stage may take now."""
+        return min(60 * stage.minutes, self.end - time.monotonic())
+
+
 def main() -> int:
-    """Parse the command line, run every check, print the table; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="gpu_pass", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to check this script (default cuda)")
-    parser.add_argument("--steps", type=int, default=50, help="training steps on each device (default 50)")
-    options = parser.parse_args()
+    """Parse the command line, run every stage, print the table; returns the exit status."""
+    options = _parse()
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"gpu_pass: not installed here: {', '.join(missing)}; install them and run again", file=sys.stderr)
@@ -51,75 +84,142 @@ def main() -> int:
     from trine.engine.errors import UsageError
 
     try:
-        device = choose_device(options.device)
+        device = str(choose_device(options.device))
     except UsageError as error:
         print(f"gpu_pass: {error}", file=sys.stderr)
         return error.exit_status
-    rows = [
-        _program("trine doctor", [sys.executable, "-m", "trine.cli", "doctor", "--device", str(device)]),
-        _program(
-            "tests/gpu", [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/gpu")]
-        ),
-        *_compare(str(device), options.steps),
-    ]
-    print()
+    budget, logs = Budget(options.minutes), Path(options.logs or tempfile.mkdtemp(prefix="gpu-pass-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    first, tests, last = _stages(device, options)
+    if options.only:
+        first, tests, last = ([s for s in group if options.only in s.name] for group in (first, tests, last))
+    rows = [] if importlib.util.find_spec("typer") else [Row("trine doctor", None, "typer is not installed here")]
+    rows += [row for stage in first for row in run(stage, budget, logs)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for found in pool.map(lambda stage: run(stage, budget, logs), tests):
+            rows += found
+    rows += [row for stage in last for row in run(stage, budget, logs)]
+    print(f"\nlogs: {logs}")
     for row in rows:
-        print(f"{'ok  ' if row.good else 'FAIL'}  {row.check:<28}  {row.detail}")
-    return 0 if all(row.good for row in rows) else 1
+        print(f"{ {True: 'ok  ', False: 'FAIL', None: '----'}[row.good] }  {row.check:<34}  {row.detail}")
+    return 0 if rows and all(row.good for row in rows) else 1
 
 
-def _program(check: str, command: list[str]) -> Row:
-    """Run a program with its output shown; good if it returns 0."""
-    print(f"== {check}", flush=True)
-    begin = time.perf_counter()
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    return Row(check, status == 0, f"exit status {status}, {time.perf_counter() - begin:.0f} s")
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_pass", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to check this script (default cuda)")
+    parser.add_argument("--steps", type=int, default=50, help="training steps on each device (default 50)")
+    parser.add_argument("--minutes", type=float, default=0, help="end within so many minutes (default: no limit)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only stages whose name contains TEXT")
+    parser.add_argument("--jobs", type=int, default=1, help="test files at a time; they share the GPU (default 1)")
+    parser.add_argument("--bench", action="store_true", help="time the kernels and keep the results")
+    parser.add_argument("--quick", action="store_true", help="bench and tune one shape per operation")
+    parser.add_argument("--tune", action="store_true", help="search launch configurations for this GPU")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks/results"), metavar="DIR", help="of --bench")
+    parser.add_argument("--logs", default="", metavar="DIR", help="output of every stage (default: a new folder)")
+    return parser.parse_args()
 
 
-def _compare(device: str, steps: int) -> list[Row]:
-    """Training and generation on `device` against the CPU."""
+def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list[Stage], list[Stage]]:
+    """Before the tests, the tests, and after them."""
+    module = [sys.executable, "-m"]
+    first = [
+        Stage(
+            "training and generation",
+            [*module, "trine.benchmarks.gpu_compare", device, str(options.steps)],
+            10,
+            _compared,
+        )
+    ]
+    if importlib.util.find_spec("typer"):
+        first.insert(0, Stage("trine doctor", [*module, "trine.cli", "doctor", "--device", device], 3, show=True))
+    # One process for each file: an illegal access spoils a process for good. Without a GPU all tests are skipped.
+    files = sorted((ROOT / "tests/gpu").glob("test_*.py")) if device != "cpu" else [ROOT / "tests/gpu"]
+    pytest = [*module, "pytest", "-q", "-p", "no:cacheprovider"]
+    tests = [Stage(str(file.relative_to(ROOT)), [*pytest, str(file)], 15, _tested) for file in files]
+    last = []
+    kernels = [*module, "trine.benchmarks.kernels"]
+    settings: dict[str, object] = {"device": device, "quick": options.quick or device == "cpu"}
+    if options.bench:
+        stem = _gpu_name(device).lower().replace(" ", "-")
+        out = Path(options.results) / f"kernels-{stem}-{datetime.now(UTC):%Y-%m-%d}.json"
+        last.append(Stage("bench kernels", kernels, 30, _benched, show=True, settings={**settings, "out": str(out)}))
+    if options.tune:
+        last.append(Stage("tune kernels", kernels, 120, show=True, settings={**settings, "tune": True}))
+    return first, tests, last
+
+
+def _gpu_name(device: str) -> str:
     import torch
 
-    from trine.benchmarks import gpu_workload as workload
-    from trine.engine.env import make_deterministic, set_threads
-
-    print(f"== {steps} training steps and a generation on {device} and on the CPU", flush=True)
-    make_deterministic()
-    set_threads(0)
-    data = workload.make_data()
-
-    def run(where: str, dtype: torch.dtype) -> workload.Training:
-        result = workload.train(data, steps=steps, device=torch.device(where), compute_dtype=dtype)
-        print(
-            f"{where} {str(dtype).removeprefix('torch.')}: loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, "
-            f"{result.tokens_per_second:,.0f} tokens/s",
-            flush=True,
-        )
-        return result
-
-    on_cpu = run("cpu", torch.float32)
-    on_device, again = run(device, torch.float32), run(device, torch.float32)
-    half = run(device, torch.bfloat16)
-    same_bits = on_device.losses == again.losses and workload.same_weights(on_device.model, again.model)
-    expected = workload.generate_greedy(on_cpu.model, data)
-    found = workload.generate_greedy(on_cpu.model.to(device), data)
-    equal = sum(int(a == b) for a, b in zip(expected, found, strict=True))
-    return [
-        Row(
-            "loss falls", on_device.losses[-1] < on_device.losses[0], f"{on_device.losses[-1]:.4f} after {steps} steps"
-        ),
-        _losses("float32 losses", on_device.losses, on_cpu.losses, FLOAT32_TOLERANCE),
-        _losses("bfloat16 losses", half.losses, on_cpu.losses, BFLOAT16_TOLERANCE),
-        Row("two runs, same bits", same_bits, f"{steps} losses and every weight"),
-        Row("greedy tokens", equal == len(expected), f"{equal} of {len(expected)} completions equal"),
-    ]
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
-def _losses(check: str, found: list[float], expected: list[float], tolerance: float) -> Row:
-    differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
-    finite = all(math.isfinite(difference) for difference in differences)  # max() would pass over a NaN
-    worst = max(differences) if finite else math.inf
-    return Row(check, worst <= tolerance, f"largest relative difference {worst:.1e} (at most {tolerance:.0e})")
+def run(stage: Stage, budget: Budget, logs: Path) -> list[Row]:
+    """Run a stage; its rows, with one for the program itself first."""
+    limit = budget.seconds(stage)
+    if limit < _LEAST_SECONDS:
+        return [Row(stage.name, None, "not run: out of time")]
+    log = logs / (re.sub(r"[^\w.]+", "-", stage.name) + ".log")
+    command = list(stage.command)
+    if stage.settings is not None:
+        # It begins no case after nine tenths of its time, so that it can end by itself.
+        command.append(json.dumps({**stage.settings, "minutes": 0.9 * limit / 60}))
+    begin = time.monotonic()
+    status = _call(command, log, limit)
+    seconds = time.monotonic() - begin
+    output = log.read_text(encoding="utf-8", errors="replace")
+    lines = output.splitlines()
+    shown = lines if stage.show else [] if status == 0 else lines[-_SHOWN_LINES:]
+    print("\n".join([f"== {stage.name}: {seconds:.0f} s", *shown]), flush=True)
+    rows = [] if stage.read is None else stage.read(stage.name, output)
+    if status is None:
+        rows.insert(0, Row(stage.name, False, f"stopped after {seconds:.0f} s"))
+    elif status != 0 or not rows:
+        rows.insert(0, Row(stage.name, status == 0, f"exit status {status}, {seconds:.0f} s"))
+    return rows
+
+
+def _call(command: list[str], log: Path, limit: float) -> int | None:
+    """The exit status, or None for a program that was stopped at the limit, with all that it started."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def _compared(_: str, output: str) -> list[Row]:
+    """Rows of the JSON list in the last line."""
+    lines = output.strip().splitlines()
+    if not lines or not lines[-1].startswith("["):
+        return []
+    return [Row(row["check"], row["good"], row["detail"]) for row in json.loads(lines[-1])]
+
+
+def _tested(name: str, output: str) -> list[Row]:
+    """pytest's counts, and the names of failed tests."""
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S+)", output, re.MULTILINE)
+    counts = re.findall(r"^(\d+ (?:passed|failed|skipped|error).*) in [\d.]+s", output, re.MULTILINE)
+    rows = [Row(name, not failed, counts[-1])] if counts else []
+    return rows + [Row(f"  {test}", False, "") for test in failed]
+
+
+def _benched(name: str, output: str) -> list[Row]:
+    """How many passes were timed, what failed and what was not run."""
+    lines = output.strip().splitlines()
+    if not lines or not lines[-1].startswith("{"):
+        return []
+    result = json.loads(lines[-1])
+    rows = [Row(name, True, f"{len(result['rows'])} passes timed")]
+    for row in result["left_out"]:
+        good = {"FAILED": False, "not run": None}.get(row["reason"].partition(":")[0], True)
+        if not good:
+            rows.append(Row(f"  {row['operation']} {row['shape']}", good, row["reason"]))
+    return rows
 
 
 if __name__ == "__main__":

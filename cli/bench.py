@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from trine.cli import options
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,3 +39,41 @@ def bench_train(
     from trine.benchmarks.train import compare
 
     compare(rounds=rounds, steps=steps, batch_size=batch_size, seq_len=seq_len, threads=threads, peers=peers)
+
+
+@app.command("kernels")
+def bench_kernels(
+    operation: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="An operation to time (repeatable; default all).")
+    ] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; in each, every contestant has a turn.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(metavar="X", min=0, help="Begin no case after so many minutes; 0 is no limit.")
+    ] = 0.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the JSON object here too, after every case.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape per operation and short turns.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search launch configurations on a GPU; writes kernels/tuned/<gpu>.json.")
+    ] = False,
+) -> None:
+    """Time every kernel against the best peer present, and against a copy and a matrix product on the same device.
+
+    The last line on stdout is one JSON object. Without a GPU the torch paths are timed, at small sizes.
+    """
+    from trine.benchmarks.kernels import Settings, run
+
+    settings = Settings(
+        operations=tuple(operation or ()),
+        device=device,
+        dtype=dtype,
+        rounds=rounds,
+        out=str(out or ""),
+        tune=tune,
+        quick=quick,
+        minutes=minutes,
+    )
+    raise typer.Exit(run(settings))
