@@ -37,7 +37,12 @@ ROWS = 256
         {"B": 2, "H": 16, "K": 4, "T": 8192, "D": 128, "window": 1024},
         {"B": 2, "H": 16, "K": 16, "T": 8192, "D": 128, "kind": "full"},
     ],
-    cpu=[{"B": 1, "H": 4, "K": 2, "T": 256, "D": 64}, {"B": 1, "H": 4, "K": 4, "T": 256, "D": 64, "kind": "full"}],
+    cpu=[
+        {"B": 1, "H": 4, "K": 2, "T": 256, "D": 64},
+        {"B": 1, "H": 4, "K": 2, "T": 256, "D": 64, "packed": 3},
+        {"B": 1, "H": 4, "K": 2, "T": 256, "D": 64, "window": 64},
+        {"B": 1, "H": 4, "K": 4, "T": 256, "D": 64, "kind": "full"},
+    ],
 )
 def attention_case(
     new: Inputs, B: int, H: int, K: int, T: int, D: int, kind: str = "causal", window: int = 0, packed: int = 0

@@ -82,12 +82,14 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[dict[str, str]] = []
         self.failed = False
+        self.environment = env.environment(device)
 
     def run(self, cases: list[Case]) -> int:
         """Measure every case, print the table and the JSON line."""
         if self.device.type != "cuda":
             say("no GPU: torch paths on CPU, at small sizes, against the plain formula in torch")
         begin, limit = time.monotonic(), 60 * self.settings.minutes
+        self._write()
         watch = Stopwatch(self.device, turn_seconds=0.01 if self.settings.quick else 0.03)
         ceilings = Ceilings(self.device, self.dtype)
         for call in (ceilings.copy, ceilings.product):
@@ -153,13 +155,15 @@ class Bench:
             "dtype": dtype_name(self.dtype),
             "rows": self.rows,
             "left_out": self.left_out,
-            "environment": env.environment(self.device),
+            "environment": self.environment,
         }
 
     def _write(self) -> None:
         """After every case, so that a run that is stopped leaves what it has."""
         if self.settings.out:
-            Path(self.settings.out).write_text(json.dumps(self.result()) + "\n", encoding="utf-8")
+            path = Path(self.settings.out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.result()) + "\n", encoding="utf-8")
 
     def _clean(self) -> None:
         gc.collect()
