@@ -19,6 +19,9 @@ OPERATIONS = (
     "mlp.op",
     "rope.op",
     "moe.groups",
+    "adamw.op",
+    "gradient_norm",
+    "newton_schulz",
 )
 HALF_AND_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
 
