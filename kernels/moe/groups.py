@@ -64,7 +64,8 @@ def group_by_expert(expert_ids_NK: Tensor, num_experts: int) -> Groups:
     if expert_ids_NK.numel() >= 2**31:
         raise ValueError(f"expert_ids has {expert_ids_NK.numel()} numbers; fewer than 2^31 are supported")
     if uses_triton(expert_ids_NK):
-        return Groups(*moe_group(expert_ids_NK, num_experts), expert_ids_NK.shape[1])
+        pair_P, row_P, offset = moe_group(expert_ids_NK, num_experts)
+        return Groups(pair_P, row_P, offset, expert_ids_NK.shape[1])
     return _group_by_sort(expert_ids_NK, num_experts)
 
 
