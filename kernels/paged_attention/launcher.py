@@ -22,7 +22,7 @@ _SHORTEST_SPLIT = 256
 
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
-    """By Q, longest chunk of queries (64 where bits must not depend on it), G heads of a group, D, bytes of a number."""
+    """By Q, the longest chunk of queries (64 where bits must not depend on it), heads of a group, D, bytes of a key."""
     fewest = max(16, next_power_of_2(shape["exact_G"]))
     if target.interpreted:
         return Config({"BLOCK_M": fewest, "BLOCK_N": 16})

@@ -39,7 +39,7 @@ def make(
         taken += needed[row]
         if length % block_size:
             for cache in (k, v):
-                cache[blocks[-1].item(), length % block_size :] = float("nan")
+                cache[int(blocks[-1]), length % block_size :] = float("nan")
     starts = torch.tensor([0, *(count for count, _ in requests)]).cumsum(0).to(torch.int32)
     return {
         "q_NHD": torch.randn(int(starts[-1]), H, head_dim, device="cuda", generator=generator).to(dtype),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trine.kernels.launch import launch
 from trine.kernels.paged_attention import launcher, op
 from trine.kernels.paged_attention.launcher import paged_attention_forward
 from trine.kernels.paged_attention.op import paged_attention
@@ -195,7 +196,7 @@ def test_fixed_splits_give_bits_that_depend_on_the_own_keys_only(monkeypatch: py
 
 def test_both_ways_of_fixed_splits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[bool] = []
-    original = launcher.launch
+    original = launch
 
     def watched(kernel: Any, grid: tuple[int, ...], config: Any, arguments: Any) -> None:
         if "PARALLEL" in arguments:

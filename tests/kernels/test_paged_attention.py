@@ -119,6 +119,7 @@ def changed(name: str, row: Any, value: int) -> dict[str, Any]:
 
 
 SCALES = torch.ones(9, 16, 2)
+launch_any: Any = _launch
 
 
 @pytest.mark.parametrize(
@@ -175,8 +176,9 @@ def test_fixed_splits_use_one_configuration_whatever_the_queries(target: str) ->
     for max_queries in (1, 20, 700):
         bounds = {"max_queries": max_queries, "max_length": 700}
         inputs = [value for name, value in arguments.items() if name not in (*names, "split_size")]
+        rest = [(fixed | bounds)[name] for name in names]
         with recording(COMPILED[target]) as launches:
-            _launch(*inputs, *((fixed | bounds)[name] for name in names), 64)
+            launch_any(*inputs, *rest, 64)
         configs.add(tuple(sorted(launches[0].config.as_json().items())))
     assert len(configs) == 1
 
