@@ -1,4 +1,4 @@
-"""The cases of `trine bench kernels`, in order of importance: attention first, then products, then what moves bytes.
+"""Cases of `trine bench kernels`: what is bound by arithmetic, attention and the feed-forward layers.
 
 FLOPs are counted the usual way: two per multiply-add, hidden pairs of attention not counted, the backward of a product
 twice its forward (attention: 2.5 times), nothing that is computed again. Bytes: every tensor once.
@@ -10,16 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.benchmarks.kernel_peers import attention_peers, compiled
-from trine.benchmarks.kernel_problem import Cost, Inputs, Problem, cases, liger
+from trine.benchmarks.kernel_peers import attention_peers, compiled, moe_peers
+from trine.benchmarks.kernel_problem import Cost, Inputs, Problem, cases
+from trine.kernels.attention import hopper
 from trine.kernels.attention.op import attention, make_mask
 from trine.kernels.attention.reference import attend
-from trine.kernels.layer_norm import layer_norm, layer_norm_reference
 from trine.kernels.mlp.op import gated_mlp, gated_mlp_reference, mlp, mlp_reference
-from trine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
-from trine.kernels.rope.op import rope_heads, rope_reference, rope_tables
+from trine.kernels.moe.op import moe_mlp, moe_mlp_reference
 
-EPS = 1e-6
 # Rows whose error is measured.
 ROWS = 256
 
@@ -67,6 +65,15 @@ def attention_case(
             seen_TS = seen_TS & (t - s <= window)
         return (seen_TS if sequence_T is None else seen_TS & (sequence_T[s] == sequence_T[t]))[None]
 
+    def on_hopper() -> Tensor:
+        with hopper.force(True):
+            return attention(q, k, v, mask=mask)
+
+    def on_twin() -> Tensor:
+        with hopper.force(False):
+            return attention(q, k, v, mask=mask)
+
+    is_hopper = new.on_gpu and torch.cuda.get_device_capability(new.device) == (9, 0)
     first = T - min(ROWS, T)
     flops = 4.0 * B * H * D * int(visible(0).sum())
     moved = new.itemsize * B * T * D * 2 * (H + K)
@@ -74,6 +81,7 @@ def attention_case(
         ours=lambda: attention(q, k, v, mask=mask),
         plain=lambda: attend(q, k, v, visible_BTS=visible(0))[0],
         peers=attention_peers(new, q, k, v, causal=causal, window=window, ends=ends),
+        variants={"hopper": on_hopper, "plain": on_twin} if is_hopper else {},
         leaves=(q, k, v),
         forward=Cost(flops, moved),
         backward=Cost(2.5 * flops, 2.0 * moved),
@@ -140,119 +148,31 @@ def _plain(x_NC: Tensor, up_FC: Tensor, down_CF: Tensor, up_bias_F: Tensor, down
 
 
 @cases(
-    "rms_norm",
-    gpu=[{"N": 16384, "C": 4096}, {"N": 4096, "C": 16384}, {"N": 16384 * 32, "C": 128}, {"N": 32768, "C": 1000}],
-    cpu=[{"N": 512, "C": 1024}],
-)
-def rms_norm_case(new: Inputs, N: int, C: int) -> Problem:
-    """RMSNorm over rows."""
-    x, weight = new.normal(N, C), new.normal(C)
-    moved = float(N * C * new.itemsize)
-    peers = [
-        ("torch", lambda: F.rms_norm(x, (C,), weight, EPS)),
-        *compiled(lambda x, weight: rms_norm_reference(x, weight, EPS), new, x, weight),
-        *liger("liger_rms_norm", x, weight, EPS, in_place=False),
-    ]
-    return Problem(
-        ours=lambda: rms_norm(x, weight, EPS),
-        plain=lambda: rms_norm_reference(x, weight, EPS),
-        peers=dict(peers) if new.on_gpu else {},
-        leaves=(x, weight),
-        forward=Cost(bytes=2 * moved),
-        backward=Cost(bytes=3 * moved),
-        cut=(x[:ROWS], weight),
-        exact=lambda x, weight: rms_norm_reference(x, weight, EPS),
-        part=lambda x: x[:ROWS],
-    )
-
-
-@cases("add_rms_norm", gpu=[{"N": 16384, "C": 4096}], cpu=[{"N": 512, "C": 1024}])
-def add_rms_norm_case(new: Inputs, N: int, C: int) -> Problem:
-    """RMSNorm of x + residual, and the sum."""
-    x, residual, weight = new.normal(N, C), new.normal(N, C), new.normal(C)
-    moved = float(N * C * new.itemsize)
-
-    def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return rms_norm_reference(total, weight, EPS), total
-
-    def fused() -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return F.rms_norm(total, (C,), weight, EPS), total
-
-    return Problem(
-        ours=lambda: add_rms_norm(x, residual, weight, EPS),
-        plain=lambda: plain(x, residual, weight),
-        peers=dict([("torch", fused), *compiled(plain, new, x, residual, weight)]) if new.on_gpu else {},
-        leaves=(x, residual, weight),
-        forward=Cost(bytes=4 * moved),
-        backward=Cost(bytes=4 * moved),
-        # The sum is rounded before it is normalised, by definition.
-        cut=((x + residual).detach()[:ROWS], weight),
-        exact=lambda total, weight: (rms_norm_reference(total, weight, EPS), total + 0),
-        part=lambda x: x[:ROWS],
-    )
-
-
-@cases("layer_norm", gpu=[{"N": 16384, "C": 4096}, {"N": 65536, "C": 768}], cpu=[{"N": 512, "C": 1024}])
-def layer_norm_case(new: Inputs, N: int, C: int) -> Problem:
-    """LayerNorm with weight and bias."""
-    x, weight, bias = new.normal(N, C), new.normal(C), new.normal(C)
-    moved = float(N * C * new.itemsize)
-    peers = [
-        ("torch", lambda: F.layer_norm(x, (C,), weight, bias, EPS)),
-        *compiled(lambda x, weight, bias: F.layer_norm(x, (C,), weight, bias, EPS), new, x, weight, bias),
-        *liger("liger_layer_norm", x, weight, bias, EPS),
-    ]
-    return Problem(
-        ours=lambda: layer_norm(x, weight, bias, EPS),
-        plain=lambda: layer_norm_reference(x, weight, bias, EPS),
-        peers=dict(peers) if new.on_gpu else {},
-        leaves=(x, weight, bias),
-        forward=Cost(bytes=2 * moved),
-        backward=Cost(bytes=3 * moved),
-        cut=(x[:ROWS], weight, bias),
-        exact=lambda x, weight, bias: layer_norm_reference(x, weight, bias, EPS),
-        part=lambda x: x[:ROWS],
-    )
-
-
-@cases(
-    "rope_heads",
+    "moe_mlp",
     gpu=[
-        {"B": 4, "T": 4096, "H": 32, "K": 8, "D": 128},
-        {"B": 4, "T": 4096, "H": 32, "K": 8, "D": 128, "norm": "normed"},
+        {"N": 16384, "C": 2048, "F": 1024, "E": 64, "top": 8},
+        {"N": 8192, "C": 4096, "F": 14336, "E": 8, "top": 2},
     ],
-    cpu=[{"B": 1, "T": 128, "H": 8, "K": 2, "D": 64}, {"B": 1, "T": 128, "H": 8, "K": 2, "D": 64, "norm": "normed"}],
+    cpu=[{"N": 64, "C": 128, "F": 256, "E": 4, "top": 2}],
 )
-def rope_heads_case(new: Inputs, B: int, T: int, H: int, K: int, D: int, norm: str = "") -> Problem:
-    """From a joined q, k, v product to rotated heads, with RMSNorm of q and k where `normed`."""
-    qkv = new.normal(B, T, (H + 2 * K) * D)
-    inverse = 1e4 ** (-torch.arange(0, D, 2, device=new.device) / D)
-    cos, sin = rope_tables(torch.arange(T, device=new.device)[None], inverse, new.dtype)
-    weights = (new.normal(D), new.normal(D)) if norm else ()
-    q_weight, k_weight = weights or (None, None)
-
-    def plain(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        rows = qkv.shape[1]
-        heads = qkv.view(*qkv.shape[:2], H + 2 * K, D)
-        parts = [heads[:, :, :H], heads[:, :, H : H + K], heads[:, :, H + K :]]
-        for place, weight in enumerate(weights):
-            parts[place] = rms_norm_reference(parts[place], weight, EPS)
-        turn = (cos[:, :rows].to(qkv.dtype), sin[:, :rows].to(qkv.dtype))
-        q, k = (rope_reference(x, *turn).to(qkv.dtype) for x in parts[:2])
-        return tuple(x.transpose(1, 2).contiguous() for x in (q, k, parts[2]))
-
-    moved = float(qkv.numel() * new.itemsize)
+def moe_mlp_case(new: Inputs, N: int, C: int, F: int, E: int, top: int) -> Problem:
+    """A layer of gated experts, of which each token takes `top`."""
+    x = new.normal(N, C)
+    gate, up = (new.normal(E, F, C, scale=C**-0.5) for _ in range(2))
+    down = new.normal(E, C, F, scale=F**-0.5)
+    chosen = new.normal(N, E, grad=False, dtype=torch.float32).softmax(dim=-1).topk(top)
+    ids, weights = chosen.indices, chosen.values.to(new.dtype).requires_grad_()
+    tensors = (weights, gate, up, down)
+    flops = 6.0 * N * top * C * F
+    moved = new.itemsize * (2.0 * N * C + 3 * E * C * F)
     return Problem(
-        ours=lambda: rope_heads(qkv, cos, sin, H, K, q_norm_weight=q_weight, k_norm_weight=k_weight, eps=EPS),
-        plain=lambda: plain(qkv, *weights),
-        peers=dict(compiled(plain, new, qkv, *weights)),
-        leaves=(qkv, *weights),
-        forward=Cost(bytes=2 * moved),
-        backward=Cost(bytes=(3 if norm else 2) * moved),
-        cut=(qkv[:, :ROWS], *weights),
-        exact=plain,
-        part=lambda x: x[:, :, :ROWS],
-        gradient_part=lambda x: x[:, :ROWS],
+        ours=lambda: moe_mlp(x, ids, *tensors, activation="silu"),
+        plain=lambda: moe_mlp_reference(x, ids, *tensors, activation="silu"),
+        peers=moe_peers(new, x, ids, *tensors),
+        leaves=(x, *tensors),
+        forward=Cost(flops, moved),
+        backward=Cost(2 * flops, 2 * moved),
+        cut=(x[:ROWS], weights[:ROWS], gate, up, down),
+        exact=lambda x, *rest: moe_mlp_reference(x, ids[:ROWS], *rest, activation="silu"),
+        part=lambda x: x[:ROWS],
     )

@@ -40,7 +40,10 @@ class Expected:
     def errors(self, results: tuple[Tensor, ...], backward: Backward | None) -> tuple[float, float | None]:
         """Of the results, and of the gradient of the first leaf."""
         part = self.problem.part
-        forward = max(error_of(part(y.detach()), exact) for y, exact in zip(results, self.results, strict=True))
+        forward = max(
+            error_of(part(y.detach()), exact)
+            for y, exact in zip(results, self.results, strict=not self.problem.in_place)
+        )
         if backward is None:
             return forward, None
         given = [part(dy).to(y.dtype).view(y.shape) for dy, y in zip(self.gradients, self.results, strict=True)]

@@ -90,3 +90,32 @@ def _by_sequences(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, en
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     o_NHD: Tensor = call(*packed, ends, ends, T, T, **options)
     return o_NHD.view(B, T, *o_NHD.shape[1:]).transpose(1, 2)
+
+
+def moe_peers(
+    new: Inputs, x: Tensor, ids: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> dict[str, Forward]:
+    """A loop over experts on cuBLAS, as transformers has it, and torch's grouped product."""
+    if not new.on_gpu:
+        return {}
+
+    def loop() -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in range(len(gate)):
+            rows, slots = torch.where(ids == expert)
+            part = x[rows]
+            h = F.silu(F.linear(part, gate[expert])) * F.linear(part, up[expert])
+            y = y.index_add(0, rows, F.linear(h, down[expert]) * weights[rows, slots, None])
+        return y
+
+    def grouped() -> Tensor:
+        order = ids.flatten().argsort(stable=True)
+        rows = order // ids.shape[1]
+        ends = torch.bincount(ids.flatten(), minlength=len(gate)).cumsum(0).to(torch.int32)
+        product: Any = F.grouped_mm  # new in torch 2.10
+        part = x[rows]
+        h = F.silu(product(part, gate.mT, offs=ends)) * product(part, up.mT, offs=ends)
+        out = product(h, down.mT, offs=ends) * weights.flatten()[order][:, None]
+        return torch.zeros_like(x).index_add(0, rows, out)
+
+    return {"grouped_mm": grouped, "loop, cuBLAS": loop}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Sizes = Mapping[str, int | str]
+Sizes = Mapping[str, int | float | str]
 Results = Tensor | tuple[Tensor, ...]
 Forward = Callable[[], Results]
 
@@ -38,11 +38,12 @@ class Problem:
 
     `ours` and `peers` run forward and return the result (or several); the backward is that of `leaves` (none: the
     operation has no backward). `plain` is the reference formula in the same dtype: the peer where there is no other,
-    as on a CPU. Peers are tried: one that does not support the problem is left out and named.
+    as on a CPU. Peers are tried: one that does not support the problem is left out and named. `variants` are other
+    kernels of ours for the same, which get rows of their own.
 
     Errors are measured on a part: `exact`, called with `cut` in float64, gives `part` of each result, and its gradient
     for `cut[0]` is `gradient_part` (default `part`) of that for `leaves[0]`. With `in_place` every call changes its own
-    copy of the inputs, and what is checked is the first.
+    copy of the inputs, and what is checked is the first. `dtype`: where it is not the run's.
     """
 
     ours: Forward
@@ -51,11 +52,13 @@ class Problem:
     cut: tuple[Tensor, ...]
     exact: Callable[..., Results]
     peers: Mapping[str, Forward] = field(default_factory=dict)
+    variants: Mapping[str, Forward] = field(default_factory=dict)
     leaves: tuple[Tensor, ...] = ()
     backward: Cost | None = None
     part: Callable[[Tensor], Tensor] = whole
     gradient_part: Callable[[Tensor], Tensor] | None = None
     in_place: bool = False
+    dtype: torch.dtype | None = None
 
 
 class Inputs:
@@ -107,6 +110,14 @@ class Case:
 
 
 CASES: list[Case] = []
+_MODULES = ("kernel_cases", "kernel_cases_training", "kernel_cases_rows")
+
+
+def all_cases() -> list[Case]:
+    """Every case, in order of importance."""
+    for name in _MODULES:
+        importlib.import_module(f"trine.benchmarks.{name}")
+    return CASES
 
 
 def cases(operation: str, *, gpu: Sequence[Sizes], cpu: Sequence[Sizes]) -> Callable[[Build], Build]:

@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trine.benchmarks import kernel_cases  # noqa: F401  (registers the cases, in other processes too)
 from trine.benchmarks.kernel_check import Expected, as_tuple, dtype_name, first_line
-from trine.benchmarks.kernel_problem import CASES, Case, Problem
+from trine.benchmarks.kernel_problem import Case, Problem, all_cases
 from trine.benchmarks.timing import Spread, Stopwatch
 from trine.engine import env
 from trine.engine.errors import UsageError
@@ -117,7 +116,7 @@ class Tuner:
 
         expected = [x.clone() for x in forced(rule)()]
         seconds = {0: self.watch.turn(forced(rule))}
-        found = CASES.index(case), str(self.device), self.dtype, backward, operation, question.sizes
+        found = all_cases().index(case), str(self.device), self.dtype, backward, operation, question.sizes
         reasons = self._compile([Candidate(*found, config) for config in others])
         for place, (config, failure) in enumerate(zip(others, reasons, strict=True), start=1):
             reason = failure or self._try(forced(config), expected, in_place=problem.in_place)
@@ -197,7 +196,7 @@ def _passes(problem: Problem) -> tuple[list[Pass], list[list[Question]]]:
 
 @lru_cache(maxsize=1)
 def _built(case: int, device: str, dtype: torch.dtype) -> list[Pass]:
-    return _passes(CASES[case].problem(torch.device(device), dtype))[0]
+    return _passes(all_cases()[case].problem(torch.device(device), dtype))[0]
 
 
 def _run_once(candidate: Candidate) -> str:

@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-from trine.benchmarks import kernel_cases  # noqa: F401  (registers the cases)
 from trine.benchmarks.kernel_check import Backward, Expected, as_tuple, dtype_name, first_line
-from trine.benchmarks.kernel_problem import CASES, Case, Cost, Problem, Results
+from trine.benchmarks.kernel_problem import Case, Cost, Problem, Results, all_cases
 from trine.benchmarks.timing import Ceilings, Spread, Stopwatch
 from trine.engine import env
 from trine.engine.errors import UsageError
@@ -66,12 +65,12 @@ def run(settings: Settings) -> int:
 
 def select(settings: Settings, *, on_gpu: bool) -> list[Case]:
     """The cases that were asked for. Raises UsageError for an operation that has none."""
-    known = dict.fromkeys(case.operation for case in CASES)
+    known = dict.fromkeys(case.operation for case in all_cases())
     for name in settings.operations:
         if name not in known:
             raise UsageError(f"unknown operation {name!r}; one of {', '.join(known)}")
     wanted = settings.operations or tuple(known)
-    return [c for c in CASES if c.operation in wanted and c.on_gpu == on_gpu and (c.quick or not settings.quick)]
+    return [c for c in all_cases() if c.operation in wanted and c.on_gpu == on_gpu and (c.quick or not settings.quick)]
 
 
 class Bench:
@@ -88,6 +87,8 @@ class Bench:
         """Measure every case, print the table and the JSON line."""
         if self.device.type != "cuda":
             say("no GPU: torch paths on CPU, at small sizes, against the plain formula in torch")
+        if env.load_average()[0] > 0.5 * self.environment["cpu_cores"]:
+            say(f"this machine is busy (load {env.load_average()[0]:.1f}): times may be far too long")
         begin, limit = time.monotonic(), 60 * self.settings.minutes
         self._write()
         watch = Stopwatch(self.device, turn_seconds=0.01 if self.settings.quick else 0.03)
@@ -112,7 +113,7 @@ class Bench:
     def measure(self, case: Case, watch: Stopwatch, ceilings: Ceilings) -> None:
         """Check and time one case."""
         problem = case.problem(self.device, self.dtype)
-        forwards = {OURS: problem.ours, **(problem.peers or {FORMULA: problem.plain})}
+        forwards = {OURS: problem.ours, **problem.variants, **(problem.peers or {FORMULA: problem.plain})}
         expected = Expected(problem)
         backwards: dict[str, Backward] = {}
         errors: dict[str, tuple[float, float | None]] = {}
@@ -136,9 +137,11 @@ class Bench:
             seconds = watch.race(contestants, self.settings.rounds)
             place = {"forward": 0, "backward": 1}.get(what)
             found = {name: None if place is None else pair[place] for name, pair in errors.items()}
-            row = _row(case, what, self.dtype, cost, seconds, ceilings, found)
-            self.rows.append(row)
-            print(_format(row), flush=True)
+            mine = [name for name in (OURS, *problem.variants) if name in seconds]
+            for name in mine:
+                row = _row(case, what, problem.dtype or self.dtype, cost, seconds, ceilings, found, name, mine)
+                self.rows.append(row)
+                print(_format(row), flush=True)
 
     def leave_out(self, case: Case, contestant: str, reason: str) -> None:
         """Say and keep that something was not measured."""
@@ -199,51 +202,56 @@ def _row(
     seconds: dict[str, list[float]],
     ceilings: Ceilings,
     errors: dict[str, float | None],
+    name: str,
+    mine: list[str],
 ) -> dict[str, Any]:
-    """Figures of one pass, as JSON values; `ratio` is the best peer's time over ours, round by round."""
+    """Figures of `name`, one of `mine`, in a pass, as JSON values; `ratio`: the best peer's time over it, by rounds."""
     spreads = {name: Spread.of(rounds) for name, rounds in seconds.items()}
     moving = cost.bytes * spreads["copy"].median / ceilings.bytes
     computing = cost.flops * spreads["product"].median / ceilings.flops
-    ours = spreads[OURS].median
+    ours = spreads[name].median
     row: dict[str, Any] = {
         "operation": case.operation,
+        "contestant": name,
         "shape": case.shape,
         "sizes": dict(case.sizes),
         "dtype": dtype_name(dtype),
         "pass": what,
-        "microseconds": {name: 1e6 * spread.median for name, spread in spreads.items()},
-        "spread": {name: (s.slowest - s.fastest) / s.median for name, s in spreads.items()},
+        "microseconds": {who: 1e6 * spread.median for who, spread in spreads.items()},
+        "spread": {who: (s.slowest - s.fastest) / s.median for who, s in spreads.items()},
         "bound": "compute" if computing > moving else "memory",
         "tflops": cost.flops / ours / 1e12,
         "gigabytes_per_second": cost.bytes / ours / 1e9,
         "percent_of_ceiling": 100 * max(moving, computing) / ours,
         "errors": errors,
     }
-    peers = [name for name in seconds if name not in (OURS, "copy", "product")]
+    peers = [who for who in seconds if who not in (*mine, "copy", "product")]
     if peers:
-        best = min(peers, key=lambda name: spreads[name].median)
-        ratios = [theirs / mine for theirs, mine in zip(seconds[best], seconds[OURS], strict=True)]
+        best = min(peers, key=lambda who: spreads[who].median)
+        ratios = [theirs / ours for theirs, ours in zip(seconds[best], seconds[name], strict=True)]
         row |= {"peer": best, "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
     return row
 
 
 HEADER = (
-    f"{'operation':<20} {'shape':<34} {'dtype':<8} {'pass':<8} {'us':>10}  {'rate':>14} {'of ceiling':>10}  "
-    f"{'ratio':>6} {'best peer':<20} {'error':>8}"
+    f"{'operation':<20} {'shape':<34} {'dtype':<5} {'pass':<8} {'us':>10} {'spread':>6}  {'rate':>13} {'ceiling':>7}  "
+    f"{'ratio':>6} {'best peer':<20} {'error':>8} {'peer':>8}"
 )
 
 
 def _format(row: dict[str, Any]) -> str:
     compute = row["bound"] == "compute"
     rate = f"{row['tflops']:.4g} TFLOP/s" if compute else f"{row['gigabytes_per_second']:.4g} GB/s"
-    error = row["errors"].get(OURS)
+    who = row["contestant"]
+    errors = (row["errors"].get(name) for name in (who, row.get("peer", "")))
+    operation = row["operation"] if who == OURS else f"{row['operation']}, {who}"
     ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
-    dtype = row["dtype"].replace("float", "fp").replace("bfp", "bf")
+    dtype = row["dtype"].replace("bfloat", "bf").replace("float", "fp")
     return (
-        f"{row['operation']:<20} {row['shape']:<34} {dtype:<8} {row['pass']:<8} "
-        f"{row['microseconds'][OURS]:>10,.1f}  {rate:>14} {row['percent_of_ceiling']:>9.1f}%  "
-        f"{ratio:>6} {row.get('peer', '-'):<20} {'' if error is None else f'{error:.1e}':>8}"
-    )
+        f"{operation:<20} {row['shape']:<34} {dtype:<5} {row['pass']:<8} {row['microseconds'][who]:>10,.1f} "
+        f"{row['spread'][who]:>6.0%}  {rate:>13} {row['percent_of_ceiling']:>6.1f}%  {ratio:>6} "
+        f"{row.get('peer', '-'):<20} {' '.join(f'{e:>8.1e}' if e is not None else ' ' * 8 for e in errors)}"
+    ).rstrip()
 
 
 if __name__ == "__main__":
