@@ -15,6 +15,7 @@ from torch import Tensor
 # Operation modules that hold Triton kernels, in the order of the tables.
 OPERATIONS = (
     "rms_norm",
+    "layer_norm",
     "attention.op",
     "mlp.op",
     "rope.op",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trine.engine.model.config import ModelConfig
 from trine.kernels import joined
-from trine.kernels.layer_norm import layer_norm
+from trine.kernels.layer_norm import add_layer_norm, layer_norm
 from trine.kernels.rms_norm import add_rms_norm, rms_norm
 
 
@@ -82,8 +82,7 @@ class LayerNorm(nn.Module):
 
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of x + branch, x + branch)."""
-        total = x + branch
-        return self(total), total
+        return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
 def make_norm(config: ModelConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> RMSNorm | LayerNorm:

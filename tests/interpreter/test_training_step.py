@@ -16,9 +16,9 @@ from torch import Tensor
 PROGRAM = Path(__file__).with_name("training_step.py")
 SHARED = {"attention", "linear_cross_entropy", "adamw", "gradient_norm", "newton_schulz"}
 USED = {
-    "llama": SHARED | {"rms_norm", "rope", "mlp"},
-    "qwen3": SHARED | {"rms_norm", "rope", "mlp"},
-    "gpt2": SHARED | {"layer_norm", "mlp"},
+    "llama": SHARED | {"norm", "rope", "mlp"},
+    "qwen3": SHARED | {"norm", "rope", "mlp"},
+    "gpt2": SHARED | {"norm", "mlp"},
 }
 
 
