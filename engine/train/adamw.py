@@ -1,64 +1,49 @@
-"""AdamW by torch's fused kernel: one pass over a list of parameters.
+"""AdamW over the named parameters of a model, by `trine.kernels.adamw`: formula and formats stand there.
 
-With gradient G, moments m and v, update number t and rates b1, b2:
-
-    w <- (1 - lr * decay) w;    m <- b1 m + (1 - b1) G;    v <- b2 v + (1 - b2) G^2
-    w <- w - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-
-`torch.optim.AdamW` runs the same kernel, but making one imports torch's compiler: 1.2 s and 900 modules.
-Source: Loshchilov & Hutter 2019 (arXiv 1711.05101).
+`torch.optim.AdamW` would import torch's compiler: 1.2 s and 900 modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from trine.engine.train.recipe import OptimSettings
+from trine.kernels.adamw import op
+
 
 class AdamW:
-    """AdamW over a fixed list of parameters; holds both moments in each parameter's dtype (fp32).
+    """AdamW with decoupled weight decay on `decay` and none on `no_decay`, parameters by name, gradients in `.grad`.
 
-    `parameters` have `.grad` set at each `step`; `weight_decay` is decoupled.
+    Moments are fp32, or 8-bit with `optim.state_dtype = "int8"`, whose random bits come from `seed`.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], *, betas: tuple[float, float], eps: float, weight_decay: float
+        self, decay: Mapping[str, Tensor], no_decay: Mapping[str, Tensor], settings: OptimSettings, *, seed: int
     ) -> None:
-        self.parameters = list(parameters)
-        self.betas = betas
-        self.eps = eps
-        self.weight_decay = weight_decay
-        self.first_moments = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.second_moments = [torch.zeros_like(parameter) for parameter in self.parameters]
-
-    @torch.no_grad()
-    def step(self, lr: float, *, update: int) -> None:
-        """Update number `update` (from 1) of every parameter at learning rate `lr`."""
-        if not self.parameters:
-            return
-        grads = gradients(self.parameters)
-        count = torch.tensor(float(update), device=self.parameters[0].device)
-        torch._fused_adamw_(
-            self.parameters,
-            grads,
-            self.first_moments,
-            self.second_moments,
-            [],
-            [count] * len(grads),
-            lr=lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
+        self._names = [*decay, *no_decay]
+        self._adamw = op.AdamW(
+            [*decay.values(), *no_decay.values()],
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=[settings.weight_decay] * len(decay) + [0.0] * len(no_decay),
+            state_dtype=torch.int8 if settings.state_dtype == "int8" else torch.float32,
+            seed=seed,
         )
 
+    def step(self, lr: float, *, update: int) -> None:
+        """Update number `update` (from 1) of every parameter at learning rate `lr`."""
+        self._adamw.step(lr, update=update)
 
-def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of each parameter; all must have one."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    assert len(grads) == len(parameters), "a parameter has no gradient"
-    return grads
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Both moments of each parameter, and with 8-bit states their scales, by kind and name (not copies)."""
+        kinds = {"exp_avg": self._adamw.first_moments, "exp_avg_sq": self._adamw.second_moments}
+        if self._adamw.eight_bit:
+            kinds |= {"exp_avg_scale": self._adamw.first_scales, "exp_avg_sq_scale": self._adamw.second_scales}
+        return {
+            f"adamw.{kind}.{name}": tensor
+            for kind, tensors in kinds.items()
+            for name, tensor in zip(self._names, tensors, strict=True)
+        }

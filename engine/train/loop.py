@@ -107,7 +107,7 @@ class Trainer:
         if setup.device.type == "cpu":
             keep_freed_memory()
         model = _make_model(setup)
-        optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype)
+        optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype, seed=setup.recipe.train.seed)
         peak, peak_source = peak_flops(setup.device, setup.compute_dtype)
         per_token = flops_per_token(setup.config, setup.recipe.data.seq_len, training=True)
         trainer = cls(

@@ -7,12 +7,11 @@ The update of a matrix W [rows, cols] with gradient G is, with momentum m and le
     O <- NewtonSchulz(U)                 nearly the orthogonal factor of U: singular values moved close to 1
     W <- (1 - lr * decay) W - lr * sqrt(max(1, rows / cols)) * O
 
-NewtonSchulz is five rounds of the quintic X <- aX + b(XX')X + c(XX')^2 X on U / ||U||, whose coefficients trade
-exactness for speed: singular values land in about [0.7, 1.2], which serves as well as 1. It runs in `dtype`
-(bfloat16 where training does). Every logical matrix (q, k, v, o, gate, up, down of each layer) is orthogonalised by
-itself; equal shapes are only batched for speed.
+NewtonSchulz is `trine.kernels.newton_schulz`; its singular values land in about [0.7, 1.2], which serves as well as 1.
+It runs in `dtype` (bfloat16 where training does). Every logical matrix (q, k, v, o, gate, up, down of each layer) is
+orthogonalised by itself; equal shapes are only batched for speed.
 
-Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (coefficients, scale).
+Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (scale).
 """
 
 from __future__ import annotations
@@ -24,25 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trine.engine.train.adamw import gradients
+from trine.kernels.newton_schulz import newton_schulz
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ROUNDS = 5
 # Matrices orthogonalised in one call: enough to fill the machine, few enough to keep temporaries small.
 BATCH_ELEMENTS = 2**22
-
-
-def newton_schulz(update_BRC: Tensor, *, rounds: int = ROUNDS) -> Tensor:
-    """Move the singular values of each matrix in a batch [B, rows, cols] close to 1, in the batch's dtype."""
-    a, b, c = COEFFICIENTS
-    tall = update_BRC.size(-2) > update_BRC.size(-1)
-    x = update_BRC.mT if tall else update_BRC
-    # The Frobenius norm bounds the spectral norm; the floor keeps an all-zero gradient at zero.
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
-    for _ in range(rounds):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 def update_scale(rows: int, cols: int) -> float:
@@ -72,7 +56,7 @@ class Muon:
         for indices in self._batches:
             weights = [self.parameters[i] for i in indices]
             buffers = [self.buffers[i] for i in indices]
-            grads = gradients(weights)
+            grads = _gradients(weights)
             torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
             ahead = torch._foreach_lerp(grads, buffers, self.momentum)
             batch_BRC = torch.stack([update.to(self.dtype) for update in ahead])
@@ -92,3 +76,10 @@ def _batches_of_equal_shape(parameters: Sequence[Tensor]) -> list[list[int]]:
         size = max(1, BATCH_ELEMENTS // shape.numel())
         batches += [indices[start : start + size] for start in range(0, len(indices), size)]
     return batches
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of each parameter; all must have one."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert len(grads) == len(parameters), "a parameter has no gradient"
+    return grads

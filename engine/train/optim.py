@@ -6,7 +6,8 @@ Every parameter belongs to exactly one group:
     decay      other matrices: embeddings and head; with "adamw" all of them AdamW, lr, weight_decay
     no_decay   norms and biases                                              AdamW, lr, no decay
 
-All state is fp32 and is saved by parameter name, so that it does not depend on the order or grouping of parameters.
+State is fp32 (AdamW's moments 8-bit with optim.state_dtype = "int8") and is saved by parameter name, so that it does
+not depend on the order or grouping of parameters.
 """
 
 from __future__ import annotations
@@ -51,19 +52,15 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, muon: bool) -
 class Optimizer:
     """AdamW, or Muon and AdamW together, over the parameters of one model.
 
-    `muon_dtype` is what Muon's Newton-Schulz computes in.
+    `muon_dtype` is what Muon's Newton-Schulz computes in. `seed` decides how 8-bit states are rounded.
     """
 
-    def __init__(self, model: nn.Module, settings: OptimSettings, *, muon_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: nn.Module, settings: OptimSettings, *, muon_dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> None:
         self.settings = settings
         self.groups = parameter_groups(model.named_parameters(), muon=settings.name == "muon")
-        self.adamw = {
-            name: AdamW(list(group.values()), betas=settings.betas, eps=settings.eps, weight_decay=decay)
-            for name, group, decay in (
-                ("decay", self.groups.decay, settings.weight_decay),
-                ("no_decay", self.groups.no_decay, 0.0),
-            )
-        }
+        self.adamw = AdamW(self.groups.decay, self.groups.no_decay, settings, seed=seed)
         self.muon: Muon | None = None
         if settings.name == "muon":
             momentum, decay = settings.muon_momentum, settings.muon_weight_decay
@@ -86,18 +83,16 @@ class Optimizer:
         """One update from the gradients in `.grad`, with all learning rates times `factor`."""
         rates = self.learning_rates(factor)
         self.updates += 1
-        for adamw in self.adamw.values():
-            adamw.step(rates["lr"], update=self.updates)
+        self.adamw.step(rates["lr"], update=self.updates)
         if self.muon is not None:
             self.muon.step(rates["muon_lr"])
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All state as `adamw.exp_avg.NAME`, `adamw.exp_avg_sq.NAME`, `muon.momentum.NAME` (not copies)."""
-        tensors = {}
-        for group, adamw in ((self.groups.decay, self.adamw["decay"]), (self.groups.no_decay, self.adamw["no_decay"])):
-            moments = zip(group, adamw.first_moments, adamw.second_moments, strict=True)
-            for name, first, second in moments:
-                tensors[f"adamw.exp_avg.{name}"], tensors[f"adamw.exp_avg_sq.{name}"] = first, second
+        """All state as `adamw.exp_avg.NAME`, `adamw.exp_avg_sq.NAME`, `muon.momentum.NAME` (not copies).
+
+        8-bit moments are codes, with `adamw.exp_avg_scale.NAME` and `adamw.exp_avg_sq_scale.NAME` beside them.
+        """
+        tensors = self.adamw.state_tensors()
         if self.muon is not None:
             for name, buffer in zip(self.groups.muon, self.muon.buffers, strict=True):
                 tensors[f"muon.momentum.{name}"] = buffer

@@ -23,6 +23,7 @@ from trine.engine.data.objectives import CausalLM
 from trine.engine.data.samples import SampleStream
 from trine.engine.errors import NonFiniteError
 from trine.engine.model.transformer import Transformer
+from trine.kernels.gradient_norm import gradient_norm
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def check_and_clip(model: nn.Module, loss: Tensor, *, max_norm: float, step: int
     """
     named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
     grads = [grad for _, grad in named]
-    norms = torch.stack(torch._foreach_norm(grads))
-    loss_value, norm = torch.stack([loss, torch.linalg.vector_norm(norms)]).tolist()
+    total, norms = gradient_norm(grads)
+    loss_value, norm = torch.stack([loss, total]).tolist()
     if not torch.isfinite(loss).item():
         raise NonFiniteError(f"the loss of step {step} is {loss_value}")
     if not torch.isfinite(torch.tensor(norm)).item():

@@ -10,9 +10,10 @@ from trine.engine.errors import CheckpointError
 from trine.engine.model.config import ModelConfig, RopeConfig
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
-from trine.engine.train.muon import COEFFICIENTS, Muon, newton_schulz, update_scale
+from trine.engine.train.muon import Muon, update_scale
 from trine.engine.train.optim import Optimizer, parameter_groups
 from trine.engine.train.recipe import OptimSettings
+from trine.kernels.newton_schulz import COEFFICIENTS, newton_schulz
 
 
 def tiny_model(**changes: object) -> Transformer:

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"compute_dtype": "bfloat16", "micro_batch_size": 1, "checkpoint_activations": True},
         "optim": {"name": "muon"},
     },
+    "adamw-8-bit": {"optim": {"state_dtype": "int8"}},
     "gpt2-adamw": {"model": {"family": "gpt2", "dropout": 0.1}},
 }  # fmt: skip
 TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "time"}
