@@ -15,10 +15,13 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.cost import count_parameters, flops_per_token
 from trine.engine.train.recipe import recipe_toml
 from trine.engine.train.resolve import Setup
+from trine.kernels.adamw.states import BLOCK
 from trine.kernels.hardware import memory_bytes, peak_flops
 from trine.kernels.linear_cross_entropy import default_chunk_rows
 
 FP32_BYTES = 4
+# An 8-bit number with its share of a block's fp32 scale.
+EIGHT_BIT_BYTES = 1 + FP32_BYTES / BLOCK
 TYPICAL_MFU = 0.4
 
 
@@ -42,13 +45,14 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     config, recipe = setup.config, setup.recipe
     parameters = count_parameters(config).total
     by_muon = _muon_parameters(config) if recipe.optim.name == "muon" else 0
+    moment_bytes = EIGHT_BIT_BYTES if recipe.optim.state_dtype == "int8" else FP32_BYTES
     tokens = setup.micro_batch_size * recipe.data.seq_len
     itemsize = setup.compute_dtype.itemsize
     rows = min(tokens, default_chunk_rows(config.vocab_size))
     return MemoryEstimate(
         weights=parameters * FP32_BYTES,
         gradients=parameters * FP32_BYTES,
-        optimizer=FP32_BYTES * (by_muon + 2 * (parameters - by_muon)),
+        optimizer=round(FP32_BYTES * by_muon + 2 * moment_bytes * (parameters - by_muon)),
         activations=tokens * _activations_per_token(config, recipe.train.checkpoint_activations) * itemsize,
         logits=rows * config.vocab_size * itemsize,
     )
