@@ -24,8 +24,8 @@ types: $(VENV)/.develop ## mypy, strict: the rooms and the tests
 	$(BIN)/mypy && $(BIN)/mypy tests
 aot: $(VENV)/.develop ## compile every kernel for four GPUs, without one, and rewrite kernels/aot.json
 	$(BIN)/python -m trine.kernels.aot --write
-gpu: ## on a GPU machine: doctor, GPU tests, training and generation against the CPU
-	PYTHONPATH=.typing $(or $(wildcard $(BIN)/python),$(PYTHON)) -m trine.benchmarks.gpu_pass
+gpu: ## on a GPU machine: doctor, training and generation against the CPU, GPU tests (GPU_ARGS="--bench --tune": speed)
+	PYTHONPATH=.typing $(or $(wildcard $(BIN)/python),$(PYTHON)) -m trine.benchmarks.gpu_pass $(GPU_ARGS)
 bench: $(VENV)/.develop ## training speed against the transformers Trainer
 	$(BIN)/trine bench train
 docs: $(VENV)/.develop ## check every command and link in the documents

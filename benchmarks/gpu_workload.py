@@ -21,7 +21,7 @@ from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.text.train_tokenizer import train_characters
-from trine.kernels.linear_cross_entropy import linear_cross_entropy
+from trine.kernels.cross_entropy.op import linear_cross_entropy
 
 BATCH, LENGTH = 8, 128
 PROMPTS = ("def ", "    return self", "class Argument", "import ")

@@ -15,11 +15,11 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import TimeoutError as NoAnswer
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from trine.kernels.tuning import Config, Question, force, observing, write_tuned
 MARGIN = 0.98
 # Of the largest number of the rule's result, in roundings: what candidates may differ by.
 ROUNDINGS = 4.0
+PATIENCE_SECONDS = 180
 Pass = Callable[[], tuple[Tensor, ...]]
 
 
@@ -55,9 +56,13 @@ def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, *, minutes
         tuner.tune(case)
         gc.collect()
         torch.cuda.empty_cache()
-    tuner.pool.shutdown()
+    tuner.pool.terminate()
     print(f"{tuner.tried} configurations tried, {tuner.failed} of them failed; {tuner.improved} rules improved")
     return 0
+
+
+def _new_pool() -> Pool:
+    return get_context("spawn").Pool(max(1, min(8, (os.cpu_count() or 2) // 2)))
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,7 @@ class Tuner:
         self.watch = Stopwatch(device, turn_seconds=0.01)
         self.answered: set[tuple[str, Any, torch.dtype]] = set()
         self.tried = self.failed = self.improved = 0
-        self.pool = self._new_pool()
-
-    def _new_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), mp_context=get_context("spawn"))
+        self.pool = _new_pool()
 
     def tune(self, case: Case) -> None:
         """All kernels of a case."""
@@ -114,7 +116,7 @@ class Tuner:
 
             return call
 
-        expected = [x.clone() for x in forced(rule)()]
+        expected = [x.detach().clone() for x in forced(rule)()]
         seconds = {0: self.watch.turn(forced(rule))}
         found = all_cases().index(case), str(self.device), self.dtype, backward, operation, question.sizes
         reasons = self._compile([Candidate(*found, config) for config in others])
@@ -149,13 +151,18 @@ class Tuner:
         }
 
     def _compile(self, candidates: list[Candidate]) -> list[str]:
-        """Compile in other processes; why not, for each, or nothing."""
-        try:
-            return list(self.pool.map(_run_once, candidates))
-        except BrokenProcessPool:
-            say("  a compiling process died; compiling here")
-            self.pool = self._new_pool()
-            return [""] * len(candidates)
+        """Run each once in other processes; why it failed, or nothing. One that hangs or ends its process costs it."""
+        reasons: list[str] = []
+        while len(reasons) < len(candidates):
+            results = self.pool.imap(_run_once, candidates[len(reasons) :])
+            try:
+                while len(reasons) < len(candidates):
+                    reasons.append(results.next(timeout=PATIENCE_SECONDS))
+            except NoAnswer:
+                reasons.append(f"no answer after {PATIENCE_SECONDS} s: it hangs, or its process died")
+                self.pool.terminate()
+                self.pool = _new_pool()
+        return reasons
 
     def _try(self, call: Pass, expected: list[Tensor], *, in_place: bool) -> str:
         """Why a configuration is no good, or nothing."""
@@ -173,7 +180,7 @@ def _compare(found: tuple[Tensor, ...], expected: list[Tensor]) -> None:
         if not theirs.numel():
             continue
         allowed = ROUNDINGS * torch.finfo(theirs.dtype).eps * float(theirs.abs().max())
-        difference = float((mine.double() - theirs.double()).abs().max())
+        difference = float((mine.detach().double() - theirs.double()).abs().max())
         if not difference <= allowed:
             raise ValueError(f"other numbers than the rule's: {difference:.1e} apart, more than {allowed:.1e}")
 

@@ -1,17 +1,20 @@
-"""The script of `make gpu`, where there is no GPU: its CPU part, and what it says when something is missing."""
+"""The script of `make gpu`, where there is no GPU: its CPU part, its time limits, and what it says of bad outcomes."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from trine.benchmarks import gpu_pass
+from trine.benchmarks import gpu_compare, gpu_pass
+from trine.benchmarks.gpu_pass import Budget, Row, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,21 +26,30 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+def python(code: str, minutes: float = 1.0, **options: object) -> Stage:
+    return Stage("a stage", [sys.executable, "-c", code], minutes, **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
-def test_the_cpu_agrees_with_itself() -> None:
-    done = run("--device", "cpu", "--steps", "12")
+def test_the_cpu_agrees_with_itself(tmp_path: Path) -> None:
+    folders = ("--results", str(tmp_path / "results"), "--logs", str(tmp_path / "logs"))
+    done = run("--device", "cpu", "--steps", "12", "--minutes", "12", "--bench", *folders)
     assert done.returncode == 0, done.stdout + done.stderr
-    table = re.findall(r"^(ok|FAIL) +(.+?)  ", done.stdout, re.MULTILINE)
+    table = re.findall(r"^(ok|FAIL|----) +(.+?)  ", done.stdout, re.MULTILINE)
     assert [check for _, check in table] == [
         "trine doctor",
-        "tests/gpu",
         "loss falls",
         "float32 losses",
         "bfloat16 losses",
         "two runs, same bits",
         "greedy tokens",
+        "tests/gpu",
+        "bench kernels",
     ]
     assert {result for result, _ in table} == {"ok"}
+    (result,) = (tmp_path / "results").glob("kernels-cpu-*.json")
+    assert json.loads(result.read_text())["rows"]
+    assert len(list((tmp_path / "logs").glob("*.log"))) == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -45,6 +57,26 @@ def test_without_a_gpu_it_says_so() -> None:
     done = run()
     assert done.returncode == 2
     assert re.fullmatch(r"gpu_pass: device 'cuda': .+; use device=cpu\n", done.stderr)
+
+
+def test_a_bare_machine_is_enough() -> None:
+    """Nothing that is run needs more than `NEEDED`; doctor, which needs typer, is left out without it."""
+    code = """
+import sys
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in "typer click rich pydantic jinja2 matplotlib tomli_w transformers".split():
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Bare())
+import trine.benchmarks.gpu_pass, trine.benchmarks.gpu_compare, trine.benchmarks.kernel_tuning
+from trine.benchmarks import kernels, gpu_workload
+gpu_workload.make_data()
+sys.exit(kernels.run(kernels.Settings(operations=("rms_norm",), device="cpu", rounds=1, quick=True)))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +90,80 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_difference_beyond_the_tolerance_fails_its_row() -> None:
-    assert gpu_pass._losses("losses", [1.0, 2.0], [1.0, 2.0001], 1e-3).good
-    assert not gpu_pass._losses("losses", [1.0, 2.0], [1.0, 2.01], 1e-3).good
-    assert not gpu_pass._losses("losses", [1.0, float("nan")], [1.0, 2.0], 1e-3).good
+    assert gpu_compare.losses_row("losses", [1.0, 2.0], [1.0, 2.0001], 1e-3)["good"]
+    assert not gpu_compare.losses_row("losses", [1.0, 2.0], [1.0, 2.01], 1e-3)["good"]
+    assert not gpu_compare.losses_row("losses", [1.0, float("nan")], [1.0, 2.0], 1e-3)["good"]
+
+
+def test_a_stage_that_hangs_is_stopped_with_what_it_started(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    child = f"import time; time.sleep(4); open({str(alive)!r}, 'w')"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
+    monkey = Budget(0)
+    rows = gpu_pass.run(python(code, minutes=0.5 / 60), monkey, tmp_path)
+    assert rows == [Row("a stage", None, "not run: out of time")], "less than the least is not begun"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_pass, "_LEAST_SECONDS", 0)
+        (row,) = gpu_pass.run(python(code, minutes=1.5 / 60), monkey, tmp_path)
+    assert row.good is False
+    assert row.detail.startswith("stopped after ")
+    time.sleep(4)
+    assert not alive.exists()
+
+
+def test_what_the_minutes_do_not_suffice_for_is_said(tmp_path: Path) -> None:
+    assert gpu_pass.run(python("raise SystemExit(3)"), Budget(0.01), tmp_path) == [
+        Row("a stage", None, "not run: out of time")
+    ]
+    assert Budget(1).seconds(python("", minutes=0.5)) == 30
+
+
+def test_failures_show_their_last_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = gpu_pass.run(python("print('the reason'); raise SystemExit(3)"), Budget(0), tmp_path)
+    assert not row.good
+    assert row.detail.startswith("exit status 3, ")
+    assert "the reason" in capsys.readouterr().out
+    (row,) = gpu_pass.run(python("print('much output')"), Budget(0), tmp_path)
+    assert row.good
+    assert "much output" not in capsys.readouterr().out
+    assert "much output" in (tmp_path / "a-stage.log").read_text()
+
+
+def test_programs_that_keep_time_are_told_how_much_there_is(tmp_path: Path) -> None:
+    code = "import sys, json; print(json.loads(sys.argv[1]))"
+    gpu_pass.run(python(code, minutes=10, settings={"quick": True}, show=True), Budget(5), tmp_path)
+    shown = (tmp_path / "a-stage.log").read_text()
+    minutes = re.search(r"'quick': True, 'minutes': (4\.\d+)", shown)
+    assert minutes is not None
+    assert 4.4 < float(minutes[1]) <= 4.5
+
+
+def test_pytest_output_becomes_rows() -> None:
+    output = (
+        "..F.s  [100%]\n=== FAILURES ===\nE   assert 1 == 2\n"
+        "FAILED tests/gpu/test_mlp.py::test_mlp[torch.bfloat16-silu] - AssertionError: 1\n"
+        "ERROR tests/gpu/test_mlp.py::test_other - RuntimeError: CUDA error\n"
+        "1 failed, 3 passed, 1 skipped, 1 error in 12.34s\n"
+    )
+    assert gpu_pass._tested("tests/gpu/test_mlp.py", output) == [
+        Row("tests/gpu/test_mlp.py", False, "1 failed, 3 passed, 1 skipped, 1 error"),
+        Row("  test_mlp.py::test_mlp[torch.bfloat16-silu]", False, ""),
+        Row("  test_mlp.py::test_other", False, ""),
+    ]
+    assert gpu_pass._tested("x", "5 passed in 1.00s (0:00:01)\n") == [Row("x", True, "5 passed")]
+    assert gpu_pass._tested("x", "Segmentation fault\n") == []
+
+
+def test_bench_output_becomes_rows() -> None:
+    left_out = [
+        {"operation": "attention", "shape": "T8192", "contestant": "cuDNN", "reason": "RuntimeError: No kernel"},
+        {"operation": "mlp", "shape": "N1", "contestant": "trine", "reason": "FAILED: OutOfResources: shared"},
+        {"operation": "rms_norm", "shape": "N2", "contestant": "", "reason": "not run: 5 minutes are over"},
+    ]
+    output = "table\n" + json.dumps({"rows": [{}, {}], "left_out": left_out}) + "\n"
+    assert gpu_pass._benched("bench kernels", output) == [
+        Row("bench kernels", True, "2 passes timed"),
+        Row("  mlp N1", False, "FAILED: OutOfResources: shared"),
+        Row("  rms_norm N2", None, "not run: 5 minutes are over"),
+    ]
+    assert gpu_pass._benched("bench kernels", "killed\n") == []
