@@ -86,6 +86,40 @@ def test_every_case_computes_what_its_formula_says(case: Case) -> None:
     assert problem.forward.flops or problem.forward.bytes
 
 
+class AsOnGpu(Inputs):
+    """Inputs on the CPU for a case that believes to be on a GPU, so that it has peers."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return True
+
+
+# What torch has for GPUs only.
+GPU_PEERS = {"cuDNN", "cuDNN, repeated", "flash, by sequences"}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: f"{case.operation}-{case.shape}")
+def test_every_peer_computes_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    problem = case.build(AsOnGpu(CPU, torch.float32), **case.sizes)
+    assert problem.peers
+    expected = Expected(problem)
+    for name, forward in problem.peers.items():
+        if name in GPU_PEERS:
+            continue
+        trains = name != "flex_attention"  # it has no backward on a CPU
+        for leaf in problem.leaves:
+            leaf.requires_grad_(trains)
+        results = as_tuple(forward())
+        if not trains:
+            assert expected.errors(results, None)[0] < 2e-4
+            continue
+        error, gradient_error = expected.errors(results, expected.backward(results))
+        assert error < 2e-4, name
+        assert (gradient_error or 0.0) < 2e-4, name
+
+
 def test_gpu_cases_name_their_operations_like_the_cpu_ones() -> None:
     on_gpu = dict.fromkeys(case.operation for case in all_cases() if case.on_gpu)
     on_cpu = dict.fromkeys(case.operation for case in CPU_CASES)
