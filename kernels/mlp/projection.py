@@ -34,7 +34,7 @@ _CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def _activation(g, ACTIVATION: tl.constexpr):
+def activate_tile(g, ACTIVATION: tl.constexpr):
     """The activation of g and its derivative there. NaN stays NaN; at 0 relu's derivative is 0, as torch has it."""
     if ACTIVATION == "relu" or ACTIVATION == "relu2":
         value = tl.where(g <= 0.0, 0.0, g)
@@ -156,9 +156,9 @@ def mlp_forward_kernel(
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
     if gate_weight_ptr is None:
-        h, _ = _activation(up, ACTIVATION)
+        h, _ = activate_tile(up, ACTIVATION)
     else:
-        h, _ = _activation(gate, ACTIVATION)
+        h, _ = activate_tile(gate, ACTIVATION)
         h *= up
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = (rows < num_rows - row) & (columns < num_columns - column)
@@ -199,7 +199,7 @@ def mlp_backward_kernel(
     first, places = row.to(tl.int64) * num_columns + column, rows * num_columns + columns
     dh = tl.load(dh_ptr + first + places, mask=inside, other=0.0).to(tl.float32)
     if gate_weight_ptr is None:
-        h, slope = _activation(up, ACTIVATION)
+        h, slope = activate_tile(up, ACTIVATION)
         dup = dh * slope
     else:
         gate_kept = 1.0
@@ -209,7 +209,7 @@ def mlp_backward_kernel(
             up_kept = tl.where((up > limit) | (up < -limit), 0.0, 1.0)
             gate = tl.where(gate > limit, limit, gate)
             up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
-        activated, slope = _activation(gate, ACTIVATION)
+        activated, slope = activate_tile(gate, ACTIVATION)
         h = activated * up
         dup = dh * activated * up_kept
         dgate = dh * up * slope * gate_kept

@@ -1,0 +1,86 @@
+"""Weights of 8-bit codes for products with 8-bit activations: int8 or float8 (e4m3), with scales in fp32.
+
+    one for each feature   [N]                             w[n, k] = q[n, k] s[n]
+    one for all            [1]                             w[n, k] = q[n, k] s[0]
+    one for each block     [ceil(N / 128), ceil(K / 128)]  w[n, k] = q[n, k] s[n // 128, k // 128]    (float8 only)
+
+Codes lie as [N, K], which is how tensor cores want both operands. On a CPU float8 codes are kept as bf16 numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trine.kernels.launch import ceil_div
+from trine.kernels.quantized.activations import BLOCK
+from trine.kernels.quantized.reference import block_scales
+from trine.kernels.target import uses_triton
+
+KINDS = (torch.int8, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class ScaledWeight:
+    """A weight made by `scaled_weight`. `kind` is the dtype of its codes, whatever they are kept in."""
+
+    codes: Tensor
+    scales: Tensor
+    kind: torch.dtype
+
+    @property
+    def num_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def blocked(self) -> bool:
+        return self.scales.dim() == 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def to(self, device: torch.device | str) -> ScaledWeight:
+        """On another device, as that device keeps it."""
+        return scaled_weight(self.codes.to(self.kind).to(device), self.scales.to(device))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """w_NK in `dtype`: q s in fp32 (float64 in float64), then rounded."""
+        work = torch.promote_types(dtype, torch.float32)
+        scales = self.scales.to(work)
+        if self.blocked:
+            return (self.codes.to(work) * block_scales(scales, self.num_features, self.width, BLOCK)).to(dtype)
+        return (self.codes.to(work) * scales[:, None]).to(dtype)
+
+
+def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
+    """The weight of codes [N, K] in int8 or float8_e4m3fn; scales of any float dtype, [N] or [N, 1], [1] or blocks.
+
+    int8 has no scales of blocks. Raises ValueError for another dtype or shape.
+    """
+    if codes_NK.dim() != 2 or codes_NK.dtype not in KINDS or 0 in codes_NK.shape[1:]:
+        raise ValueError(
+            f"codes are {codes_NK.dtype} {tuple(codes_NK.shape)}; expected int8 or float8_e4m3fn [N, K], K positive"
+        )
+    num_features, width = codes_NK.shape
+    blocks = (ceil_div(num_features, BLOCK), ceil_div(width, BLOCK))
+    shape = tuple(scales.shape)
+    allowed: list[tuple[int, ...]] = [(num_features,), (num_features, 1), (1,), ()]
+    if codes_NK.dtype == torch.float8_e4m3fn:
+        allowed.append(blocks)
+    if not scales.is_floating_point() or shape not in allowed:
+        raise ValueError(
+            f"scales are {scales.dtype} {shape} for {codes_NK.dtype} {tuple(codes_NK.shape)}; expected floating point "
+            f"in one of the shapes {', '.join(map(str, allowed))}"
+        )
+    blocked = shape == blocks and shape != (num_features, 1) and codes_NK.dtype != torch.int8
+    scales = scales.float().contiguous() if blocked else scales.float().reshape(-1)
+    tiles = uses_triton(codes_NK) or codes_NK.is_meta
+    kept = codes_NK.contiguous() if tiles or codes_NK.dtype == torch.int8 else codes_NK.to(torch.bfloat16)
+    return ScaledWeight(kept, scales, codes_NK.dtype)
