@@ -30,18 +30,16 @@ from trine.kernels.tuning import Config, Shape, Tunable
 
 
 @triton.jit
-def _turn(
-    x_ptr, x_stride, y_ptr, y_stride, weight_ptr, cos_ptr, sin_ptr, period, block, num_tokens, num_heads, eps, sign,
-    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+def turned(
+    x_ptr, places, rows, inside, weight_ptr, cos_ptr, sin_ptr, period, num_heads, eps, sign,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One block of heads: normalised where there is a weight, and turned."""
-    rows = block * ROWS + tl.arange(0, ROWS)
-    inside = rows < num_tokens * num_heads
-    places = head_places(rows, x_stride, num_heads, D)
+    """Heads normalised where there is a weight, and turned: first channels, second channels, the rest (0 if none)."""
     x1, x2 = load_pairs(x_ptr, places, inside, R, INTERLEAVED, BLOCK_R)
     cos, sin = load_angles(cos_ptr, sin_ptr, rows, inside, num_heads, period, R, BLOCK_R)
     sin *= sign
+    rest = tl.zeros([places.shape[0], BLOCK_P], dtype=tl.float32)
     if D > 2 * R:
         rest = load_rest(x_ptr, places, inside, D, R, BLOCK_P)
     if weight_ptr is not None:
@@ -54,8 +52,24 @@ def _turn(
         x2 = round_to(x2 * rstd * scale2[None, :], x_ptr.dtype.element_ty)
         if D > 2 * R:
             rest = rest * rstd * load_rest_scales(weight_ptr, D, R, UNIT_OFFSET, BLOCK_P)[None, :]
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest
+
+
+@triton.jit
+def turn_heads(
+    x_ptr, x_stride, y_ptr, y_stride, weight_ptr, cos_ptr, sin_ptr, period, block, num_tokens, num_heads, eps, sign,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One block of heads from x to y."""
+    rows = block * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_tokens * num_heads
+    first, second, rest = turned(
+        x_ptr, head_places(rows, x_stride, num_heads, D), rows, inside, weight_ptr, cos_ptr, sin_ptr, period, num_heads,
+        eps, sign, D, R, INTERLEAVED, UNIT_OFFSET, BLOCK_R, BLOCK_P,
+    )  # fmt: skip
     places = head_places(rows, y_stride, num_heads, D)
-    store_pairs(y_ptr, places, inside, x1 * cos - x2 * sin, x2 * cos + x1 * sin, R, INTERLEAVED, BLOCK_R)
+    store_pairs(y_ptr, places, inside, first, second, R, INTERLEAVED, BLOCK_R)
     if D > 2 * R:
         store_rest(y_ptr, places, inside, rest, D, R, BLOCK_P)
 
@@ -78,7 +92,7 @@ def _rotate_kernel(
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    _turn(
+    turn_heads(
         x_ptr, x_stride, y_ptr, y_stride, None, cos_ptr, sin_ptr, period, tl.program_id(0), num_tokens, num_heads, 0.0,
         sign, D, R, INTERLEAVED, False, ROWS, BLOCK_R, BLOCK_P,
     )  # fmt: skip
@@ -95,12 +109,12 @@ def _heads_kernel(
     """The first programs turn blocks of q, the next ones of k, the last ones copy v."""
     program = tl.program_id(0)
     if program < q_programs:
-        _turn(
+        turn_heads(
             q_in_ptr, q_in_stride, q_out_ptr, q_out_stride, q_weight_ptr, cos_ptr, sin_ptr, period, program,
             num_tokens, num_heads, eps, sign, D, R, INTERLEAVED, UNIT_OFFSET, ROWS, BLOCK_R, BLOCK_P,
         )  # fmt: skip
     elif program < q_programs + k_programs:
-        _turn(
+        turn_heads(
             k_in_ptr, kv_in_stride, k_out_ptr, kv_out_stride, k_weight_ptr, cos_ptr, sin_ptr, period,
             program - q_programs, num_tokens, num_kv_heads, eps, sign, D, R, INTERLEAVED, UNIT_OFFSET, ROWS, BLOCK_R,
             BLOCK_P,
@@ -124,7 +138,7 @@ _PROGRAM_NUMBERS = 4096
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     width = next_power_of_2(shape["exact_D"])
-    rows = 4 if target.interpreted else max(1, min(64, _PROGRAM_NUMBERS // width))
+    rows = 8 if target.interpreted else max(1, min(64, _PROGRAM_NUMBERS // width))
     return Config({"ROWS": rows, **blocks(shape)}, num_warps=4, num_stages=1)
 
 

@@ -11,9 +11,19 @@ from torch import Tensor
 from trine.kernels.rms_norm import rms_norm_reference
 from trine.kernels.rope.op import rope, rope_heads, rope_heads_forward, rope_reference, rope_rotate
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-# (D, R): whole heads, part of a head, sizes that are no powers of two, nothing turned.
-SIZES = pytest.mark.parametrize(("D", "R"), [(16, 8), (10, 5), (16, 3), (8, 0)], ids=str)
+# (D, R, dtype): whole heads, part of a head, sizes that are no powers of two, nothing turned.
+CASES = pytest.mark.parametrize(
+    ("D", "R", "dtype"),
+    [
+        (16, 8, torch.float32),
+        (10, 5, torch.float32),
+        (16, 3, torch.float32),
+        (8, 0, torch.float32),
+        (16, 8, torch.bfloat16),
+        (10, 3, torch.float16),
+    ],
+    ids=str,
+)
 PAIRS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 
 
@@ -37,8 +47,7 @@ def heads_reference(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-@DTYPES
-@SIZES
+@CASES
 @PAIRS
 def test_rope(compare: Any, D: int, R: int, interleaved: bool, dtype: torch.dtype) -> None:
     cos, sin = tables(2, 5, R, dtype)
@@ -50,13 +59,12 @@ def test_rope(compare: Any, D: int, R: int, interleaved: bool, dtype: torch.dtyp
     )
 
 
-@DTYPES
-@SIZES
+@CASES
 @PAIRS
 @pytest.mark.parametrize("norm", ["plain", "norm", "1+norm"])
 def test_rope_heads(compare: Any, D: int, R: int, interleaved: bool, norm: str, dtype: torch.dtype) -> None:
-    H, K, offset = 4, 2, norm == "1+norm"
-    cos, sin = tables(1 if offset else 2, 13, R, dtype)
+    H, K, offset = 5, 2, norm == "1+norm"
+    cos, sin = tables(1 if offset else 2, 7, R, dtype)
     weights = [make(D, dtype=torch.float32, seed=seed) for seed in (1, 2)] if norm != "plain" else []
 
     def ours(qkv: Tensor, *w: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +75,43 @@ def test_rope_heads(compare: Any, D: int, R: int, interleaved: bool, norm: str, 
     def plain(qkv: Tensor, *w: Tensor) -> tuple[Tensor, ...]:
         return heads_reference(qkv, cos, sin, H, K, interleaved, w, offset)
 
-    compare.gradients(f"rope_heads {norm}", ours, plain, [make(2, 13, (H + 2 * K) * D, dtype=dtype), *weights])
+    compare.gradients(f"rope_heads {norm}", ours, plain, [make(2, 7, (H + 2 * K) * D, dtype=dtype), *weights])
+
+
+def test_heads_lie_by_token_and_gradients_may_lie_anyhow() -> None:
+    cos, sin = tables(1, 5, 4, torch.float32)
+    qkv = make(2, 5, 32, dtype=torch.float32).requires_grad_()
+    q, k, v = rope_heads(qkv, cos, sin, 2, 1)
+    for x in (q, k, v):
+        assert x.transpose(1, 2).is_contiguous()
+        assert x.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()
+    parts = [make(*x.shape, dtype=torch.float32, seed=seed) for seed, x in enumerate((q, k, v), 3)]
+    by_token = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in parts]
+    spread = [torch.stack((g, g), dim=-1)[..., 0] for g in parts]
+    expected, *others = (
+        torch.autograd.grad((q, k, v), qkv, grads, retain_graph=True)[0] for grads in (parts, by_token, spread)
+    )
+    assert all(torch.equal(other, expected) for other in others)
+    reference = heads_reference(qkv, cos, sin, 2, 1, False, (), False)
+    torch.testing.assert_close(expected, torch.autograd.grad(reference, qkv, parts)[0])
+
+
+def test_parts_of_a_joined_product_are_turned_where_they_lie() -> None:
+    cos, sin = tables(2, 5, 4, torch.float32)
+    q, k, _ = make(2, 5, 32, dtype=torch.float32).unflatten(-1, (4, 8)).split([2, 1, 1], dim=2)
+    for x in (q, k):
+        torch.testing.assert_close(rope(x, cos, sin), rope_reference(x, cos, sin))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    cos, sin = tables(1, 7, 4, torch.float32)
+    qkv = make(2, 7, 64, dtype=torch.float32).requires_grad_()
+    weights = [make(8, dtype=torch.float32, seed=seed).requires_grad_() for seed in (1, 2)]
+    runs = []
+    for _ in range(2):
+        parts = rope_heads(qkv, cos, sin, 4, 2, q_norm_weight=weights[0], k_norm_weight=weights[1])
+        runs.append([*parts, *torch.autograd.grad([x.square().sum() for x in parts], [qkv, *weights])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_empty_and_strided() -> None:
