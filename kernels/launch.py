@@ -5,7 +5,7 @@ their arguments and configuration, which is what ahead-of-time compiling compile
 what a GPU will run, and no list of kernels has to be kept by hand.
 
 The Triton interpreter gets bfloat16 wrong in two ways: arithmetic on it acts on the bit patterns, and storing fp32 as
-bf16 truncates. So kernels convert what they load to fp32 at once, multiply by `language.dot`, and launchers allocate
+bf16 truncates (fp8 too). So kernels convert what they load to fp32 at once, multiply by `language.dot`, and launchers allocate
 results with `result_dtype` and hand them out through `rounded`: in the interpreter results are stored in fp32 and
 rounded by torch.
 """
@@ -24,6 +24,10 @@ from torch import Tensor
 from trine.kernels.hardware import INTERPRETING
 from trine.kernels.target import Target, pretend
 from trine.kernels.tuning import Config
+
+
+# What the interpreter truncates to, where a GPU rounds to nearest.
+_TRUNCATED = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel stores its results in: `dtype`, but fp32 for bf16 in the interpreter."""
-    return torch.float32 if dtype == torch.bfloat16 and INTERPRETING else dtype
+    """What a kernel stores its results in: `dtype`, but fp32 for bf16 and fp8 in the interpreter."""
+    return torch.float32 if dtype in _TRUNCATED and INTERPRETING else dtype
 
 
 def rounded(result: Tensor, dtype: torch.dtype) -> Tensor:
