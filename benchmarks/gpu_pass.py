@@ -93,8 +93,7 @@ def main() -> int:
     first, tests, last = _stages(device, options)
     if options.only:
         first, tests, last = ([s for s in group if options.only in s.name] for group in (first, tests, last))
-    rows = [] if importlib.util.find_spec("typer") else [Row("trine doctor", None, "typer is not installed here")]
-    rows += [row for stage in first for row in run(stage, budget, logs)]
+    rows = [row for stage in first for row in run(stage, budget, logs)]
     with ThreadPoolExecutor(options.jobs) as pool:
         for found in pool.map(lambda stage: run(stage, budget, logs), tests):
             rows += found
@@ -131,7 +130,9 @@ def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list
             _compared,
         )
     ]
-    if importlib.util.find_spec("typer"):
+    if importlib.util.find_spec("typer") is None:
+        print("trine doctor is left out: typer is not installed here")
+    else:
         first.insert(0, Stage("trine doctor", [*module, "trine.cli", "doctor", "--device", device], 3, show=True))
     # One process for each file: an illegal access spoils a process for good. Without a GPU all tests are skipped.
     files = sorted((ROOT / "tests/gpu").glob("test_*.py")) if device != "cpu" else [ROOT / "tests/gpu"]

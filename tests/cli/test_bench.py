@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,40 @@ def test_contestants_take_turns_in_alternating_order() -> None:
     assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 3, "b": 3}
 
 
+def test_on_a_gpu_what_is_timed_is_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what is queued, on a device that is none: cache overwritten, stream held, event, call, event."""
+    queued: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.place = -1
+
+        def record(self) -> None:
+            self.place = len(queued)
+            queued.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 2.0 * (other.place - self.place)  # milliseconds
+
+    class Flush:
+        def zero_(self) -> None:
+            queued.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: queued.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queued.append("hold" if cycles > 30_000 else "short"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    watch = Stopwatch(CPU, turn_seconds=0)
+    watch.device = torch.device("cuda")
+    watch._flush = Flush()  # type: ignore[assignment]
+    assert watch.turn(lambda: queued.append("call")) == 4e-3
+    assert queued == ["wait", "call", "wait", *["flush", "hold", "event", "call", "event"] * 3, "wait"]
+    queued.clear()
+    watch.warm_up(lambda: queued.append("call"))
+    assert queued == ["call", "call", "call", "wait"]
+
+
 # --- tuning, on a made-up kernel --------------------------------------------------------------------------------------
 
 GPU = Target("sm_90", num_sms=132, shared_bytes=227 * 1024, gpu="NVIDIA H900")
@@ -300,6 +336,28 @@ def test_tuning_keeps_the_fastest_configuration_that_is_right(
         assert any(f"'ROWS': {rows}" in line and reason in line for line in said.splitlines())
     assert MADE_UP.pick(torch.float32, GPU, N=64).blocks["ROWS"] == 2, "used at once"
     tuning.forget()
+
+
+@pytest.mark.slow
+def test_a_configuration_that_hangs_costs_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_tuning, "PATIENCE_SECONDS", 15)
+    monkeypatch.setattr(kernel_tuning, "_run_once", time.sleep)
+    tuner = kernel_tuning.Tuner(CPU, torch.float32)
+    seconds: Any = [0, 600, 0.1]
+    assert tuner._compile(seconds) == [None, "no answer after 15 s: it hangs, or its process died", None]
+    tuner.pool.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_candidates_run_in_other_processes() -> None:
+    place = next(place for place, case in enumerate(all_cases()) if case is CPU_CASES[0])
+    found = kernel_tuning.Candidate(place, "cpu", torch.float32, True, "made_up", (("N", 64),), Config({"ROWS": 1}))
+    tuner = kernel_tuning.Tuner(CPU, torch.float32)
+    reasons = tuner._compile([found, replace(found, case=10**6)])
+    tuner.pool.terminate()
+    # The first ran, and then waited for a GPU that is not there.
+    assert [reason.partition(":")[0] for reason in reasons] == ["AssertionError", "IndexError"]
 
 
 def test_cases_are_registered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
