@@ -230,9 +230,11 @@ def _problems(row: Mapping[str, Any], job: Job) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory, more than {limit}")
     if row["spills"] and job.target != "sm_100":
         found.append(f"{row['spills']} bytes or registers spilled")
-    if job.sample.tensor_cores and not row["matrix"]:
+    # A sample of a matrix product may launch kernels without one beside it.
+    product = job.sample.tensor_cores and any("dot(" in text or "mma" in text for text in _sources(job.launch.kernel))
+    if product and not row["matrix"]:
         found.append("no tensor-core instruction")
-    if job.sample.tensor_cores and job.target == "sm_80" and not row["async_copies"]:
+    if product and job.target == "sm_80" and not row["async_copies"]:
         found.append("no asynchronous copy")
     return found
 

@@ -20,6 +20,8 @@ OPERATIONS = (
     "mlp.op",
     "rope.op",
     "moe.groups",
+    "moe.matmul",
+    "moe.op",
     "adamw.op",
     "gradient_norm",
     "newton_schulz",
