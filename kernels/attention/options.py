@@ -9,30 +9,62 @@ from torch import Tensor
 
 from trine.kernels.launch import next_power_of_2
 
+# Offsets within a tile of at most 256 rows are 32-bit numbers.
+_MAX_ROW_STRIDE = 2**22
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Everything beside q, k and v. Intervals: see `bounds.py`; softcap 0 is none; `seed` (int64 [1]) turns dropout on."""
+    """Everything beside q, k and v.
 
-    low_BT: Tensor
-    high_BT: Tensor
-    first_BS: Tensor
-    last_BS: Tensor
-    lower: bool
-    scale: float
-    softcap: float
-    drop: float
+    The mask is intervals (`bounds.py`), all four None where it is only causal or only full; `lower` says whether any
+    query has a first visible key other than 0, `ordered` whether no bound falls from one query to the next. Softcap 0
+    is none; `position_BT` (int32) is where queries stand for ALiBi, None at their own number; `seed` (int64 [1]) turns
+    dropout on.
+    """
+
+    low_BT: Tensor | None
+    high_BT: Tensor | None
+    first_BS: Tensor | None
+    last_BS: Tensor | None
+    position_BT: Tensor | None
     sinks_H: Tensor | None
     slopes_H: Tensor | None
     bias_HR: Tensor | None
     seed: Tensor | None
+    causal: bool
+    lower: bool
+    ordered: bool
+    scale: float
+    softcap: float
+    drop: float
+
+
+def readable(x_BHTD: Tensor) -> Tensor:
+    """`x_BHTD`, copied where the kernels cannot address it: last dimension not contiguous, or rows too far apart."""
+    *_, row, last = x_BHTD.stride()
+    return x_BHTD if last == 1 and row <= _MAX_ROW_STRIDE else x_BHTD.contiguous()
 
 
 def strides(name: str, x_BHTD: Tensor) -> dict[str, int]:
     """The strides of a tensor whose last dimension is contiguous, under the names the kernels use."""
     batch, head, row, last = x_BHTD.stride()
-    assert last == 1 or x_BHTD.shape[3] == 1, f"{name} must be contiguous in its last dimension"
+    assert last == 1 or x_BHTD.shape[3] == 1 or not x_BHTD.numel(), f"{name} must be contiguous in its last dimension"
     return {f"{name}_batch_stride": batch, f"{name}_head_stride": head, f"{name}_row_stride": row}
+
+
+def shape_of(q_BHTD: Tensor, k_BKSD: Tensor, options: Options) -> dict[str, int]:
+    """The sizes that a launch configuration depends on, by name.
+
+    `exact_extra`: 1 with dropout, 2 with a table of biases; both need registers, so tiles are smaller.
+    """
+    extra = 2 if options.bias_HR is not None else int(options.seed is not None)
+    return {"T": q_BHTD.shape[2], "S": k_BKSD.shape[2], "D": q_BHTD.shape[3], "exact_extra": extra}
+
+
+def row_stride(x: Tensor | None) -> int:
+    """The distance between rows of the batch; 0 where one row serves all of them."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
 
 
 def common_arguments(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Options) -> dict[str, Any]:
@@ -44,14 +76,15 @@ def common_arguments(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Op
         "v_ptr": v_BKSD,
         "low_ptr": options.low_BT,
         "high_ptr": options.high_BT,
+        "position_ptr": options.position_BT if options.slopes_H is not None else None,
         "slopes_ptr": options.slopes_H,
         "bias_ptr": options.bias_HR,
         "seed_ptr": options.seed,
         **strides("q", q_BHTD),
         **strides("k", k_BKSD),
         **strides("v", v_BKSD),
-        # One row of intervals serves all rows of the batch where they are alike.
-        "low_stride": options.low_BT.stride(0) if options.low_BT.shape[0] > 1 else 0,
+        "low_stride": row_stride(options.low_BT),
+        "position_stride": row_stride(options.position_BT),
         "bias_stride": 0 if options.bias_HR is None else options.bias_HR.stride(0),
         "num_heads": q_BHTD.shape[1],
         "group_size": q_BHTD.shape[1] // k_BKSD.shape[1],
@@ -60,6 +93,7 @@ def common_arguments(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Op
         "scale": options.scale,
         "softcap": options.softcap,
         "drop": options.drop,
+        "CAUSAL": options.causal,
         "SOFTCAP": options.softcap > 0,
         "LOWER": options.lower,
         "HEAD_DIM": D,

@@ -4,8 +4,9 @@
     o = softmax(score) v                     softmax in fp32 (fp64 for fp64 inputs)
 
 Query head h reads key/value head h // (H / K) (grouped-query attention). A learned sink is one more logit of the
-softmax, whose value is zero. The bias depends on the distance s - t of key and query: slope * (s - t) (ALiBi), or entry
-s - t + T - 1 of a table (T5). A query that sees no key gets 0.
+softmax, whose value is zero. The bias depends on a distance: slope * (s - p(t)), where p(t) is t unless positions are
+given (ALiBi), or entry s - t + T - 1 of a table (T5). A query that sees no key gets 0. A document is a run of
+neighbouring tokens with one segment id.
 
 This file is the definition: the CPU paths and every kernel are tested against it in float64.
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, D head dimension, R = T + S - 1 distances.
@@ -40,7 +41,8 @@ def attention_reference(
             query_positions_BT = torch.arange(T, device=q_BHTD.device).expand(B, T)
         allowed_BTS &= key_positions_S[None, None, :] <= query_positions_BT[:, :, None]
     if segment_ids_BT is not None:
-        allowed_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+        runs_BT = F.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], (1, 0)).cumsum(dim=1)
+        allowed_BTS &= runs_BT[:, :, None] == runs_BT[:, None, :]
     return attend(q_BHTD, k_BKSD, v_BKSD, visible_BTS=allowed_BTS, scale=scale)[0]
 
 
@@ -54,13 +56,15 @@ def attend(
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
     alibi_slopes_H: Tensor | None = None,
+    position_BT: Tensor | None = None,
     relative_bias_HR: Tensor | None = None,
     dropout_p: float = 0.0,
     keep_BHTS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o_BHTD in the dtype of q, natural log-sum-exp of the scores [B, H, T] in fp32 or fp64).
 
-    `visible_BTS`: boolean, True = attend, [B or 1, T, S]. `keep_BHTS`: which weights dropout keeps, for tests.
+    `visible_BTS`: boolean, True = attend, [B or 1, T, S]. `position_BT`: p(t), [B or 1, T].
+    `keep_BHTS`: which weights dropout keeps, for tests.
     """
     _, H, T, D = q_BHTD.shape
     K, S = k_BKSD.shape[1], k_BKSD.shape[2]
@@ -72,7 +76,9 @@ def attend(
         scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
     distance_TS = torch.arange(S, device=q_BHTD.device) - torch.arange(T, device=q_BHTD.device)[:, None]
     if alibi_slopes_H is not None:
-        scores_BHTS = scores_BHTS + alibi_slopes_H.to(work)[:, None, None] * distance_TS
+        keys_S = torch.arange(S, device=q_BHTD.device)
+        distance_BTS = distance_TS[None] if position_BT is None else keys_S - position_BT[..., None]
+        scores_BHTS = scores_BHTS + alibi_slopes_H.to(work)[:, None, None] * distance_BTS[:, None]
     if relative_bias_HR is not None:
         scores_BHTS = scores_BHTS + relative_bias_HR.to(work)[:, distance_TS + T - 1]
     if visible_BTS is not None:

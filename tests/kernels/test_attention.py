@@ -85,7 +85,7 @@ def test_unsupported_combinations_are_refused() -> None:
     with pytest.raises(ValueError, match="as many queries as keys, not 3 and 5"):
         attention(q[:, :, :3], k, v, mask=causal)
     ids = torch.zeros(1, 5, dtype=torch.int64)
-    with pytest.raises(ValueError, match="no segment_ids_BT"):
+    with pytest.raises(ValueError, match="segment_ids_BT with query_positions_BT is not supported"):
         make_mask(causal=True, num_keys=5, query_positions_BT=ids, segment_ids_BT=ids)
     with pytest.raises(ValueError, match="length 5 for 6 keys"):
         make_mask(causal=True, num_keys=6, segment_ids_BT=ids)
