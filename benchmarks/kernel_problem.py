@@ -110,7 +110,7 @@ class Case:
 
 
 CASES: list[Case] = []
-_MODULES = ("kernel_cases", "kernel_cases_training", "kernel_cases_rows")
+_MODULES = ("kernel_cases", "kernel_cases_training", "kernel_cases_rows", "kernel_cases_inference")
 
 
 def all_cases() -> list[Case]:
