@@ -14,7 +14,7 @@ def _config(rows: int, keys: int, warps: int, stages: int) -> Config:
 
 
 def _forward_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
-    width = next_power_of_2(max(16, shape["D"]))
+    width = next_power_of_2(max(16, shape["exact_D"]))
     if target.interpreted:
         return Config({"BLOCK_M": 16, "BLOCK_N": 16})
     if dtype == torch.float32:
@@ -29,7 +29,7 @@ def _forward_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
 
 
 def _keys_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
-    width = next_power_of_2(max(16, shape["D"]))
+    width = next_power_of_2(max(16, shape["exact_D"]))
     if target.interpreted:
         return Config({"BLOCK_M": 16, "BLOCK_N": 16})
     if dtype == torch.float32:
@@ -67,7 +67,7 @@ def _prepare_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
 
 
 def _bias_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
-    size = 16 if target.interpreted or shape["D"] > 128 else 32
+    size = 16 if target.interpreted or shape["exact_D"] > 128 else 32
     return Config({"BLOCK_M": size}, num_warps=4, num_stages=1)
 
 

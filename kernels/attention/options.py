@@ -59,7 +59,7 @@ def shape_of(q_BHTD: Tensor, k_BKSD: Tensor, options: Options) -> dict[str, int]
     `exact_extra`: 1 with dropout, 2 with a table of biases; both need registers, so tiles are smaller.
     """
     extra = 2 if options.bias_HR is not None else int(options.seed is not None)
-    return {"T": q_BHTD.shape[2], "S": k_BKSD.shape[2], "D": q_BHTD.shape[3], "exact_extra": extra}
+    return {"T": q_BHTD.shape[2], "S": k_BKSD.shape[2], "exact_D": q_BHTD.shape[3], "exact_extra": extra}
 
 
 def row_stride(x: Tensor | None) -> int:
