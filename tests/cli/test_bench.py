@@ -175,7 +175,7 @@ def test_a_peer_that_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_kernel_that_fails_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> Tensor:
-        raise RuntimeError("out of resources")
+        raise KeyError("exact_D")
 
     status, bench = bench_of(lambda x: {"ours": broken}, monkeypatch)
     assert status == 1
