@@ -132,6 +132,7 @@ class Bench:
                 # A peer that does not support a case says so in whatever way it likes.
                 del forwards[name]
                 self.leave_out(case, name, first_line(error))
+        _check_errors(errors)
         for what, calls, cost in _passes(problem, forwards, backwards):
             contestants = {**calls, "copy": ceilings.copy, "product": ceilings.product}
             seconds = watch.race(contestants, self.settings.rounds)
@@ -174,6 +175,14 @@ class Bench:
             torch._dynamo.reset()
             torch.cuda.empty_cache()
             torch.cuda.synchronize(self.device)  # an error of the device ends the run here: nothing after it counts
+
+
+def _check_errors(errors: dict[str, tuple[float, float | None]]) -> None:
+    """Raise ValueError where our numbers are plainly wrong: not finite, or far off and far worse than any other's."""
+    for place, what in enumerate(("results", "gradients")):
+        mine, *others = (pair[place] for pair in errors.values())
+        if mine is not None and not (mine < 1 or mine < 4 * max((x for x in others if x is not None), default=0.0)):
+            raise ValueError(f"wrong {what}: the largest error is {mine:.1e} of a typical value")
 
 
 def _passes(

@@ -191,6 +191,14 @@ def test_errors_show_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["errors"]["formula"] < 1e-6
 
 
+@pytest.mark.parametrize("factor", [-2.0, float("nan")])
+def test_plainly_wrong_numbers_are_a_failure(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, bench = bench_of(lambda x: {"ours": lambda: x * factor}, monkeypatch)
+    assert status == 1
+    assert bench.left_out[0]["reason"].startswith("FAILED: ValueError: wrong results: the largest error is")
+    assert bench.rows == []
+
+
 def test_a_variant_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _, bench = bench_of(lambda x: {"variants": {"other": lambda: x + x}}, monkeypatch)
     assert [row["contestant"] for row in bench.rows] == ["trine", "other"] * 3
