@@ -17,7 +17,15 @@ OPERATIONS = (
     "rms_norm",
     "layer_norm",
     "attention.op",
+    "attention.hopper",
     "mlp.op",
+    "quantized.registered",
+    "paged_attention.launcher",
+    "kv_write.op",
+    "cross_entropy.op",
+    "cross_entropy.token_log_probs",
+    "cross_entropy.logits",
+    "cross_entropy.distillation",
     "rope.op",
     "moe.groups",
     "moe.matmul",
@@ -34,7 +42,7 @@ class Sample:
     """A name (operation and shape), the dtype, and a call that makes the launches.
 
     `tensor_cores`: the kernel is a matrix product that must use them in half precision. `targets`: the archs it is
-    compiled for; all four where empty.
+    compiled for; all four where empty. `warp_specialized`: its warps must have roles and move registers between them.
     """
 
     name: str
@@ -42,6 +50,7 @@ class Sample:
     call: Callable[[], object]
     tensor_cores: bool = False
     targets: tuple[str, ...] = ()
+    warp_specialized: bool = False
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trine.engine.data.batch import IGNORED, Batch
 from trine.engine.model.transformer import Transformer
-from trine.kernels.linear_cross_entropy import linear_cross_entropy
+from trine.kernels.cross_entropy.op import linear_cross_entropy
 
 
 class CausalLM:

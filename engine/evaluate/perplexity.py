@@ -29,7 +29,7 @@ import torch
 from trine.engine.errors import ContextLengthError, DataError, NonFiniteError, UsageError
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
-from trine.kernels.linear_cross_entropy import token_log_probs
+from trine.kernels.cross_entropy.token_log_probs import token_log_probs
 
 # Tokens in one forward pass: enough rows for fast products, few enough for a laptop's memory.
 TOKENS_PER_BATCH = 4096

@@ -16,8 +16,8 @@ from trine.engine.model.cost import count_parameters, flops_per_token
 from trine.engine.train.recipe import recipe_toml
 from trine.engine.train.resolve import Setup
 from trine.kernels.adamw.states import BLOCK
+from trine.kernels.cross_entropy.options import default_chunk_rows
 from trine.kernels.hardware import memory_bytes, peak_flops
-from trine.kernels.linear_cross_entropy import default_chunk_rows
 
 FP32_BYTES = 4
 # An 8-bit number with its share of a block's fp32 scale.
@@ -48,7 +48,7 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     moment_bytes = EIGHT_BIT_BYTES if recipe.optim.state_dtype == "int8" else FP32_BYTES
     tokens = setup.micro_batch_size * recipe.data.seq_len
     itemsize = setup.compute_dtype.itemsize
-    rows = min(tokens, default_chunk_rows(config.vocab_size))
+    rows = min(tokens, default_chunk_rows(config.vocab_size, setup.compute_dtype, setup.device))
     return MemoryEstimate(
         weights=parameters * FP32_BYTES,
         gradients=parameters * FP32_BYTES,

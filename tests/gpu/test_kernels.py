@@ -12,7 +12,6 @@ from trine.kernels.attention.op import attention, make_mask
 from trine.kernels.attention.reference import attention_reference
 from trine.kernels.mlp.activation import ACTIVATIONS, gated, gated_reference
 from trine.kernels.layer_norm import layer_norm, layer_norm_reference
-from trine.kernels.linear_cross_entropy import cross_entropy_reference, linear_cross_entropy
 from trine.kernels.rms_norm import rms_norm, rms_norm_reference
 from trine.kernels.rope.op import rope, rope_reference, rope_tables
 
@@ -77,18 +76,6 @@ def test_rope(dtype: torch.dtype) -> None:
         lambda x: rope(x, cos.to(CUDA), sin.to(CUDA)),
         lambda x: rope_reference(x, cos.double(), sin.double()),
         (make(2, 9, 3, 16, seed=0),),
-        dtype,
-    )
-
-
-@DTYPES
-def test_linear_cross_entropy(dtype: torch.dtype) -> None:
-    targets = torch.randint(97, (33,), generator=torch.Generator().manual_seed(3))
-    targets[::5] = -100
-    check(
-        lambda h, w: linear_cross_entropy(h, w, targets.to(CUDA), chunk_rows=8),
-        lambda h, w: cross_entropy_reference(h, w, targets),
-        (make(33, 24, seed=0), make(97, 24, seed=1)),
         dtype,
     )
 

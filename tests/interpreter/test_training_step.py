@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 PROGRAM = Path(__file__).with_name("training_step.py")
-SHARED = {"attention", "linear_cross_entropy", "adamw", "gradient_norm", "newton_schulz"}
+SHARED = {"attention", "cross_entropy", "adamw", "gradient_norm", "newton_schulz"}
 USED = {
     "llama": SHARED | {"norm", "rope", "mlp"},
     "qwen3": SHARED | {"norm", "rope", "mlp"},
@@ -44,7 +44,10 @@ def test_training_steps_equal_the_torch_path(model: str, tmp_path: Path) -> None
     assert none == set()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        bound = {"loss": 1e-5, "grad": 1e-4, "norm": 1e-4, "parameter": 1e-4}[name.partition(".")[0]]
-        error = float((found[name] - value).abs().max())
-        assert error <= bound * max(1.0 if name.startswith("loss") else 0.0, float(value.abs().max())), name
+        kind, _, rest = name.partition(".")
+        bound = {"loss": 1e-5, "grad": 1e-4, "norm": 1e-4, "parameter": 1e-4}[kind] * float(value.abs().max())
+        if kind == "grad":
+            # The gradient of a bias of k is zero but for rounding: the softmax does not see what all scores share.
+            bound += 1e-7 * float(expected[f"norm.{rest[0]}"])
         assert torch.isfinite(value).all()
+        assert float((found[name] - value).abs().max()) <= bound, name
