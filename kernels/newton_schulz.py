@@ -205,13 +205,14 @@ def _symmetric_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
 
 
 def _symmetric_candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
-    return [
+    configs = [
         _config(target, dtype, {"TILE": tile, "BLOCK_K": inner}, warps)
-        for tile in (64, 128, 256)
+        for tile in (64, 128)
         for inner in (32, 64)
         for warps in (4, 8)
-        if 16 * 32 * warps <= tile * tile <= 128 * 32 * warps
+        if tile * tile <= 128 * 32 * warps
     ]
+    return [config for config in configs if shared_estimate(config, dtype) <= target.shared_bytes]
 
 
 def _apply_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
@@ -226,14 +227,15 @@ def _apply_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
 
 
 def _apply_candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
-    return [
+    configs = [
         _config(target, dtype, {"ROWS": rows, "COLUMNS": columns, "BLOCK_K": inner, "GROUP": 8}, warps)
         for rows in (64, 128)
         for columns in (64, 128, 256)
         for inner in (32, 64)
         for warps in (4, 8)
-        if 16 * 32 * warps <= rows * columns <= 128 * 32 * warps
+        if rows * columns <= 128 * 32 * warps
     ]
+    return [config for config in configs if shared_estimate(config, dtype) <= target.shared_bytes]
 
 
 SYMMETRIC = Tunable("newton_schulz_symmetric", _symmetric_rule, _symmetric_candidates)

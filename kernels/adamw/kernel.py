@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.kernels.adamw.rounding import (
-    FOR_FIRST_MOMENT,
+    FOR_MOMENTS,
     FOR_PARAMETER,
-    FOR_SECOND_MOMENT,
     GROUP,
     LANES,
     PARTS,
@@ -37,8 +36,7 @@ _LANES = tl.constexpr(LANES)
 _PARTS = tl.constexpr(PARTS)
 _GROUP = tl.constexpr(GROUP)
 _PARAMETER = tl.constexpr(FOR_PARAMETER)
-_FIRST_MOMENT = tl.constexpr(FOR_FIRST_MOMENT)
-_SECOND_MOMENT = tl.constexpr(FOR_SECOND_MOMENT)
+_MOMENTS = tl.constexpr(FOR_MOMENTS)
 
 
 @triton.jit
@@ -97,8 +95,7 @@ def _chunk(
     if STOCHASTIC:
         p0, p1, p2, p3 = draw_words(seed, counters, tensor, update, _PARAMETER)
     if EIGHT_BIT:
-        m0, m1, m2, m3 = draw_words(seed, counters, tensor, update, _FIRST_MOMENT)
-        v0, v1, v2, v3 = draw_words(seed, counters, tensor, update, _SECOND_MOMENT)
+        m0, m1, m2, m3 = draw_words(seed, counters, tensor, update, _MOMENTS)
     for part in tl.static_range(_PARTS):
         places = rows[:, None] * _GROUP + (lanes + part * _LANES)[None, :]
         w = _float(_load(parameter_ptr, places, left, WHOLE), PARAMETER_BF16)
@@ -120,8 +117,9 @@ def _chunk(
         else:
             _store(parameter_ptr, places, left, w, WHOLE)
         if EIGHT_BIT:
-            first_codes, first_scales = encode_levels(m, draw(m0, m1, m2, m3, part), FIRST)
-            second_codes, second_scales = encode_levels(v, draw(v0, v1, v2, v3, part), SECOND)
+            drawn = draw(m0, m1, m2, m3, part)
+            first_codes, first_scales = encode_levels(m, drawn, FIRST)
+            second_codes, second_scales = encode_levels(v, drawn, SECOND)
             _store(first_scales_ptr, blocks, num_blocks, first_scales, WHOLE)
             _store(second_scales_ptr, blocks, num_blocks, second_scales, WHOLE)
             # Through int32: the conversion of floats to 8 bits is not defined beyond them on every device.

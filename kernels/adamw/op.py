@@ -21,17 +21,20 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trine.kernels.adamw.kernel import Formula, Tables, launch_adamw
-from trine.kernels.adamw.rounding import FOR_FIRST_MOMENT, FOR_PARAMETER, FOR_SECOND_MOMENT, draws, round_stochastically
-from trine.kernels.adamw.states import decode, empty_states, encode_first, encode_second
+from trine.kernels.adamw.rounding import FOR_MOMENTS, FOR_PARAMETER, draws, round_stochastically
+from trine.kernels.adamw.states import BLOCK, decode, empty_states, encode_first, encode_second
 from trine.kernels.multi_tensor import addresses, one_device, upload
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
 
+# Numbers that the plain path works on at a time, which keeps its temporaries small. A multiple of 2048 (see `draws`).
+_PIECE = 2**18
 STATE_DTYPES = (torch.float32, torch.int8)
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -221,29 +224,39 @@ class AdamW:
     def _step_plain(
         self, indices: list[int], gradients: list[Tensor], lr: float, update: int, scale: Tensor | None
     ) -> None:
-        """The formula on one parameter after the other."""
+        """The formula on one piece of a parameter after the other."""
+        formula = {"lr": lr, "betas": self.betas, "eps": self.eps, "update": update}
         for i in indices:
-            parameter, size = self.parameters[i], self.parameters[i].numel()
-            draw = partial(draws, size, parameter.device, seed=self.seed, tensor=i, update=update)
-            w, gradient = parameter.view(-1).float(), gradients[i].reshape(-1).float()
-            m, v = self.first_moments[i].view(-1), self.second_moments[i].view(-1)
-            w, new_m, new_v = adamw_reference(
-                w,
-                gradient if scale is None else gradient * scale,
-                decode(m, self.first_scales[i]) if self.eight_bit else m,
-                decode(v, self.second_scales[i]) if self.eight_bit else v,
-                lr=lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decays[i], update=update,
-            )  # fmt: skip
-            if parameter.dtype == torch.bfloat16 and self.stochastic_rounding:
-                w = round_stochastically(w, draw(purpose=FOR_PARAMETER))
-            parameter.view(-1).copy_(w)
-            if self.eight_bit:
-                new_m, m_scales = encode_first(new_m, draw(purpose=FOR_FIRST_MOMENT))
-                new_v, v_scales = encode_second(new_v, draw(purpose=FOR_SECOND_MOMENT))
-                self.first_scales[i].copy_(m_scales)
-                self.second_scales[i].copy_(v_scales)
-            m.copy_(new_m)
-            v.copy_(new_v)
+            parameter, gradient = self.parameters[i].view(-1), gradients[i].reshape(-1)
+            for start in range(0, parameter.numel(), _PIECE):
+                here = slice(start, start + _PIECE)
+                g = gradient[here].float()
+                self._piece(i, start, parameter[here], g if scale is None else g * scale, formula)
+
+    def _piece(self, i: int, start: int, parameter: Tensor, gradient: Tensor, formula: dict[str, Any]) -> None:
+        """Update the numbers of parameter `i` from `start` on."""
+        size = parameter.numel()
+        draw = partial(draws, size, parameter.device, seed=self.seed, tensor=i, update=formula["update"], start=start)
+        m, v = (moments[i].view(-1)[start : start + size] for moments in (self.first_moments, self.second_moments))
+        old_m, old_v = m, v
+        if self.eight_bit:
+            blocks = slice(start // BLOCK, -(-(start + size) // BLOCK))
+            m_scales, v_scales = self.first_scales[i][blocks], self.second_scales[i][blocks]
+            old_m, old_v = decode(m, m_scales), decode(v, v_scales)
+        w, new_m, new_v = adamw_reference(
+            parameter.float(), gradient, old_m, old_v, weight_decay=self.weight_decays[i], **formula
+        )
+        if parameter.dtype == torch.bfloat16 and self.stochastic_rounding:
+            w = round_stochastically(w, draw(purpose=FOR_PARAMETER))
+        parameter.copy_(w)
+        if self.eight_bit:
+            drawn = draw(purpose=FOR_MOMENTS)
+            new_m, new_m_scales = encode_first(new_m, drawn)
+            new_v, new_v_scales = encode_second(new_v, drawn)
+            m_scales.copy_(new_m_scales)
+            v_scales.copy_(new_v_scales)
+        m.copy_(new_m)
+        v.copy_(new_v)
 
     def _check(self, state_dtype: torch.dtype) -> None:
         if state_dtype not in STATE_DTYPES:

@@ -20,7 +20,7 @@ LANES = 256
 PARTS = 8
 GROUP = LANES * PARTS
 # What draws are for: the fourth word of the counter.
-FOR_PARAMETER, FOR_FIRST_MOMENT, FOR_SECOND_MOMENT = 0, 1, 2
+FOR_PARAMETER, FOR_MOMENTS = 0, 1
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -41,9 +41,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def draws(size: int, device: torch.device, *, seed: int, tensor: int, update: int, purpose: int) -> Tensor:
-    """int32 [size]: for each position of a tensor its draw, 0 to 65535."""
-    counters = torch.arange(-(-size // GROUP) * LANES, device=device)
+def draws(
+    size: int, device: torch.device, *, seed: int, tensor: int, update: int, purpose: int, start: int = 0
+) -> Tensor:
+    """int32 [size]: the draws, 0 to 65535, of a tensor's positions from `start` (a multiple of 2048) on."""
+    counters = torch.arange(start // PARTS, start // PARTS + -(-size // GROUP) * LANES, device=device)
     words = philox(
         (counters, *(torch.full_like(counters, value) for value in (tensor, update, purpose))),  # type: ignore[arg-type]
         (seed & _WORD, seed >> 32),

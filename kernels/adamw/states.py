@@ -6,8 +6,9 @@ A block of 256 numbers in a row keeps its largest magnitude s (fp32) and a code 
     second moment   uint8:                      x = s 2^((c - 255) / 8),             c from 1 to 255;   x = 0 for c = 0
 
 Encoding rounds stochastically between the two neighbouring levels, so that the expectation of what is decoded is x. To
-the nearest level, a moving average would stand still: its steps of 1 - beta are smaller than half a level. Levels are
-2^(1/8) apart: the error is below 9.1 % of x, 2.8 % to 3.7 % in the root of the mean square. Below the smallest level,
+the nearest level, a moving average would stand still: its steps of 1 - beta are smaller than half a level. One draw
+serves both moments of a number, so that their errors go the same way and partly cancel in m / sqrt(v). Levels are
+2^(1/8) apart: the error is below 9.1 % of x, about 3.6 % in the root of the mean square. Below the smallest level,
 2^-15.75 s, the first moment is rounded between zero and that level, an error of less than 2^-15.75 s. The second
 moment divides: below its smallest level, 2^-31.75 s, it becomes that level, never zero, so that an update can only
 become smaller; zero itself stays zero.
