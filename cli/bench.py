@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trine.cli import options
+from trine.cli.options import Device, Dtype
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,8 +46,8 @@ def bench_kernels(
     operation: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="An operation to time (repeatable; default all).")
     ] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; in each, every contestant has a turn.")] = 5,
     minutes: Annotated[
         float, typer.Option(metavar="X", min=0, help="Begin no case after so many minutes; 0 is no limit.")
