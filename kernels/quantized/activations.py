@@ -108,7 +108,8 @@ def _write_codes(
     scaled = tl.div_rn(y, tl.broadcast_to(scale[:, :, None], [ROWS, GROUPS, GROUP]))
     scaled = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
     if codes_ptr.dtype.element_ty == tl.int8:
-        scaled = (scaled + _ROUND) - _ROUND
+        # What is not a number, as its scale is not, has any code.
+        scaled = tl.where(scaled == scaled, (scaled + _ROUND) - _ROUND, 0.0)
     codes = tl.reshape(scaled.to(codes_ptr.dtype.element_ty), [ROWS, GROUPS * GROUP])
     columns = tl.arange(0, GROUPS * GROUP)
     places = rows[:, None].to(tl.int64) * width + columns[None, :]
@@ -203,7 +204,7 @@ def launch_quantize(x_MK: Tensor, kind: torch.dtype, blocks: bool, static: Tenso
     """Codes [M, K] and scales [M, groups] (empty with a static scale); x contiguous."""
     codes_MK, scales_MG, arguments = _prepared(x_MK, kind, blocks, static)
     _start(quantize_rows_kernel, x_MK, arguments)
-    return codes_MK, scales_MG
+    return rounded(codes_MK, kind), scales_MG
 
 
 def launch_rms_norm_quantize(
@@ -227,14 +228,14 @@ def launch_rms_norm_quantize(
         "UNIT_OFFSET": unit_offset,
     }
     _start(rms_norm_quantize_kernel, x_MK, arguments)
-    return codes_MK, scales_MG, rounded(total, x_MK.dtype)
+    return rounded(codes_MK, kind), scales_MG, rounded(total, x_MK.dtype)
 
 
 def _prepared(
     x_MK: Tensor, kind: torch.dtype, blocks: bool, static: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, object]]:
     num_rows, width = x_MK.shape
-    codes_MK = x_MK.new_empty(num_rows, width, dtype=kind)
+    codes_MK = x_MK.new_empty(num_rows, width, dtype=result_dtype(kind))
     groups = ceil_div(width, BLOCK) if blocks else 1
     scales_MG = x_MK.new_empty(num_rows if static is None else 0, groups, dtype=torch.float32)
     block = max(BLOCK, next_power_of_2(width))

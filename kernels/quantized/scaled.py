@@ -34,7 +34,7 @@ Scaled = tuple[Tensor, Tensor]
 @triton.jit
 def _load(ptr, inner, outer, left, EVEN: tl.constexpr):
     """Codes at offsets `outer`; zero where `inner` is past the `left` numbers of the row."""
-    return tl.load(ptr + outer) if EVEN else tl.load(ptr + outer, mask=inner < left, other=0)
+    return tl.load(ptr + outer) if EVEN else tl.load(ptr + outer, mask=inner < left, other=0.0)
 
 
 @triton.jit
