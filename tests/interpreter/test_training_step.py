@@ -33,7 +33,8 @@ def steps(model: str, out: Path, *, interpreted: bool) -> tuple[dict[str, Tensor
     assert done.returncode == 0, done.stderr
     with safe_open(out, framework="pt") as file:
         kernels = json.loads(file.metadata()["kernels"])
-        return {name: file.get_tensor(name) for name in file.keys()}, {name.partition(".")[0] for name in kernels}
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, {name.partition(".")[0] for name in kernels}
 
 
 @pytest.mark.parametrize("model", USED)
