@@ -31,6 +31,8 @@ from trine.kernels.tuning import Config, Shape, Tunable
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
+# Places within a tile of up to 256 rows stay within 32 bits.
+MAX_COLUMNS = 2**23
 # Keeps a matrix of zeros at zero.
 _FLOOR = 1e-7
 
@@ -52,7 +54,8 @@ def newton_schulz_reference(update_BRC: Tensor, *, rounds: int = ROUNDS) -> Tens
 def newton_schulz(update_BRC: Tensor, *, rounds: int = ROUNDS) -> Tensor:
     """Move the singular values of each matrix in a batch [B, rows, cols] close to 1, in the batch's dtype.
 
-    Raises ValueError for another number of dimensions, or on a GPU for dtypes other than fp32, bf16 and fp16.
+    Raises ValueError for another number of dimensions, or on a GPU for dtypes other than fp32, bf16 and fp16
+    or more than `MAX_COLUMNS` rows or columns.
     """
     if update_BRC.dim() != 3 or not update_BRC.is_floating_point():
         raise ValueError(
@@ -65,6 +68,8 @@ def newton_schulz(update_BRC: Tensor, *, rounds: int = ROUNDS) -> Tensor:
         return newton_schulz_reference(update_BRC, rounds=rounds)
     if update_BRC.dtype not in HALF_AND_SINGLE:
         raise ValueError(f"update is {update_BRC.dtype}; supported are float32, bfloat16 and float16")
+    if max(update_BRC.shape[1:]) > MAX_COLUMNS:
+        raise ValueError(f"update has shape {tuple(update_BRC.shape)}; rows and columns may be at most {MAX_COLUMNS}")
     tall = update_BRC.size(-2) > update_BRC.size(-1)
     result: Tensor = newton_schulz_forward(update_BRC.mT if tall else update_BRC, rounds)
     return result.mT if tall else result

@@ -98,6 +98,8 @@ def test_compiles_whole() -> None:
     assert torch.equal(compiled(x), newton_schulz(x, rounds=1) + 1)
 
 
-def test_float64_is_refused_before_launch() -> None:
+def test_bad_input_is_refused_before_launch() -> None:
     with pytest.raises(ValueError, match=r"update is torch\.float64; supported are"):
         newton_schulz(torch.zeros(1, 2, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="may be at most 8388608"):
+        newton_schulz(torch.zeros(1, 1, 1).expand(1, 1, 2**23 + 1))
