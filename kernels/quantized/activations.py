@@ -4,7 +4,8 @@
 
 over each row (token), or over each 128 numbers of a row where the weight has scales of blocks; or with one scale given.
 Divisions are exact, so that codes and scales have the same bits everywhere. A row with NaN or infinity has the scale
-NaN, a row of zeros the scale 1e-30.
+NaN, a row of zeros the scale 1e-30. With a scale given NaN is NaN in float8, but 0 in int8, and what is beyond the
+limit is cut off.
 
 `rms_norm_quantize` normalises the row first (and adds a residual before), without writing the normalised row. The
 codes are those of the norm in fp32, which is not rounded to the dtype of x in between.
@@ -106,7 +107,7 @@ def _write_codes(
         places = rows[:, None].to(tl.int64) * num_groups + groups[None, :]
         tl.store(scales_ptr + places, scale, mask=inside & (groups < num_groups)[None, :])
     scaled = tl.div_rn(y, tl.broadcast_to(scale[:, :, None], [ROWS, GROUPS, GROUP]))
-    scaled = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
+    scaled = tl.clamp(scaled, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     if codes_ptr.dtype.element_ty == tl.int8:
         # What is not a number, as its scale is not, has any code.
         scaled = tl.where(scaled == scaled, (scaled + _ROUND) - _ROUND, 0.0)

@@ -78,7 +78,9 @@ def _few_rows(x_MK: Tensor, weight: PackedWeight) -> Tensor | None:
         group_size = weight.width // pairs_GN2.shape[0]
         result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, codes, group_size, pairs_GN2)
         return result
-    if weight.bits == 8 and weight.zeros is None and weight.scales.shape[0] == 1 and weight.scales.dtype == x_MK.dtype:
+    symmetric = weight.bits == 8 and weight.zeros is None and weight.num_features > 0
+    # Rows that are no multiple of 16 numbers long crash the kernel (torch 2.13).
+    if symmetric and weight.width % 32 == 0 and len(weight.scales) == 1 and weight.scales.dtype == x_MK.dtype:
         return torch._weight_int8pack_mm(x_MK, weight.words, weight.scales[0])
     return None
 

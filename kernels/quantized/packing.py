@@ -111,8 +111,8 @@ def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
 def _check(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int) -> None:
     if bits not in BITS:
         raise ValueError(f"bits is {bits}; it must be 4 or 8")
-    if values_NK.dim() != 2 or values_NK.dtype != torch.int8:
-        raise ValueError(f"values are {values_NK.dtype} {tuple(values_NK.shape)}; expected int8 [N, K]")
+    if values_NK.dim() != 2 or values_NK.dtype != torch.int8 or values_NK.shape[1] == 0:
+        raise ValueError(f"values are {values_NK.dtype} {tuple(values_NK.shape)}; expected int8 [N, K], K positive")
     num_features, width = values_NK.shape
     if scales_NG.dtype not in SCALE_DTYPES or scales_NG.dim() != 2 or scales_NG.shape[0] != num_features:
         raise ValueError(

@@ -23,7 +23,7 @@ from trine.kernels.language import dot
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
 from trine.kernels.quantized.decode import decode_slice, group_constant
 from trine.kernels.quantized.epilogue import launch_combine, store_tile
-from trine.kernels.quantized.packing import block_size
+from trine.kernels.quantized.packing import WORDS, block_size
 from trine.kernels.target import Target, target_of
 from trine.kernels.tuning import Config, Shape, Tunable
 
@@ -217,12 +217,26 @@ def splits_for(tiles: int, pieces: int, num_rows: int, row_bytes: int, target: T
     return splits
 
 
-def _config(shape: Shape, target: Target, features: int, rows: int, warps: int, stages: int) -> Config:
-    tiles = ceil_div(shape["N"], features) * ceil_div(shape["M"], rows)
+def shared_estimate(config: Config, bits: int, dtype: torch.dtype, target: Target) -> int:
+    """Bytes of shared memory that the pipelined loop holds at most: a block of words and its rows in every stage."""
+    stage = config.blocks["FEATURES"] * WORDS * 4 + config.blocks["ROWS"] * block_size(bits) * dtype.itemsize
+    return stage * (config.num_stages - target.is_amd)
+
+
+def _config(
+    shape: Shape, dtype: torch.dtype, target: Target, blocks: tuple[int, int], warps: int, stages: int
+) -> Config:
+    """With as many of the `stages` as fit in shared memory beside 16 KiB for the epilogue."""
+    features, rows = blocks
     bits = shape["exact_bits"]
+    tiles = ceil_div(shape["N"], features) * ceil_div(shape["M"], rows)
     pieces = ceil_div(shape["K"], block_size(bits))
     splits = splits_for(tiles, pieces, shape["M"], shape["K"] * bits // 8, target)
-    return Config({"FEATURES": features, "ROWS": rows, "SPLITS": splits}, warps, stages)
+    sizes = {"FEATURES": features, "ROWS": rows, "SPLITS": splits}
+    config = Config(sizes, warps, 2 if target.is_amd else stages)
+    while config.num_stages > 1 and shared_estimate(config, bits, dtype, target) > target.shared_bytes - 16 * 1024:
+        config = Config(sizes, warps, config.num_stages - 1)
+    return config
 
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
@@ -231,24 +245,31 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
         return Config({"FEATURES": 16, "ROWS": 16, "SPLITS": splits})
     rows = max(16, next_power_of_2(min(shape["M"], 128)))
     if dtype == torch.float32:
-        return _config(shape, target, 32, min(rows, 32), 4, 2)
+        return _config(shape, dtype, target, (32, min(rows, 32)), 4, 2)
     if rows <= 64:
-        return _config(shape, target, 64, rows, 4, 2 if target.is_amd else 4)
-    # 128 x 128 is more than a program of sm_100 can hold beside the decoded weight, and spills elsewhere with a gate.
-    features = 128 if target.arch in ("sm_80", "sm_90") else 64
-    return _config(shape, target, features, 128, 8, 2 if target.is_amd else 3)
+        return _config(shape, dtype, target, (64, rows), 4, 4)
+    # 128 x 128 is more than a program of sm_100 can hold beside the decoded weight: Triton 3.7 then makes an empty
+    # kernel of it, without a word.
+    return _config(shape, dtype, target, (128 if target.arch in ("sm_80", "sm_90") else 64, 128), 8, 3)
 
 
 def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
-    most = 2 * max(16, next_power_of_2(shape["M"]))
-    return [
-        Config({**_config(shape, target, features, rows, warps, stages).blocks, "SPLITS": splits}, warps, stages)
+    fewest = max(16, next_power_of_2(min(shape["M"], 128)))
+    most = 64 * 128 if dtype == torch.float32 or target.arch not in ("sm_80", "sm_90") else 128 * 128
+    found = [
+        _config(shape, dtype, target, (features, rows), warps, stages)
         for features in (32, 64, 128)
-        for rows in (16, 32, 64, 128)
+        for rows in (fewest // 2, fewest)
         for warps, stages in ((4, 3), (4, 5), (8, 3))
-        for splits in ((1, 2, 4, 8, 16) if shape["M"] <= 64 else (1,))
-        if rows <= most and 512 <= features * rows // (warps // 4) <= 128 * 128 // 2
+        if rows >= 16 and features * rows <= min(most, 64 * 32 * warps)
     ]
+    if shape["M"] <= 64:
+        found = [
+            Config({**config.blocks, "SPLITS": splits}, config.num_warps, config.num_stages)
+            for config in found
+            for splits in (1, 2, 4, 8, 16)
+        ]
+    return found
 
 
 WEIGHT_ONLY = Tunable("weight_only_matmul", _rule, _candidates)

@@ -254,6 +254,8 @@ def test_rounding_ties_zeros_and_what_is_not_finite(kind: torch.dtype) -> None:
     assert found.scales[3].isnan()
     if kind == torch.int8:
         assert found.codes[0].tolist() == [127, 0, 2, 2, 0, -2, 17, 18, 19, -127]
+    given = quantize_rows(x, kind, scale=torch.tensor(0.5))
+    assert given.codes[3, 2].isnan() if kind == FLOAT8 else given.codes[3, 2] == 0
     y = quantized_linear(x, scaled(5, 10, kind))
     assert y[3].isnan().all()
     assert y[:3].isfinite().all()
