@@ -178,7 +178,7 @@ def launch_normed_backward(
         "q_sums_ptr": q_sums,
         "k_sums_ptr": k_sums,
         **angle_arguments(*tables),
-        "stride": q.stride(1),
+        "stride": (H + 2 * K) * D,
         "num_tokens": B * T,
         "num_heads": H,
         "num_kv_heads": K,

@@ -173,7 +173,7 @@ def _launch_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    qkv_BTE: Tensor,
+    qkv_BTE: Tensor | None,
     cos_BTR: Tensor,
     sin_BTR: Tensor,
     q_weight: Tensor | None,
@@ -184,16 +184,17 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dqkv and the gradients of the two weights (empty without weights)."""
     grads = dq.contiguous(), dk.contiguous(), dv.contiguous()
-    counts = dq.shape[2], dk.shape[2]
-    dqkv = qkv_BTE.new_empty(qkv_BTE.shape, dtype=result_dtype(qkv_BTE.dtype))
-    results, tables = _cut(dqkv, *counts), (cos_BTR, sin_BTR)
-    if q_weight is None or k_weight is None:
+    B, T, H, D = dq.shape
+    K = dk.shape[2]
+    dqkv = dq.new_empty(B, T, (H + 2 * K) * D, dtype=result_dtype(dq.dtype))
+    results, tables = _cut(dqkv, H, K), (cos_BTR, sin_BTR)
+    if qkv_BTE is None or q_weight is None or k_weight is None:
         launch_heads(grads, results, tables, (None, None), interleaved, eps, unit_offset, inverse=True)
-        return rounded(dqkv, qkv_BTE.dtype), qkv_BTE.new_empty(0), qkv_BTE.new_empty(0)
+        return rounded(dqkv, dq.dtype), dq.new_empty(0), dq.new_empty(0)
     weights = q_weight.contiguous(), k_weight.contiguous()
-    parts = _cut(qkv_BTE.contiguous(), *counts)
+    parts = _cut(qkv_BTE.contiguous(), H, K)
     dq_weight, dk_weight = launch_normed_backward(grads, parts, results, tables, weights, interleaved, eps, unit_offset)
-    return rounded(dqkv, qkv_BTE.dtype), dq_weight, dk_weight
+    return rounded(dqkv, dq.dtype), dq_weight, dk_weight
 
 
 @torch.library.custom_op("trine::rope_rotate", mutates_args=())
@@ -262,7 +263,7 @@ def rope_heads_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    qkv: Tensor,
+    qkv: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     q_weight: Tensor | None,
@@ -271,10 +272,7 @@ def rope_heads_backward(
     eps: float,
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The registered operation: dqkv and the gradients of the two weights (empty without weights).
-
-    Without weights only the shape of qkv is used.
-    """
+    """The registered operation: dqkv and the gradients of the two weights; without weights qkv is not needed."""
     return _launch_backward(dq, dk, dv, qkv, cos, sin, q_weight, k_weight, interleaved, eps, unit_offset)
 
 
@@ -283,7 +281,7 @@ def _(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    qkv: Tensor,
+    qkv: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     q_weight: Tensor | None,
@@ -292,15 +290,15 @@ def _(
     eps: float,
     unit_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    dqkv = dq.new_empty(*dq.shape[:2], (dq.shape[2] + 2 * dk.shape[2]) * dq.shape[3])
     if q_weight is None or k_weight is None:
-        return dqkv, qkv.new_empty(0), qkv.new_empty(0)
+        return dqkv, dq.new_empty(0), dq.new_empty(0)
     return dqkv, torch.empty_like(q_weight), torch.empty_like(k_weight)
 
 
 def _heads_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv, cos, sin, q_weight, k_weight, _, _, ctx.interleaved, ctx.eps, ctx.unit_offset = inputs
-    ctx.save_for_backward(qkv, cos, sin, q_weight, k_weight)
+    ctx.save_for_backward(None if q_weight is None else qkv, cos, sin, q_weight, k_weight)
 
 
 def _heads_backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:

@@ -168,15 +168,16 @@ def angle_arguments(cos_BTR: Tensor, sin_BTR: Tensor) -> dict[str, Any]:
 def launch_rotate(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """x turned by the angles or the opposite ones: contiguous, in the dtype of x."""
     B, T, H, D = x_BTHD.shape
-    if x_BTHD.stride() != (T * x_BTHD.stride(1), x_BTHD.stride(1), D, 1):
-        x_BTHD = x_BTHD.contiguous()
+    stride = x_BTHD.stride(1)
+    if x_BTHD.stride() != (T * stride, stride, D, 1):
+        x_BTHD, stride = x_BTHD.contiguous(), H * D
     y_BTHD = x_BTHD.new_empty(x_BTHD.shape, dtype=result_dtype(x_BTHD.dtype))
     config = FORWARD.pick(x_BTHD.dtype, target_of(x_BTHD), N=B * T * H, exact_D=D, exact_R=cos_BTR.shape[2])
     arguments = {
         "x_ptr": x_BTHD,
         "y_ptr": y_BTHD,
         **angle_arguments(cos_BTR, sin_BTR),
-        "x_stride": x_BTHD.stride(1),
+        "x_stride": stride,
         "y_stride": H * D,
         "num_tokens": B * T,
         "num_heads": H,
@@ -199,10 +200,11 @@ def launch_heads(
     *,
     inverse: bool,
 ) -> None:
-    """q, k and v from `sources` to `results`: each [B, T, heads, D], dense but for the stride of tokens."""
+    """q, k, v from `sources` to `results`, each [B, T, heads, D]: parts of joined rows to dense ones, or inverse."""
     q, k, _ = sources
     B, T, H, D = q.shape
     K = k.shape[2]
+    joined = (H + 2 * K) * D  # a tensor's own stride means nothing where T is 1
     config = FORWARD.pick(q.dtype, target_of(q), N=B * T * (H + 2 * K), exact_D=D, exact_R=tables[0].shape[2])
     q_programs, kv_programs = (ceil_div(B * T * count, config.blocks["ROWS"]) for count in (H, K))
     arguments = {
@@ -210,10 +212,10 @@ def launch_heads(
         **dict(zip(("q_out_ptr", "k_out_ptr", "v_out_ptr"), results, strict=True)),
         **dict(zip(("q_weight_ptr", "k_weight_ptr"), weights, strict=True)),
         **angle_arguments(*tables),
-        "q_in_stride": q.stride(1),
-        "kv_in_stride": k.stride(1),
-        "q_out_stride": results[0].stride(1),
-        "kv_out_stride": results[1].stride(1),
+        "q_in_stride": H * D if inverse else joined,
+        "kv_in_stride": K * D if inverse else joined,
+        "q_out_stride": joined if inverse else H * D,
+        "kv_out_stride": joined if inverse else K * D,
         "num_tokens": B * T,
         "num_heads": H,
         "num_kv_heads": K,

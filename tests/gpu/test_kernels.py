@@ -11,9 +11,6 @@ from torch import Tensor
 from trine.kernels.attention.op import attention, make_mask
 from trine.kernels.attention.reference import attention_reference
 from trine.kernels.mlp.activation import ACTIVATIONS, gated, gated_reference
-from trine.kernels.layer_norm import layer_norm, layer_norm_reference
-from trine.kernels.rms_norm import rms_norm, rms_norm_reference
-from trine.kernels.rope.op import rope, rope_reference, rope_tables
 
 CUDA = torch.device("cuda")
 # (max error over the reference's largest value) by dtype: forward and gradient.
@@ -49,35 +46,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @DTYPES
-@pytest.mark.parametrize("width", [5, 123, 256])
-def test_norms(width: int, dtype: torch.dtype) -> None:
-    x, weight, bias = make(7, 3, width, seed=0), make(width, seed=1), make(width, seed=2)
-    check(lambda a, w: rms_norm(a, w, 1e-6), lambda a, w: rms_norm_reference(a, w, 1e-6), (x, weight), dtype)
-    check(
-        lambda a, w, b: layer_norm(a, w, b, 1e-5),
-        lambda a, w, b: layer_norm_reference(a, w, b, 1e-5),
-        (x, weight, bias),
-        dtype,
-    )
-
-
-@DTYPES
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_mlp(activation: str, dtype: torch.dtype) -> None:
     inputs = (make(11, 123, seed=0), make(11, 123, seed=1))
     check(lambda g, u: gated(g, u, activation), lambda g, u: gated_reference(g, u, activation), inputs, dtype)
-
-
-@DTYPES
-def test_rope(dtype: torch.dtype) -> None:
-    frequencies = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
-    cos, sin = rope_tables(torch.arange(9)[None], frequencies, dtype)
-    check(
-        lambda x: rope(x, cos.to(CUDA), sin.to(CUDA)),
-        lambda x: rope_reference(x, cos.double(), sin.double()),
-        (make(2, 9, 3, 16, seed=0),),
-        dtype,
-    )
 
 
 @DTYPES

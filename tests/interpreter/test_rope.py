@@ -78,9 +78,10 @@ def test_rope_heads(compare: Any, D: int, R: int, interleaved: bool, norm: str, 
     compare.gradients(f"rope_heads {norm}", ours, plain, [make(2, 7, (H + 2 * K) * D, dtype=dtype), *weights])
 
 
-def test_heads_lie_by_token_and_gradients_may_lie_anyhow() -> None:
-    cos, sin = tables(1, 5, 4, torch.float32)
-    qkv = make(2, 5, 32, dtype=torch.float32).requires_grad_()
+@pytest.mark.parametrize("T", [1, 5])
+def test_heads_lie_by_token_and_gradients_may_lie_anyhow(T: int) -> None:
+    cos, sin = tables(1, T, 4, torch.float32)
+    qkv = make(2, T, 32, dtype=torch.float32).requires_grad_()
     q, k, v = rope_heads(qkv, cos, sin, 2, 1)
     for x in (q, k, v):
         assert x.transpose(1, 2).is_contiguous()
@@ -96,10 +97,12 @@ def test_heads_lie_by_token_and_gradients_may_lie_anyhow() -> None:
     torch.testing.assert_close(expected, torch.autograd.grad(reference, qkv, parts)[0])
 
 
-def test_parts_of_a_joined_product_are_turned_where_they_lie() -> None:
-    cos, sin = tables(2, 5, 4, torch.float32)
-    q, k, _ = make(2, 5, 32, dtype=torch.float32).unflatten(-1, (4, 8)).split([2, 1, 1], dim=2)
-    for x in (q, k):
+@pytest.mark.parametrize("T", [1, 5])
+def test_parts_of_a_joined_product_are_turned_where_they_lie(T: int) -> None:
+    cos, sin = tables(2, T, 4, torch.float32)
+    q, k, _ = make(2, T, 32, dtype=torch.float32).unflatten(-1, (4, 8)).split([2, 1, 1], dim=2)
+    # The last one is contiguous, yet its stride of tokens is not the size of a token.
+    for x in (q, k, make(2, 2, T, 8, dtype=torch.float32).transpose(1, 2)):
         torch.testing.assert_close(rope(x, cos, sin), rope_reference(x, cos, sin))
 
 
