@@ -158,7 +158,7 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
         return _config(shape, target, 64, rows, 4)
     # With blocks of scales, or with a gate, two tiles of sums are alive at a time.
     single = not shape["exact_blocked"] and shape["exact_products"] == 1
-    if target.is_amd and dtype != torch.int8:
+    if target.is_amd and dtype != torch.int8 and not shape["exact_blocked"]:
         return _config(shape, target, 64, 128 if single else 64, 8)
     if target.arch == "sm_100" and not single:
         return _config(shape, target, 64, 128, 8)

@@ -179,8 +179,8 @@ def test_scaled_gated(form: str, rows: int) -> None:
     gate, up = (scaled(5632, 2048, kind, "features" if form == "int8" else form, seed=s) for s in (1, 3))
     x, bias = quantize_rows(randn(rows, 2048, dtype=torch.bfloat16), kind, blocks=up.blocked), randn(5632, seed=1)
     found = quantized_gated(x, gate, up, activation="silu", gate_bias=bias, up_bias=bias)
-    wide, *weights = (t.dequantize(torch.float64) for t in (x, gate, up))
-    check(found, product_reference(wide, *weights, bias, bias, "silu"), torch.bfloat16)
+    wide, gate_exact, up_exact = (t.dequantize(torch.float64) for t in (x, gate, up))
+    check(found, product_reference(wide, gate_exact, up_exact, bias, bias, "silu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("scheme", ["w4", "w8", "int8", "float8", "blocks"])

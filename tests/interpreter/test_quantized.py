@@ -57,12 +57,18 @@ def scaled(n: int, k: int, kind: torch.dtype, form: str = "features", seed: int 
     return scaled_weight(codes, scales)
 
 
-def plain(x: Tensor, gate: Tensor | None, up: Tensor, *biases: Tensor | None, activation: str = "none") -> Tensor:
+def plain(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
     """The computation in the dtype of x, the weights rounded to it."""
-    weights = [None if w is None else w.to(x.dtype) for w in (gate, up)]
-    assert weights[1] is not None
     limit = LIMIT if activation == "swiglu_clamped" else None
-    return product_reference(x, weights[0], weights[1], *biases, activation=activation, limit=limit)
+    gate = None if gate is None else gate.to(x.dtype)
+    return product_reference(x, gate, up.to(x.dtype), gate_bias, up_bias, activation, limit)
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
@@ -162,10 +168,10 @@ def test_gated(compare: Any, activation: str, rows: int) -> None:
     limit = LIMIT if activation == "swiglu_clamped" else None
     named = {"gate_bias": biases[0], "up_bias": biases[1]} if rows != 18 else {}
     found = quantized_gated(x, gate, up, activation=activation, limit=limit, **named)
-    given = biases if named else (None, None)
-    expected = product_reference(x, gate_exact, up_exact, *given, activation, limit)
-    low = tuple(None if b is None else b.to(dtype) for b in given)
-    compare.values("weight_only gated", found, plain(x, gate_exact, up_exact, *low, activation=activation), expected)
+    gate_bias, up_bias = named.get("gate_bias"), named.get("up_bias")
+    expected = product_reference(x, gate_exact, up_exact, gate_bias, up_bias, activation, limit)
+    low = [None if b is None else b.to(dtype) for b in (gate_bias, up_bias)]
+    compare.values("weight_only gated", found, plain(x, gate_exact, up_exact, low[0], low[1], activation), expected)
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])
@@ -342,9 +348,8 @@ def test_scaled_epilogues(compare: Any, form: str, rows: int) -> None:
         named: dict[str, Any] = {"activation": activation, "limit": limit}
         found = quantized_gated(x, gate, up, gate_bias=biases[0], up_bias=biases[1], **named)
         expected = product_reference(wide, *weights, *biases, **named)
-        compare.values(
-            "scaled gated", found, plain(codes.dequantize(), *weights, *low, activation=activation), expected
-        )
+        ours = plain(codes.dequantize(), weights[0], weights[1], low[0], low[1], activation)
+        compare.values("scaled gated", found, ours, expected)
     found = quantized_linear(codes, up, biases[1], activation="gelu_tanh")
     expected = apply(None, wide @ weights[1].t() + biases[1], "gelu_tanh", None)
     ours = plain(codes.dequantize(), None, weights[1], None, low[1], activation="gelu_tanh")
