@@ -26,7 +26,7 @@ from trine.kernels.cross_entropy.options import (
     check_targets,
     default_chunk_rows,
 )
-from trine.kernels.cross_entropy.projection import launch_parts
+from trine.kernels.cross_entropy.projection import launch_merge, launch_parts
 from trine.kernels.cross_entropy.rows import launch_rows
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
@@ -164,6 +164,11 @@ def samples() -> Iterator[Sample]:
         yield _sample((16, 4096, 128256), dtype, usual)
     yield _sample((2048, 2304, 256000), torch.bfloat16, capped)
     yield _sample((4096, 768, 50257), torch.bfloat16, LossOptions(label_smoothing=0.1, softcap=30.0))
+    parts: dict[str, Tensor | None] = {name: meta(32, 8192) for name in ("tops_ptr", "totals_ptr", "picked_ptr")}
+    targets = meta(8192, dtype=torch.int64)
+    for name, sums, options in (("", None, usual), (" all", meta(32, 8192), LossOptions(-100, 0.1, 1e-4, 30.0))):
+        merge = partial(launch_merge, {**parts, "sums_ptr": sums}, targets, 128256, options)
+        yield Sample(f"linear_cross_entropy merge{name} 8192", torch.float32, merge)
 
 
 def _sample(shape: tuple[int, int, int], dtype: torch.dtype, options: LossOptions) -> Sample:
