@@ -12,8 +12,8 @@ On a CPU value and input gradient come from torch's single-pass kernels, but the
 here in fp32: torch sums them in bf16 for bf16 activations, which was measured 6 % off over 264 rows.
 
 Shapes: N rows (any leading dimensions), C width. Bytes per row of C numbers of b bytes: forward 2 C b (with residual
-4 C b), backward 3 C b (with residual 4 C b), in rows of more than 16384 numbers 2 C b more. Each program's sums for
-dweight and dbias, 16 C bytes, count little beside its rows (`norm/backward.py`).
+4 C b), backward 3 C b (with residual 4 C b), in rows of more than 8192 numbers 2 C b more. Each program's sums for
+dweight and dbias, 16 C bytes, count little beside its rows (`norm/backward.py`). 7 C operations forward, 12 C backward.
 Source: Ba et al. 2016 (arXiv 1607.06450).
 """
 

@@ -11,8 +11,8 @@ of the activation is kept.
 of two. Its backward adds the gradient of s to dx in the same pass. The kernels are those of LayerNorm, in `norm/`.
 
 Shapes: N rows (any leading dimensions), C width. Bytes per row of C numbers of b bytes: forward 2 C b (with residual
-4 C b), backward 3 C b (with residual 4 C b), in rows of more than 16384 numbers 2 C b more. Each program's sum for
-dweight, 8 C bytes, counts little beside its rows (`norm/backward.py`).
+4 C b), backward 3 C b (with residual 4 C b), in rows of more than 8192 numbers 2 C b more. Each program's sum for
+dweight, 8 C bytes, counts little beside its rows (`norm/backward.py`). 4 C operations forward, 9 C backward.
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
 """
 

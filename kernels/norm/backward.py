@@ -3,10 +3,10 @@
     n = (x - mean) * rstd      g = dy * weight      a = mean of g * n over the row      c = mean of g (0 for RMSNorm)
     dx = rstd * (g - n * a - c) (+ the gradient of the sum)      dweight = sum of dy * n      dbias = sum of dy
 
-n is computed again from x and the saved statistics. A few programs per multiprocessor stride over the rows
-and keep their own sums for weight and bias, which torch adds up: no atomics, so the bits repeat. The loads of the next
-rows are under way while these are worked on. Rows of more than `MAX_BLOCK` numbers would not fit into registers: there
-one kernel computes a and c of every row first, and the programs take blocks of columns.
+n is computed again from x and the saved statistics. A few programs per multiprocessor stride over the rows and keep
+their own sums for weight and bias, which torch adds up: no atomics, so the bits repeat. The loads of the next rows are
+under way while these are worked on. Rows of more than `MAX_BLOCK` numbers would not fit into registers: there one
+kernel computes a and c of every row first, and the programs take blocks of columns.
 
 Bytes per row of C numbers of b bytes: 3 C b, with the gradient of a sum 4 C b, wider than `MAX_BLOCK` 2 C b more. The
 sums are written and read once, 8 C bytes per program and result: with the 264 programs of an H200 (C = 4096) as much as

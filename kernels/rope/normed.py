@@ -128,7 +128,8 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if target.interpreted:
         return Config({"ROWS": 4, "STAGES": 1, **blocks(shape)})
     rows = max(1, min(32, _PROGRAM_NUMBERS // next_power_of_2(shape["exact_D"])))
-    stages = 1 if target.is_amd else 2
+    # One more than the tiles under way; AMD's would wait in registers.
+    stages = 1 if target.is_amd else 3 if dtype.itemsize == 2 else 2
     return Config({"ROWS": rows, "STAGES": stages, **blocks(shape)}, num_warps=4, num_stages=stages)
 
 

@@ -87,7 +87,10 @@ def load_pair_scales(weight_ptr, R: tl.constexpr, INTERLEAVED: tl.constexpr, UNI
     second = first + 1 if INTERLEAVED else first + R
     scale1 = tl.load(weight_ptr + first, mask=pairs < R, other=0.0).to(tl.float32)
     scale2 = tl.load(weight_ptr + second, mask=pairs < R, other=0.0).to(tl.float32)
-    return (scale1 + 1.0, scale2 + 1.0) if UNIT else (scale1, scale2)
+    if UNIT:
+        scale1 += 1.0
+        scale2 += 1.0
+    return scale1, scale2
 
 
 @triton.jit
