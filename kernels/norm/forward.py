@@ -3,8 +3,8 @@
 A row is normalised in registers where it fits (`_rows_kernel`, up to `MAX_BLOCK` numbers): read once, written once.
 The variance is that of centred numbers, computed after the mean, so that a large mean costs no digits. A wider row is
 walked through in blocks, once for each statistic and once for the result. All but the first time it comes from the L2
-cache while the rows at work fit there: at most four on a multiprocessor, on an H200 35 MB of 32 Ki bf16 numbers each, of
-64 Ki 69 MB, which is somewhat more than the cache.
+cache while the rows at work fit there: at most four on a multiprocessor, on an H200 35 MB of 32 Ki bf16 numbers each,
+of 64 Ki 69 MB, which is somewhat more than the cache.
 
 Bytes per row of C numbers of b bytes: 2 C b, with a residual 4 C b; 4 or 8 more for the statistics.
 """
