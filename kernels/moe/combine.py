@@ -48,9 +48,10 @@ def combine(rows_PC: Tensor, weights_NK: Tensor, groups: Groups) -> Tensor:
 
 
 def combine_in_slot_order(rows_PC: Tensor, weights_NK: Tensor, groups: Groups) -> Tensor:
-    """The same in torch: summed in fp32 (fp64 for fp64 rows) in the order of the kernel. Rows of no expert are zero."""
+    """The same in torch: summed in fp32 (fp64 for fp64 rows) in the order of the kernel."""
     work = torch.promote_types(rows_PC.dtype, torch.float32)
     row_NK = groups.row_P.view(-1, groups.num_slots)
+    weights_NK = torch.where(row_NK < groups.offset[-1], weights_NK, 0.0)  # nothing of no expert
     y_NC = torch.zeros(len(row_NK), rows_PC.shape[1], dtype=work, device=rows_PC.device)
     for row_N, weight_N in zip(row_NK.unbind(1), weights_NK.to(work).unbind(1), strict=True):
         y_NC = torch.addcmul(y_NC, rows_PC.index_select(0, row_N).to(work), weight_N[:, None])

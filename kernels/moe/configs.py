@@ -83,28 +83,48 @@ MATMUL = {
 }
 
 
+def weight_shared_estimate(config: Config, dtype: torch.dtype, gathered: bool) -> int:
+    """As `shared_estimate` for the gradient of a weight.
+
+    Where rows are fetched through the list of pairs, the compiler keeps half of the stages for the indices: it waits
+    (stages - 2) / 2 steps, rounded up, between the load of an index and that of its row, and as long after that.
+    """
+    blocks = config.blocks
+    buffers = 1 + ceil_div(config.num_stages - 2, 2) if gathered else config.num_stages
+    return buffers * (blocks["LEFT"] + blocks["RIGHT"]) * blocks["ROWS"] * dtype.itemsize
+
+
+def _weight_config(left: int, right: int, rows: int, warps: int, stages: int) -> Config:
+    return Config({"LEFT": left, "RIGHT": right, "ROWS": rows, "GROUP": 8}, warps, stages)
+
+
 def _weight_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     """A tile of LEFT x RIGHT numbers of a weight's gradient, ROWS rows of its expert at a time."""
+    gathered = shape["exact_gathered"]
     if target.interpreted:
         return Config({"LEFT": 16, "RIGHT": 16, "ROWS": 16, "GROUP": 2})
     if dtype.itemsize == 4:
-        return Config({"LEFT": 64, "RIGHT": 64, "ROWS": 32, "GROUP": 8}, 4, 2)
+        return _weight_config(64, 64, 32, 4, 5 if gathered and not target.is_amd else 2)
     if target.is_amd:
-        return Config({"LEFT": 128, "RIGHT": 128, "ROWS": 32, "GROUP": 8}, 8, 2)
-    return Config({"LEFT": 128, "RIGHT": 128, "ROWS": 64, "GROUP": 8}, 8, 3)
+        return _weight_config(128, 128, 32, 8, 3 if gathered else 2)
+    if target.arch == "sm_80":
+        return _weight_config(128, 128, 64, 8, 5 if gathered else 3)
+    return _weight_config(128, 256, 64, 8, 5 if gathered else 4)
 
 
 def _weight_candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
     inner = 32 if dtype.itemsize == 4 or target.is_amd else 64
-    return [
-        Config({"LEFT": left, "RIGHT": right, "ROWS": inner, "GROUP": 8}, warps, stages)
+    gathered = bool(shape["exact_gathered"])
+    tried = [
+        _weight_config(left, right, inner, warps, stages)
         for left in (64, 128)
         for right in (64, 128, 256)
         for warps in (4, 8)
-        for stages in (2, 3, 4)
+        for stages in ((3, 5, 7) if gathered else (2, 3, 4))
         if left * right <= 128 * 32 * warps
-        and stages * (left + right) * inner * dtype.itemsize <= target.shared_bytes - _EPILOGUE_BYTES
     ]
+    limit = target.shared_bytes - _EPILOGUE_BYTES
+    return [config for config in tried if weight_shared_estimate(config, dtype, gathered) <= limit]
 
 
 WEIGHT_GRADIENT = Tunable("grouped_weight_gradient", _weight_rule, _weight_candidates)

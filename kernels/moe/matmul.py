@@ -245,4 +245,6 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"grouped_matmul dx {shape}", dtype, backward, half)
         gradient = partial(launch_weight_gradient, dy, x, groups, dtype, gather_right=True)
         yield Sample(f"grouped_matmul dweight {shape}", dtype, gradient, half)
+        rows = partial(launch_weight_gradient, dy, meta(tokens * slots, width, dtype=dtype), groups, dtype)
+        yield Sample(f"grouped_matmul dweight of rows {shape}", dtype, rows, half)
         yield Sample(f"grouped_matmul dbias {shape}", dtype, partial(launch_bias_gradient, dy, groups, bias.dtype))

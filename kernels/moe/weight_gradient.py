@@ -114,6 +114,7 @@ def launch_weight_gradient(
     num_left, num_right = left.shape[1], right.shape[1]
     dweight = left.new_empty(groups.num_experts, num_left, num_right, dtype=result_dtype(dtype))
     sizes = {"P": len(groups.pair_P), "E": groups.num_experts, "C": num_right, "F": num_left}
+    sizes["exact_gathered"] = int(gather_left or gather_right)
     config = WEIGHT_GRADIENT.pick(left.dtype, target_of(left), **sizes)
     arguments = {
         "left_ptr": left,

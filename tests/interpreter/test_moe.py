@@ -15,6 +15,7 @@ from trine.kernels.moe.combine import combine, moe_combine
 from trine.kernels.moe.groups import Groups, group_by_expert, moe_group, most_tiles, tile_list
 from trine.kernels.moe.matmul import grouped_matmul, grouped_matmul_forward
 from trine.kernels.moe.op import moe_mlp, moe_mlp_forward
+from trine.kernels.moe.routing import load_balancing_loss, route, router_z_loss
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 # Tokens, slots, experts, width, feed-forward width; blocks are of 16, and blocks of pairs of 32.
@@ -171,11 +172,13 @@ def test_grouped_matmul(compare: Any, gather: bool, shape: Shape, dtype: torch.d
 @SHAPES
 def test_combine(compare: Any, shape: Shape, dtype: torch.dtype) -> None:
     n, k, e, c, _ = shape
-    groups = group_by_expert(choose(n, k, e), e)
+    groups = group_by_expert(choose(n, k, e, none=e > 1), e)
     rows, weights = make(n * k, c, dtype=dtype), make(n, k, seed=1, dtype=dtype)
+    places = groups.row_P.long()
+    owned = (places < groups.offset[-1]).view(n, k, 1)
 
     def plainly(rows: Tensor, weights: Tensor) -> Tensor:
-        return (rows[groups.row_P.long()].view(n, k, c) * weights[..., None]).sum(1)
+        return (rows[places].view(n, k, c) * weights[..., None] * owned).sum(1)
 
     compare.gradients("combine", lambda r, w: combine(r, w, groups), plainly, (rows, weights))
 
@@ -343,20 +346,22 @@ def test_registration() -> None:
 
 
 def test_compiles_whole_and_under_checkpointing() -> None:
-    x, weights, *experts = (t.requires_grad_() for t in inputs((5, 2, 3, 8, 18), torch.float32))
-    ids = choose(5, 2, 3)
+    x, _, *experts = (t.requires_grad_() for t in inputs((5, 2, 3, 8, 18), torch.float32))
+    logits = make(5, 3, seed=40).requires_grad_()
 
-    def function(x: Tensor, weights: Tensor) -> Tensor:
+    def function(x: Tensor, logits: Tensor) -> Tensor:
+        ids, weights = route(logits, 2, order="softmax_top_k", renormalise=True)
         groups = group_by_expert(ids, 3)
         rows = grouped_matmul(x, experts[1], groups)
         y = ours(x[None], weights[None], *experts, ids=ids[None], activation="silu").square()
-        return y.sum() + combine(rows, weights, groups).sum()
+        balance = load_balancing_loss(logits, ids) + router_z_loss(logits)
+        return y.sum() + combine(rows, weights, groups).sum() + balance
 
-    expected = torch.autograd.grad(function(x, weights), (x, weights))
+    expected = torch.autograd.grad(function(x, logits), (x, logits))
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    again = torch.utils.checkpoint.checkpoint(function, x, weights, use_reentrant=False)
-    for result in (compiled(x, weights), again):
-        for a, b in zip(torch.autograd.grad(result, (x, weights)), expected, strict=True):
+    again = torch.utils.checkpoint.checkpoint(function, x, logits, use_reentrant=False)
+    for result in (compiled(x, logits), again):
+        for a, b in zip(torch.autograd.grad(result, (x, logits)), expected, strict=True):
             assert torch.equal(a, b)
 
 

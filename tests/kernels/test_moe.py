@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.moe.combine import combine
-from trine.kernels.moe.configs import GATED_BACKWARD, GATED_FORWARD, MATMUL, WEIGHT_GRADIENT, shared_estimate
+from trine.kernels.moe.configs import (
+    GATED_BACKWARD,
+    GATED_FORWARD,
+    MATMUL,
+    WEIGHT_GRADIENT,
+    shared_estimate,
+    weight_shared_estimate,
+)
 from trine.kernels.moe.groups import MAX_EXPERTS, group_by_expert
 from trine.kernels.moe.matmul import grouped_matmul, grouped_matmul_reference
 from trine.kernels.moe.op import moe_mlp, moe_mlp_reference
@@ -132,6 +139,16 @@ def test_experts_without_tokens_get_zero_gradients() -> None:
     for gradient in gradients[2:]:
         assert not gradient[:3].any()
         assert gradient[3].any()
+
+
+def test_slots_of_no_expert_add_nothing() -> None:
+    x, weights, *experts = layer(torch.float32, torch.float32)
+    ids = choose(7, 2, 4)
+    ids[2], ids[5, 1] = 4, 4
+    expected = call(moe_mlp, [x, weights * (ids < 4), *experts], ids.clamp(max=3))
+    weights[ids == 4] = float("nan")
+    torch.testing.assert_close(call(moe_mlp, [x, weights, *experts], ids), expected)
+    assert not expected[2].any()
 
 
 # --- against transformers ---------------------------------------------------------------------------------------------
@@ -435,11 +452,11 @@ def test_configurations_fit(pairs: int, dtype: torch.dtype, target: Any) -> None
             candidates = tunable.candidates(shape, dtype, target)
             assert 3 < len(candidates) < 40
             assert all(shared_estimate(c, dtype, products) <= target.shared_bytes for c in candidates)
-    for config in (WEIGHT_GRADIENT.pick(dtype, target, **shape), *WEIGHT_GRADIENT.candidates(shape, dtype, target)):
-        blocks = config.blocks
-        assert all(blocks[name] >= 16 for name in ("LEFT", "RIGHT", "ROWS"))
-        bytes_held = config.num_stages * (blocks["LEFT"] + blocks["RIGHT"]) * blocks["ROWS"] * dtype.itemsize
-        assert bytes_held <= target.shared_bytes
+    for gathered in (0, 1):
+        shape["exact_gathered"] = gathered
+        for config in (WEIGHT_GRADIENT.pick(dtype, target, **shape), *WEIGHT_GRADIENT.candidates(shape, dtype, target)):
+            assert all(config.blocks[name] >= 16 for name in ("LEFT", "RIGHT", "ROWS"))
+            assert weight_shared_estimate(config, dtype, bool(gathered)) <= target.shared_bytes
 
 
 def test_tiles_are_as_high_as_experts_are_busy() -> None:
