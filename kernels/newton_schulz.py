@@ -205,7 +205,7 @@ def _symmetric_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if target.interpreted:
         return Config({"TILE": 16, "BLOCK_K": 16})
     if dtype == torch.float32 or shape["R"] <= 64:
-        return _config(target, dtype, {"TILE": 64, "BLOCK_K": 32}, 4)
+        return _config(target, dtype, {"TILE": 64, "BLOCK_K": 32}, 8 if dtype == torch.float32 else 4)
     return _config(target, dtype, {"TILE": 128, "BLOCK_K": 32 if target.is_amd else 64}, 8)
 
 
@@ -224,7 +224,9 @@ def _apply_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if target.interpreted:
         return Config({"ROWS": 16, "COLUMNS": 16, "BLOCK_K": 16, "GROUP": 2})
     if dtype == torch.float32 or shape["R"] <= 64:
-        return _config(target, dtype, {"ROWS": 64, "COLUMNS": 64, "BLOCK_K": 32, "GROUP": 8}, 4)
+        return _config(
+            target, dtype, {"ROWS": 64, "COLUMNS": 64, "BLOCK_K": 32, "GROUP": 8}, 8 if dtype == torch.float32 else 4
+        )
     columns = 256 if target.is_hopper else 128
     return _config(
         target, dtype, {"ROWS": 128, "COLUMNS": columns, "BLOCK_K": 32 if target.is_amd else 64, "GROUP": 8}, 8
