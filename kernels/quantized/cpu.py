@@ -5,8 +5,8 @@ int8pack: symmetric with one scale a row; both with bf16 scales). Measured on tw
 and 2.0 times as fast as a bf16 product at one row and slower than it from 8 rows on. All else is multiplied piece by
 piece: some rows of the weight are dequantized into a buffer that fits a cache, then torch's product reads it there.
 
-int8 codes: torch's exact integer product, then the scales. float8 codes: kept as bf16, which holds them exactly; a
-float8 product is 20 times slower than one in bf16 on a CPU.
+int8 codes: an exact integer product (`cpu_int8.py`), then the scales. float8 codes: kept as bf16, which holds them
+exactly; a float8 product is 20 times slower than one in bf16 on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.quantized.activations import BLOCK
+from trine.kernels.quantized.cpu_int8 import int8_product
 from trine.kernels.quantized.packing import PackedWeight
+from trine.kernels.quantized.scaled_weight import ScaledWeight
 
 FEW_ROWS = 4
 # Numbers of the weight dequantized at a time: 2 MiB in bf16.
@@ -121,20 +123,21 @@ class _Product(torch.autograd.Function):
 
 
 def scaled_rows(
-    x_codes_MK: Tensor, x_scales: Tensor, codes_NK: Tensor, scales: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    x_codes_MK: Tensor, x_scales: Tensor, weight: ScaledWeight, bias_N: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The product of codes (float8 weights as bf16) with its scales and bias, in fp32, for a result in `dtype`."""
-    if codes_NK.dtype == torch.int8:
-        sums_MN = torch._int_mm(x_codes_MK, codes_NK.t()).float()
+    """The product of codes with its scales and bias, in fp32, for a result in `dtype`."""
+    codes_NK, scales, num_features = weight.codes, weight.scales, weight.num_features
+    if weight.kind == torch.int8:
+        sums_MN = int8_product(x_codes_MK, codes_NK, num_features, packed=weight.packed)
         y_MN = sums_MN.mul_(x_scales.view(-1, 1)).mul_(scales)
-    elif scales.dim() == 1:
+    elif not weight.blocked:
         y_MN = _float8_product(x_codes_MK, codes_NK, dtype).mul_(x_scales.view(-1, 1)).mul_(scales)
     else:
-        y_MN = torch.zeros(len(x_codes_MK), len(codes_NK))
-        for block, first in enumerate(range(0, x_codes_MK.shape[1], BLOCK)):
+        y_MN = torch.zeros(len(x_codes_MK), num_features)
+        for block, first in enumerate(range(0, weight.width, BLOCK)):
             part = slice(first, first + BLOCK)
             sums_MN = _float8_product(x_codes_MK[:, part], codes_NK[:, part], dtype)
-            spread_N = scales[:, block].repeat_interleave(BLOCK)[: len(codes_NK)]
+            spread_N = scales[:, block].repeat_interleave(BLOCK)[:num_features]
             y_MN += sums_MN.mul_(x_scales[:, block, None]).mul_(spread_N)
     return y_MN if bias_N is None else y_MN + bias_N.float()
 

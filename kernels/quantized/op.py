@@ -153,7 +153,7 @@ def _scheme(weight: Weight) -> str:
     if isinstance(weight, PackedWeight):
         groups = f"{weight.scales.shape[0]} {weight.scales.dtype} groups, {'a' * (weight.zeros is not None)}symmetric"
         return f"{weight.bits}-bit {[weight.num_features, weight.width]} in {groups}, layout {weight.layout}"
-    return f"{weight.kind} {list(weight.codes.shape)} with scales {list(weight.scales.shape)}"
+    return f"{weight.kind} {[weight.num_features, weight.width]} with scales {list(weight.scales.shape)}"
 
 
 def _check(x: Tensor | QuantizedRows, weight: Weight, biases: dict[str, Tensor | None]) -> None:
@@ -260,6 +260,6 @@ def _scaled(
             codes_MK, scales, *gate_parts, up.codes, up.scales, gate_bias, up_bias, activation, limit, rows.dtype
         )
         return result
-    gate_MN = None if gate is None else scaled_rows(codes_MK, scales, gate.codes, gate.scales, gate_bias, rows.dtype)
-    up_MN = scaled_rows(codes_MK, scales, up.codes, up.scales, up_bias, rows.dtype)
+    gate_MN = None if gate is None else scaled_rows(codes_MK, scales, gate, gate_bias, rows.dtype)
+    up_MN = scaled_rows(codes_MK, scales, up, up_bias, rows.dtype)
     return apply(gate_MN, up_MN, activation, limit).to(rows.dtype)

@@ -4,7 +4,8 @@
     one for all            [1]                             w[n, k] = q[n, k] s[0]
     one for each block     [ceil(N / 128), ceil(K / 128)]  w[n, k] = q[n, k] s[n // 128, k // 128]    (float8 only)
 
-Codes lie as [N, K], which is how tensor cores want both operands. On a CPU float8 codes are kept as bf16 numbers.
+Codes lie as [N, K], which is how tensor cores want both operands. On a CPU float8 codes are kept as bf16 numbers, and
+int8 codes in the layout of the product that multiplies them (`cpu_int8.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from trine.kernels.launch import ceil_div
 from trine.kernels.quantized.activations import BLOCK
+from trine.kernels.quantized.cpu_int8 import kept_int8, plain_int8
 from trine.kernels.quantized.reference import block_scales
 from trine.kernels.target import uses_triton
 
@@ -24,19 +26,17 @@ KINDS = (torch.int8, torch.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """A weight made by `scaled_weight`. `kind` is the dtype of its codes, whatever they are kept in."""
+    """A weight made by `scaled_weight`. `kind` is the dtype of its codes, whatever they are kept in.
+
+    `packed`: they are in oneDNN's layout.
+    """
 
     codes: Tensor
     scales: Tensor
     kind: torch.dtype
-
-    @property
-    def num_features(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def width(self) -> int:
-        return self.codes.shape[1]
+    num_features: int
+    width: int
+    packed: bool
 
     @property
     def blocked(self) -> bool:
@@ -48,15 +48,19 @@ class ScaledWeight:
 
     def to(self, device: torch.device | str) -> ScaledWeight:
         """On another device, as that device keeps it."""
-        return scaled_weight(self.codes.to(self.kind).to(device), self.scales.to(device))
+        return scaled_weight(self.plain_codes().to(device), self.scales.to(device))
+
+    def plain_codes(self) -> Tensor:
+        """The codes [N, K] in `kind`, as `scaled_weight` got them."""
+        return plain_int8(self.codes, self.num_features, self.width) if self.packed else self.codes.to(self.kind)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """w_NK in `dtype`: q s in fp32 (float64 in float64), then rounded."""
         work = torch.promote_types(dtype, torch.float32)
-        scales = self.scales.to(work)
+        scales, codes_NK = self.scales.to(work), self.plain_codes().to(work)
         if self.blocked:
-            return (self.codes.to(work) * block_scales(scales, self.num_features, self.width, BLOCK)).to(dtype)
-        return (self.codes.to(work) * scales[:, None]).to(dtype)
+            return (codes_NK * block_scales(scales, self.num_features, self.width, BLOCK)).to(dtype)
+        return (codes_NK * scales[:, None]).to(dtype)
 
 
 def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
@@ -82,5 +86,11 @@ def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
     blocked = shape == blocks and shape != (num_features, 1) and codes_NK.dtype != torch.int8
     scales = scales.float().contiguous() if blocked else scales.float().reshape(-1)
     tiles = uses_triton(codes_NK) or codes_NK.is_meta
-    kept = codes_NK.contiguous() if tiles or codes_NK.dtype == torch.int8 else codes_NK.to(torch.bfloat16)
-    return ScaledWeight(kept, scales, codes_NK.dtype)
+    packed = False
+    if tiles:
+        kept = codes_NK.contiguous()
+    elif codes_NK.dtype == torch.int8:
+        kept, packed = kept_int8(codes_NK)
+    else:
+        kept = codes_NK.to(torch.bfloat16)
+    return ScaledWeight(kept, scales, codes_NK.dtype, num_features, width, packed)

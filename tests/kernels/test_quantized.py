@@ -159,7 +159,27 @@ def test_scaled_weight_moves_and_keeps_its_codes() -> None:
         again = weight.to("cpu")
         assert torch.equal(again.codes, weight.codes)
         assert torch.equal(again.scales, weight.scales)
-        assert weight.codes.to(FLOAT8).float().equal(weight.codes.float())
+        assert weight.plain_codes().float().equal(weight.codes.float())
+    values = codes(70, 2100, 1, 8)[0]
+    assert torch.equal(scaled_weight(values, torch.ones(70)).to("cpu").plain_codes(), values)
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_integer_products_are_exact(monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
+    """Also where partial sums are as large as they get, and on CPUs without instructions for bytes."""
+    if vnni and not torch.cpu._is_vnni_supported():
+        pytest.skip("this CPU has no VNNI")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    values = codes(19, 1000, 1, 8)[0]
+    values[0], values[1] = -128, 127
+    weight = scaled_weight(values, torch.ones(19))
+    assert weight.packed == vnni
+    rows = codes(7, 1000, 1, 8, seed=1)[0]
+    rows[0], rows[1] = -127, 127
+    for count in (1, 7):
+        x = QuantizedRows(rows[:count], torch.ones(count, 1), torch.float32)
+        expected = (rows[:count].double() @ values.double().t()).float()
+        assert torch.equal(quantized_linear(x, weight), expected)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, FLOAT8], ids=str)
