@@ -32,10 +32,10 @@ _ROWS = 128
 def prepare_kernel(
     o_ptr, do_ptr, lse_ptr, delta_ptr, kept_lse_ptr,
     o_batch_stride, o_head_stride, o_row_stride, do_batch_stride, do_head_stride, do_row_stride,
-    num_heads, num_queries, padded_queries, lse_factor,
+    num_heads, num_queries, padded_queries,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O), and the log-sum-exp times a factor, +inf for rows that see no key or lie past the end.
+    """delta = rowsum(dO * O), and the log-sum-exp in log2 units, +inf for rows that see no key or lie past the end.
 
     Both are fp32 [B, H, padded_queries], so that tiles of queries need no mask.
     """
@@ -53,7 +53,7 @@ def prepare_kernel(
     rows_M = plane * padded_queries + queries_M
     tl.store(delta_ptr + rows_M, delta_M)
     # exp2(score - inf) is 0, where score - -inf would not be a number.
-    tl.store(kept_lse_ptr + rows_M, tl.where(lse_M == float("-inf"), float("inf"), lse_M * lse_factor))
+    tl.store(kept_lse_ptr + rows_M, tl.where(lse_M == float("-inf"), float("inf"), lse_M * LOG2E))
 
 
 def launch_backward(
@@ -75,7 +75,6 @@ def launch_backward(
         return dq, dk, dv, dbias_HR, torch.zeros_like(lse_BHT)
     common = common_arguments(q_BHTD, k_BKSD, v_BKSD, options)
     shape = shape_of(q_BHTD, k_BKSD, options)
-    extras = options.softcap > 0 or options.slopes_H is not None or options.bias_HR is not None
     config = PREPARE.pick(dtype, target, **shape)
     prepare = {
         "o_ptr": o_BHTD,
@@ -83,8 +82,6 @@ def launch_backward(
         "lse_ptr": lse_BHT,
         "delta_ptr": delta_BHP,
         "kept_lse_ptr": kept_BHP,
-        # `tile.lse_unit` is the other half of this.
-        "lse_factor": LOG2E.value if extras else 1.0 / options.scale,
         "padded_queries": padded,
         **strides("o", o_BHTD),
         **strides("do", do_BHTD),
@@ -109,7 +106,7 @@ def launch_backward(
     launch(queries_kernel, (ceil_div(T, config.blocks["BLOCK_M"]), H, B), config, common | queries)
     if entries:
         config = BIAS.pick(dtype, target, **shape)
-        left_out = ("LOWER", "slopes_ptr", "position_ptr", "position_stride")
+        left_out = ("slopes_ptr", "position_ptr", "position_stride")
         wanted = {name: value for name, value in common.items() if name not in left_out}
         bias = {"dbias_ptr": dbias_HR, "num_batches": B}
         launch(bias_kernel, (ceil_div(entries, config.blocks["BLOCK_M"]), H), config, wanted | bias)

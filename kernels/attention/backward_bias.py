@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trine.kernels.attention.tile import keep_factors, load_tile, query_bounds, tile_scores
+from trine.kernels.attention.tile import between, keep_factors, load_tile, query_bounds, tile_scores
 from trine.kernels.language import dot
 
 
@@ -72,13 +72,14 @@ def bias_kernel(
                 product_MM = dot(q_MD, tl.trans(k_MD), zeros_MM)
                 dp_MM = dot(do_MD, tl.trans(v_MD), zeros_MM)
                 scores_MM, unit, _ = tile_scores(
-                    product_MM, queries_M[:, None], queries_M[:, None], keys_M[None, :], low_M[:, None],
-                    high_M[:, None], 0.0, bias_ptr + head * bias_stride, scale, softcap, num_queries, num_keys,
-                    True, True, SOFTCAP, False, True,
+                    product_MM, queries_M[:, None], queries_M[:, None], keys_M[None, :], 0.0,
+                    bias_ptr + head * bias_stride, scale, softcap, num_queries, num_keys, SOFTCAP, False, True,
                 )  # fmt: skip
                 if DROPOUT:
                     dp_MM *= keep_factors(seed, plane, queries_M[:, None], keys_M[None, :], drop)
-                ds_MM = tl.exp2(scores_MM * unit - lse_M[:, None]) * (dp_MM - delta_M[:, None])
+                p_MM = tl.exp2(scores_MM * unit - lse_M[:, None])
+                p_MM = tl.where(between(keys_M[None, :], low_M[:, None], high_M[:, None]), p_MM, 0.0)
+                ds_MM = p_MM * (dp_MM - delta_M[:, None])
                 column_MM = diagonal_MM - half * BLOCK_M
                 found = (column_MM >= 0) & (column_MM < BLOCK_M)
                 gathered_MM = tl.gather(ds_MM, tl.where(found, column_MM, 0), 1)

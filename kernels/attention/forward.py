@@ -19,6 +19,7 @@ from trine.kernels.attention.configs import FORWARD
 from trine.kernels.attention.options import Options, common_arguments, readable, shape_of, strides
 from trine.kernels.attention.tile import (
     LOG2E,
+    between,
     keep_factors,
     load_tile,
     query_bounds,
@@ -36,7 +37,7 @@ def _visit(
     acc_MD, sums_M, tops_M, q_MD, k_ptr, v_ptr, begin, end, queries_M, places_M, low_M, high_M, slope, bias_ptr,
     k_stride, v_stride, scale, softcap, num_queries, num_keys, seed, plane, drop,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOWER: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Take the tiles of keys in [begin, end) into the running output, sums and maxima of the rows."""
     for start in range(begin, end, BLOCK_N):
@@ -44,9 +45,11 @@ def _visit(
         k_ND = load_tile(k_ptr, start, k_stride, num_keys, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
         product_MN = dot(q_MD, tl.trans(k_ND), tl.zeros([q_MD.shape[0], BLOCK_N], dtype=tl.float32))
         scores_MN, unit, _ = tile_scores(
-            product_MN, queries_M[:, None], places_M[:, None], keys_N[None, :], low_M[:, None], high_M[:, None], slope,
-            bias_ptr, scale, softcap, num_queries, num_keys, MASKED, LOWER, SOFTCAP, ALIBI, BIAS,
+            product_MN, queries_M[:, None], places_M[:, None], keys_N[None, :], slope, bias_ptr, scale, softcap,
+            num_queries, num_keys, SOFTCAP, ALIBI, BIAS,
         )  # fmt: skip
+        if MASKED:
+            scores_MN = tl.where(between(keys_N[None, :], low_M[:, None], high_M[:, None]), scores_MN, float("-inf"))
         new_tops_M = tl.maximum(tops_M, tl.max(scores_MN, axis=1) * unit)
         safe_M = new_tops_M
         if MASKED or BIAS:
@@ -125,18 +128,18 @@ def _forward_kernel(
         acc_MD, sums_M, tops_M = _visit(
             acc_MD, sums_M, tops_M, q_MD, k_base, v_base, begin, tl.minimum(whole_begin, some_high),
             queries_M, places_M, low_M, high_M, slope, bias_base, k_row_stride, v_row_stride, scale, softcap,
-            num_queries, num_keys, seed, plane, drop, True, HEAD_DIM, BLOCK_D, BLOCK_N, LOWER, SOFTCAP, ALIBI, BIAS,
+            num_queries, num_keys, seed, plane, drop, True, HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, ALIBI, BIAS,
             DROPOUT,
         )  # fmt: skip
     acc_MD, sums_M, tops_M = _visit(
         acc_MD, sums_M, tops_M, q_MD, k_base, v_base, whole_begin, whole_end,
         queries_M, places_M, low_M, high_M, slope, bias_base, k_row_stride, v_row_stride, scale, softcap, num_queries,
-        num_keys, seed, plane, drop, False, HEAD_DIM, BLOCK_D, BLOCK_N, LOWER, SOFTCAP, ALIBI, BIAS, DROPOUT,
+        num_keys, seed, plane, drop, False, HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, ALIBI, BIAS, DROPOUT,
     )  # fmt: skip
     acc_MD, sums_M, tops_M = _visit(
         acc_MD, sums_M, tops_M, q_MD, k_base, v_base, whole_end, some_high,
         queries_M, places_M, low_M, high_M, slope, bias_base, k_row_stride, v_row_stride, scale, softcap, num_queries,
-        num_keys, seed, plane, drop, True, HEAD_DIM, BLOCK_D, BLOCK_N, LOWER, SOFTCAP, ALIBI, BIAS, DROPOUT,
+        num_keys, seed, plane, drop, True, HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, ALIBI, BIAS, DROPOUT,
     )  # fmt: skip
 
     # A row without keys: output 0, log-sum-exp -inf.
@@ -163,6 +166,7 @@ def launch_forward(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Opti
         "o_ptr": o_BHTD,
         "lse_ptr": lse_BHT,
         "sinks_ptr": options.sinks_H,
+        "LOWER": options.lower,
         **strides("o", o_BHTD),
     }
     launch(_forward_kernel, (ceil_div(T, config.blocks["BLOCK_M"]), H, B), config, arguments)

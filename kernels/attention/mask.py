@@ -63,6 +63,8 @@ def make_mask(
     _check_tensors(num_queries, num_keys, query_positions_BT, segment_ids_BT, key_lengths_B)
     check_window(causal, window)
     check_features(features)
+    if query_positions_BT is not None and not (causal or window != (None, None)):
+        raise ValueError("query_positions_BT needs causal=True or a window; without them a position means nothing")
     given = next((x for x in (query_positions_BT, segment_ids_BT, key_lengths_B) if x is not None), None)
     if given is None and window == (None, None):
         return Mask(causal=causal, features=features)

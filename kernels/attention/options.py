@@ -56,9 +56,10 @@ def strides(name: str, x_BHTD: Tensor) -> dict[str, int]:
 def shape_of(q_BHTD: Tensor, k_BKSD: Tensor, options: Options) -> dict[str, int]:
     """The sizes that a launch configuration depends on, by name.
 
-    `exact_extra`: 1 with dropout, 2 with a table of biases; both need registers, so tiles are smaller.
+    `exact_extra`: 1 with a softcap, 2 with dropout, 3 with a table of biases (and whatever else): each needs more
+    registers than the one before, so that tiles are smaller.
     """
-    extra = 2 if options.bias_HR is not None else int(options.seed is not None)
+    extra = 3 if options.bias_HR is not None else 2 if options.seed is not None else int(options.softcap > 0)
     return {"T": q_BHTD.shape[2], "S": k_BKSD.shape[2], "exact_D": q_BHTD.shape[3], "exact_extra": extra}
 
 
@@ -95,7 +96,6 @@ def common_arguments(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Op
         "drop": options.drop,
         "CAUSAL": options.causal,
         "SOFTCAP": options.softcap > 0,
-        "LOWER": options.lower,
         "HEAD_DIM": D,
         "BLOCK_D": next_power_of_2(max(16, D)),
     }

@@ -1,9 +1,8 @@
 """One tile of attention: what the forward and all backward passes compute alike.
 
 A tile may be queries by keys or keys by queries: what belongs to queries and what belongs to keys comes in shapes that
-broadcast to it, [M, 1] and [1, N] or [1, M] and [N, 1]. Query t sees the keys low[t] <= s < high[t] (`bounds.py`); a
-caller says by MASKED whether a tile can hold others. Exponentials are powers of two: scores times `unit` are in units
-of log2, and exp2(scores * unit - top) is one fused multiply-add and one exp2.
+broadcast to it, [M, 1] and [1, N] or [1, M] and [N, 1]. Exponentials are powers of two: scores times `unit` are in
+units of log2, and exp2(scores * unit - top) is one fused multiply-add and one exp2.
 """
 
 from __future__ import annotations
@@ -72,15 +71,9 @@ def store_tile(ptr, x, row, stride, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
-def lse_unit(scale, EXTRAS: tl.constexpr):
-    """What a log-sum-exp as the backward keeps it is multiplied by to be in units of log2.
-
-    Without softcap or bias it is kept in units of the products q k^T, so that it can be put into their accumulators.
-    """
-    unit = 1.0
-    if not EXTRAS:
-        unit = scale * LOG2E
-    return unit
+def between(x, low, high):
+    """low <= x < high, where low <= high: one comparison, for below low the difference wraps around."""
+    return (x - low).to(tl.uint32, bitcast=True) < (high - low).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -91,10 +84,10 @@ def tanh(x):
 
 @triton.jit
 def tile_scores(
-    product, queries, places, keys, low, high, slope, bias_ptr, scale, softcap, num_queries, num_keys,
-    MASKED: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    product, queries, places, keys, slope, bias_ptr, scale, softcap, num_queries, num_keys,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """(scores, unit, d(capped score)/d(score)) from the products q k^T; with MASKED hidden scores are -inf."""
+    """(scores, unit, d(capped score)/d(score)) from the products q k^T, not masked."""
     slack = 1.0
     if SOFTCAP:
         scores = tanh(product * (scale / softcap))
@@ -112,11 +105,6 @@ def tile_scores(
             entry = keys - queries + (num_queries - 1)
             inside = (entry >= 0) & (entry < num_queries + num_keys - 1)
             scores += tl.load(bias_ptr + entry, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    if MASKED:
-        visible = keys < high
-        if LOWER:
-            visible = visible & (keys >= low)
-        scores = tl.where(visible, scores, float("-inf"))
     return scores, unit, slack
 
 
