@@ -1,9 +1,9 @@
 """Products of int8 with int8 codes on a CPU: exact sums.
 
 oneDNN's product of unsigned with signed bytes where the CPU has instructions for it, torch's own integer product
-elsewhere, where oneDNN may saturate. Measured on one core with VNNI at 2048 x 2048 (us; bf16 product beside): 71 against
-55 (240) at one row, 72 against 264 (242) at 4, 301 against 471 (697) at 32, 1103 against 1263 (2342) at 128. The weight
-is kept in oneDNN's layout alone.
+elsewhere, where oneDNN may saturate. Measured on one core with VNNI at 2048 x 2048 (us; a bf16 product beside): 71
+against 55 (240) at one row, 72 against 264 (242) at 4, 301 against 471 (697) at 32, 1103 against 1263 (2342) at 128.
+The weight is kept in oneDNN's layout alone.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from trine.kernels.quantized.packing import PackedWeight
 from trine.kernels.quantized.reference import apply
 from trine.kernels.quantized.scaled_weight import ScaledWeight
 from trine.kernels.rms_norm import rms_norm
-from trine.kernels.target import uses_triton
+from trine.kernels.target import target_of, uses_triton
 
 Weight = PackedWeight | ScaledWeight
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,8 +145,16 @@ def _check_quantize(x: Tensor, kind: torch.dtype, blocks: bool, scale: Tensor | 
         )
     if scale is not None and (scale.numel() != 1 or not scale.is_floating_point()):
         raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}; expected one floating-point number")
-    if uses_triton(x) and x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"rows of {x.shape[-1]} numbers are too long for the kernel; at most {MAX_WIDTH}")
+    if uses_triton(x):
+        _check_float8(x, kind)
+        if x.shape[-1] > MAX_WIDTH:
+            raise ValueError(f"rows of {x.shape[-1]} numbers are too long for the kernel; at most {MAX_WIDTH}")
+
+
+def _check_float8(x: Tensor, kind: torch.dtype) -> None:
+    arch = target_of(x).arch
+    if kind != torch.int8 and arch.startswith("sm_") and int(arch[3:]) < 89:
+        raise ValueError(f"float8 is not supported on {arch}; it needs sm_89 or newer, int8 does not")
 
 
 def _scheme(weight: Weight) -> str:
@@ -171,6 +179,8 @@ def _check(x: Tensor | QuantizedRows, weight: Weight, biases: dict[str, Tensor |
             raise ValueError(
                 f"{name} is {bias.dtype} {tuple(bias.shape)}; expected floating point ({weight.num_features},)"
             )
+    if isinstance(weight, ScaledWeight) and uses_triton(codes):
+        _check_float8(codes, weight.kind)
     if isinstance(x, QuantizedRows):
         if isinstance(weight, PackedWeight) or codes.dtype != weight.kind:
             raise ValueError(f"x has codes {codes.dtype}, which the weight cannot take: {_scheme(weight)}")

@@ -49,7 +49,7 @@ class PackedWeight:
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
-    decode: tuple[Tensor, Tensor] | None
+    decode: tuple[Tensor, ...] | None
     bits: int
     width: int
     layout: str
@@ -119,6 +119,8 @@ def _check(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: 
             f"scales are {scales_NG.dtype} {tuple(scales_NG.shape)}; expected float32, bfloat16 or float16 "
             f"[{num_features}, G]"
         )
+    if scales_NG.requires_grad:
+        raise ValueError("scales require a gradient, which a packed weight has not; give scales.detach()")
     groups = scales_NG.shape[1]
     if groups != 1 and not (groups and width % groups == 0 and width // groups in GROUP_SIZES):
         raise ValueError(
@@ -179,19 +181,22 @@ def _from_rows(weight: PackedWeight) -> Tensor:
     return values[:, : weight.width].contiguous()
 
 
-def _for_few_rows(values_NK: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor] | None:
-    """(codes, (scale, zero) pairs [G, N, 2]) of torch's product of few bf16 rows with 4 bits; None if it cannot.
+def _for_few_rows(values_NK: Tensor, weight: PackedWeight) -> tuple[Tensor, ...] | None:
+    """(codes, (scale, zero) [G, N, 2], rest [N, G]) of torch's product of few bf16 rows with 4 bits; None if it cannot.
 
-    Its zero point is a number added to the product with the scale. A rounded one would shift a whole group, so that
-    asymmetric weights are left out. One scale a row is written as one for each group.
+    That product takes bf16 scales, and what is added instead of a zero point subtracted: -z s in bf16. What this misses
+    of the product is the rest (left out where there are no zero points), to be added as sums of x times it. One scale a
+    row is written as one for each group.
     """
     num_features, width = values_NK.shape
-    usable = weight.bits == 4 and weight.zeros is None and weight.scales.dtype == torch.bfloat16
-    size = (
-        weight.group_size if weight.group_size in GROUP_SIZES else next((g for g in (128, 64, 32) if width % g == 0), 0)
-    )
-    if not usable or not size or num_features % 16 or not num_features:
+    fitting = (weight.group_size, 128, 64, 32)
+    size = next((g for g in fitting if g in GROUP_SIZES and width % g == 0), 0)
+    if weight.bits != 4 or not size or num_features % 16 or not num_features:
         return None
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_NK.to(torch.int32) + 8, 1)
-    scales_GN = weight.scales.expand(width // size, num_features)
-    return codes, torch.stack((scales_GN, torch.zeros_like(scales_GN)), dim=-1).contiguous()
+    scales_GN = weight.scales.bfloat16().expand(width // size, num_features)
+    if weight.zeros is None:
+        return codes, torch.stack((scales_GN, torch.zeros_like(scales_GN)), dim=-1)
+    added_GN = -weight.zeros.float() * scales_GN.float()
+    rest_NG = (added_GN - added_GN.bfloat16().float()).bfloat16().t().contiguous()
+    return codes, torch.stack((scales_GN, added_GN.bfloat16()), dim=-1), rest_NG

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trine.kernels.launch import recording
 from trine.kernels.mlp.activation import ACTIVATIONS
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.quantized import registered
@@ -18,6 +19,7 @@ from trine.kernels.quantized.packing import PackedWeight, pack, unpack
 from trine.kernels.quantized.reference import apply, dequantize_reference, product_reference
 from trine.kernels.quantized.scaled_weight import ScaledWeight, scaled_weight
 from trine.kernels.rms_norm import rms_norm
+from trine.kernels.target import COMPILED
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -417,5 +419,13 @@ def test_refusals_before_launch() -> None:
         quantized_gated(x, weight, other, activation="silu")
     with pytest.raises(ValueError, match="65537 numbers are too long"):
         quantize_rows(torch.zeros(1, 65537), torch.int8)
+    for arch, refused in (("sm_80", True), ("sm_90", False)):
+        with recording(COMPILED[arch]) as launches:
+            if refused:
+                with pytest.raises(ValueError, match="float8 is not supported on sm_80"):
+                    quantized_linear(x, scaled(18, 64, FLOAT8))
+            else:
+                quantized_linear(x, scaled(18, 64, FLOAT8))
+        assert bool(launches) != refused
     with pytest.raises(ValueError, match="x requires a gradient"):
         quantized_linear(x.requires_grad_(), scaled(18, 64, torch.int8))
