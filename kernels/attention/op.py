@@ -213,7 +213,8 @@ def _cpu_attention(
 
 def _trains_on_cpu(q_BHTD: Tensor) -> bool:
     half = q_BHTD.dtype in (torch.bfloat16, torch.float16)
-    return q_BHTD.device.type == "cpu" and half and q_BHTD.requires_grad and torch.is_grad_enabled()
+    trains = q_BHTD.requires_grad and torch.is_grad_enabled() and q_BHTD.numel() > 0
+    return q_BHTD.device.type == "cpu" and half and trains
 
 
 def _check(
