@@ -125,6 +125,8 @@ def sample_reference(
         bits = torch.arange(32, device=raw_RV.device)
         allowed_RV = ((allowed_RW[..., None] >> bits) & 1).flatten(1)[:, :V].bool()
         x_RV = raw_RV.masked_fill(~allowed_RV, float("-inf"))
+    strange_R = (raw_RV.isnan() | (raw_RV == float("inf"))).any(dim=1) | (x_RV == float("-inf")).all(dim=1)
+    x_RV = x_RV.masked_fill(strange_R[:, None], 0.0)
     greedy_R = x_RV.argmax(dim=1)
     weights_RV = filtered_weights(x_RV, temperature_R, top_k_R, top_p_R, min_p_R)
     cumulative_RV = weights_RV.double().cumsum(dim=1)
@@ -132,7 +134,6 @@ def sample_reference(
     point_R = torch.minimum(uniforms_R * total_R, total_R * (1 - 2.0**-52))
     drawn_R = torch.searchsorted(cumulative_RV, point_R[:, None], right=True)[:, 0].clamp(max=V - 1)
     tokens_R = torch.where(temperature_R > 0, drawn_R, greedy_R)
-    strange_R = (raw_RV.isnan() | (raw_RV == float("inf"))).any(dim=1) | (x_RV == float("-inf")).all(dim=1)
     log_probs_R = raw_RV.log_softmax(dim=1).gather(1, tokens_R[:, None])[:, 0].float()
     return torch.where(strange_R, -1, tokens_R), torch.where(strange_R, float("nan"), log_probs_R)
 
@@ -201,7 +202,7 @@ def _check_lists(logits: Tensor, starts: Tensor, tokens: Tensor, values: tuple[s
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if target.interpreted:
         return Config({"BLOCK": 64})
-    return Config({"BLOCK": 2048}, num_warps=8, num_stages=1)
+    return Config({"BLOCK": 2048 if dtype.itemsize == 2 else 1024}, num_warps=8, num_stages=1)
 
 
 def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
