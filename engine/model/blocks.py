@@ -39,6 +39,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.dropout = config.dropout.attention
+        self.norm_eps = config.norm_eps
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.width, q_width, bias=config.qkv_bias, device=device, dtype=dtype)
         self.k_proj = Linear(config.width, kv_width, bias=config.qkv_bias, device=device, dtype=dtype)
@@ -63,8 +64,16 @@ class Attention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if records_gradients(self.q_proj):
             qkv_BTE = joined_linear(x_BTC, *layers)
-            if tables is not None and self.q_norm is None:
-                return rope_heads(qkv_BTE, *tables, self.num_heads, self.num_kv_heads)
+            if tables is not None:
+                return rope_heads(
+                    qkv_BTE,
+                    *tables,
+                    self.num_heads,
+                    self.num_kv_heads,
+                    q_norm_weight=None if self.q_norm is None else self.q_norm.weight,
+                    k_norm_weight=None if self.k_norm is None else self.k_norm.weight,
+                    eps=self.norm_eps,
+                )
             parts = torch.split(qkv_BTE, [layer.weight.shape[0] for layer in layers], dim=-1)
         else:
             parts = tuple(layer(x_BTC) for layer in layers)

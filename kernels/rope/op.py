@@ -77,11 +77,12 @@ def rope_heads(
     eps: float = 1e-6,
     unit_offset: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut a joined product, E = (H + 2 K) D, into q_BHTD, k_BKTD, v_BKTD, q and k rotated; none is a view of it.
+    """Cut a joined product, E = (H + 2 K) D, into q_BHTD, k_BKTD, v_BKTD, q and k rotated.
 
-    From kernels they lie in memory as [B, T, heads, D], which attention reads as well and which is how it returns its
-    gradients: nothing is transposed. With norm weights ([D], any float dtype, both or neither) every head of q and k
-    is first normalised as `rms_norm` does. Raises ValueError where dtypes or shapes do not fit.
+    None is a view of the product, but for v on a CPU with norms. From kernels they lie in memory as [B, T, heads, D],
+    which attention reads as well and which is how it returns its gradients: nothing is transposed. With norm weights
+    ([D], any float dtype, both or neither) every head of q and k is first normalised as `rms_norm` does. Raises
+    ValueError where dtypes or shapes do not fit.
     """
     parts = num_heads + 2 * num_kv_heads
     if qkv_BTE.dim() != 3 or num_heads < 1 or num_kv_heads < 1 or qkv_BTE.shape[-1] % parts:
@@ -116,7 +117,7 @@ def rope_heads(
         q, k, v = qkv_BTE.unflatten(-1, (parts, D)).split(counts, dim=2)
         q = rope(rms_norm(q, q_norm_weight, eps, unit_offset=unit_offset), cos_BTR, sin_BTR, interleaved=interleaved)
         k = rope(rms_norm(k, k_norm_weight, eps, unit_offset=unit_offset), cos_BTR, sin_BTR, interleaved=interleaved)
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return q, k, v
     result: tuple[Tensor, Tensor, Tensor] = RopeHeads.apply(  # type: ignore[no-untyped-call]
         qkv_BTE, cos_BTR, sin_BTR, num_heads, num_kv_heads, interleaved
