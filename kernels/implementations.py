@@ -11,7 +11,39 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
-_NO_TRITON = "has no Triton kernel"
+from trine.kernels.hardware import INTERPRETING
+
+# What each operation does on a CPU: (implementation, why).
+_ON_CPU: dict[str, tuple[str, str]] = {
+    "adamw": ("torch, fused", "one call for all parameters; 8-bit states in plain torch"),
+    "cross_entropy": ("torch, in chunks", "never holds all logits; gradients made on the way"),
+    "gradient_norm": ("torch, foreach", "one call for all gradients"),
+    "kv_write": ("torch", "the separate operations, written into the slots"),
+    "layer_norm": ("torch, own backward", "sums weight gradients in fp32"),
+    "mlp": ("torch, own backward", "keeps gate and up only"),
+    "moe": ("torch, expert by expert", "products of the tokens that an expert has"),
+    "newton_schulz": ("torch", "batched products"),
+    "paged_attention": ("torch SDPA", "request by request, on gathered keys"),
+    "quantized": ("torch", "packed products where this CPU has them"),
+    "rms_norm": ("torch, own backward", "keeps no fp32 activation"),
+    "rope": ("torch, own backward", "saves no activation"),
+    "sampling": ("torch, by sorting", "whole batches at once"),
+}
+_KERNEL_REASONS = {
+    "adamw": "all parameters in one launch; stochastic rounding, 8-bit states",
+    "cross_entropy": "logits in chunks, or never in memory without gradients",
+    "gradient_norm": "two passes in one order",
+    "kv_write": "norm, rotation, quantization and write in one pass",
+    "layer_norm": "one pass each way, with the residual",
+    "mlp": "both projections and the activation in one kernel; backward recomputes",
+    "moe": "sorted on the device; gather, product and activation in one kernel",
+    "newton_schulz": "half of each symmetric product is computed",
+    "paged_attention": "keys split by occupancy, merged in order",
+    "quantized": "dequantized in registers",
+    "rms_norm": "one pass each way, with the residual",
+    "rope": "cuts, normalises and turns in one pass",
+    "sampling": "no sort, no wait for the device",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +57,24 @@ class Choice:
 
 def implementations(device: torch.device, dtype: torch.dtype) -> tuple[Choice, ...]:
     """The choices for tensors of `dtype` on `device`, by operation in alphabetical order."""
+    if device.type == "cuda" or INTERPRETING:
+        rows = [Choice(name, "Triton", reason) for name, reason in _KERNEL_REASONS.items()]
+        reason = "tiles outside the mask are skipped; gradients in one order"
+        rows += [Choice(f"attention {use}", "Triton", reason) for use in ("generation", "training")]
+    else:
+        rows = [Choice(name, *row) for name, row in _ON_CPU.items()]
+        rows += _attention_on_cpu(device, dtype)
+    return tuple(sorted(rows, key=lambda row: row.operation))
+
+
+def _attention_on_cpu(device: torch.device, dtype: torch.dtype) -> tuple[Choice, Choice]:
     backend = f"torch SDPA, {_sdpa_backend(device, dtype)}"
     forward = Choice("attention generation", backend, f"torch's choice for {_name(dtype)} on this device")
     training = Choice("attention training", backend, forward.reason)
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if dtype in (torch.bfloat16, torch.float16):
         reason = "its backward takes half the time of SDPA's; with dropout, SDPA"
         training = Choice("attention training", "blocked, own backward", reason)
-    return (
-        forward,
-        training,
-        Choice("gated_mlp", "torch, own backward", f"{_NO_TRITON}; keeps gate and up only"),
-        Choice("layer_norm", "torch, own backward", f"{_NO_TRITON}; sums weight gradients in fp32"),
-        Choice("linear_cross_entropy", "torch, in chunks", f"{_NO_TRITON}; never holds all logits"),
-        Choice("rms_norm", "torch, own backward", f"{_NO_TRITON}; keeps no fp32 activation"),
-        Choice("rope", "torch, own backward", f"{_NO_TRITON}; saves no activation"),
-    )
+    return forward, training
 
 
 def _sdpa_backend(device: torch.device, dtype: torch.dtype) -> str:
