@@ -56,19 +56,13 @@ def moe_mlp_reference(
     """The formula slot by slot and expert by expert, in fp32 (fp64 for fp64 inputs), rounded once at the end."""
     work = torch.promote_types(x_NC.dtype, torch.float32)
     x, y = x_NC.to(work), torch.zeros_like(x_NC, dtype=work)
+    layers = list(zip(gate_weight_EFC.unbind(0), up_weight_EFC.unbind(0), down_weight_ECF.unbind(0), strict=True))
+    biases = list(zip(*(unbound(bias, len(layers)) for bias in (gate_bias, up_bias, down_bias)), strict=True))
     for ids, weights in zip(expert_ids_NK.unbind(-1), weights_NK.to(work).unbind(-1), strict=True):
-        for e in range(len(up_weight_EFC)):
-            chosen = ids == e
-            biases = {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-            one = gated_mlp_reference(
-                x[chosen],
-                gate_weight_EFC[e],
-                up_weight_EFC[e],
-                down_weight_ECF[e],
-                activation=activation,
-                limit=limit,
-                **{name: None if bias is None else bias[e] for name, bias in biases.items()},
-            )
+        for expert, ((gate, up, down), of_expert) in enumerate(zip(layers, biases, strict=True)):
+            chosen = ids == expert
+            named = dict(zip(("gate_bias", "up_bias", "down_bias"), of_expert, strict=True))
+            one = gated_mlp_reference(x[chosen], gate, up, down, activation=activation, limit=limit, **named)
             y = y.index_put((chosen,), one * weights[chosen][:, None], accumulate=True)
     return y.to(x_NC.dtype)
 
