@@ -1,7 +1,7 @@
 """Launch configurations of the attention kernels, by head size, dtype, target and what a call asks for.
 
 Chosen from what the compiler reports for each target (`python -m trine.kernels.aot`): the largest tiles that spill no
-register. Softcap, dropout and a table of biases each need more registers than plain attention, masks none.
+register. Softcap or ALiBi, dropout, and a table of biases each need more registers than plain attention, masks none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trine.kernels.tuning import Config, Shape, Tunable
 
 # Queries, keys, warps, stages.
 _Tile = tuple[int, int, int, int]
-# By head size (padded): the tiles of plain attention, and with softcap, with dropout, with biases (`exact_extra`).
+# By head size (padded): the tiles of plain attention, with softcap or ALiBi, with dropout, with biases.
 _Table = dict[int, tuple[_Tile, _Tile, _Tile, _Tile]]
 
 _FORWARD: dict[str, _Table] = {
@@ -30,7 +30,7 @@ _FORWARD: dict[str, _Table] = {
     },
     "amd": {
         64: ((128, 32, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
-        128: ((128, 32, 4, 1), (128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
+        128: ((128, 32, 4, 1), (128, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
         256: ((128, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1)),
     },
     "single": {
@@ -52,7 +52,7 @@ _KEYS: dict[str, _Table] = {
     },
     "amd": {
         64: ((32, 64, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)),
-        128: ((32, 64, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        128: ((32, 32, 4, 1),) * 4,
         256: ((16, 16, 4, 1),) * 4,
     },
     "single": {
@@ -68,13 +68,13 @@ _QUERIES: dict[str, _Table] = {
         256: ((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
     },
     "ampere": {
-        64: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        64: ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
         128: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         256: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
     },
     "amd": {
         64: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
-        128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        128: ((32, 32, 4, 1),) * 4,
         256: ((16, 16, 4, 1),) * 4,
     },
     "single": {
@@ -115,7 +115,7 @@ def _queries_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
 
 
 def _prepare_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
-    return Config({"BLOCK_M": 16 if target.interpreted else 32 if _width(shape) > 64 else 64}, num_warps=4)
+    return Config({"BLOCK_M": 16 if target.interpreted else max(16, 4096 // _width(shape))}, num_warps=4)
 
 
 def _bias_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:

@@ -56,10 +56,12 @@ def strides(name: str, x_BHTD: Tensor) -> dict[str, int]:
 def shape_of(q_BHTD: Tensor, k_BKSD: Tensor, options: Options) -> dict[str, int]:
     """The sizes that a launch configuration depends on, by name.
 
-    `exact_extra`: 1 with a softcap, 2 with dropout, 3 with a table of biases (and whatever else): each needs more
-    registers than the one before, so that tiles are smaller.
+    `exact_extra`: 1 with a softcap or ALiBi, 2 with dropout, 3 with a table of biases or with dropout beside one of the
+    first: each needs more registers than the one before, so that tiles are smaller.
     """
-    extra = 3 if options.bias_HR is not None else 2 if options.seed is not None else int(options.softcap > 0)
+    some = options.softcap > 0 or options.slopes_H is not None
+    drops = options.seed is not None
+    extra = 3 if options.bias_HR is not None or (some and drops) else 2 if drops else int(some)
     return {"T": q_BHTD.shape[2], "S": k_BKSD.shape[2], "exact_D": q_BHTD.shape[3], "exact_extra": extra}
 
 
