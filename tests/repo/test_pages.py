@@ -15,6 +15,7 @@ import pytest
 
 from trine.engine.config import Settings
 from trine.engine.train.recipe import Recipe
+from trine.kernels.attention.support import FEATURES, REFUSED
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("benchmarks", "cli", "configs", "engine", "kernels")
@@ -99,6 +100,14 @@ def names_of(path: Path) -> frozenset[str]:
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, definitions)}
     return frozenset(found)
+
+
+def test_page_of_the_kernels_has_the_refused_pairs_of_attention() -> None:
+    page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    for entry in REFUSED:
+        names = ", ".join(FEATURES[name] for name in FEATURES if name in entry.pair)
+        swapped = ", ".join(FEATURES[name] for name in reversed(FEATURES) if name in entry.pair)
+        assert f"| {names} | {entry.remedy} |" in page or f"| {swapped} | {entry.remedy} |" in page
 
 
 def test_walks_through_the_code_name_what_exists() -> None:
