@@ -86,9 +86,13 @@ def _check(x: Tensor, weight_EFC: Tensor, groups: Groups, bias_EF: Tensor | None
 
 
 def expert_rows(groups: Groups) -> Iterator[tuple[int, Tensor]]:
-    """Every expert that has rows, with the pairs of its rows; waits for a GPU."""
-    for expert, (first, last) in enumerate(pairwise(groups.offset.tolist())):
-        if first < last:
+    """Every expert that has rows, with the pairs of its rows; waits for a GPU.
+
+    Where none has any the first comes without rows, so that results still depend on every input.
+    """
+    ends = groups.offset.tolist()
+    for expert, (first, last) in enumerate(pairwise(ends)):
+        if first < last or (expert == 0 and ends[-1] == 0):
             yield expert, groups.pair_P[first:last]
 
 

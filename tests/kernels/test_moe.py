@@ -130,7 +130,22 @@ def test_leading_dimensions() -> None:
     for shape in ((2, 3), (1, 2, 3)):
         y = call(moe_mlp, [x.view(*shape, 5), weights.view(*shape, 2), *experts], ids.view(*shape, 2))
         assert torch.equal(y, expected.view(*shape, 5))
-    assert call(moe_mlp, [x[:0], weights[:0], *experts], ids[:0]).shape == (0, 5)
+
+
+@pytest.mark.parametrize("n", [0, 3], ids=["no tokens", "no experts"])
+def test_nothing_to_do(n: int) -> None:
+    tensors = [t.requires_grad_() for t in layer(torch.float32, torch.float32, n)]
+    ids = torch.full((n, 2), 4)
+    y = call(moe_mlp, tensors, ids)
+    assert y.shape == (n, 5)
+    assert not y.any()
+    for gradient, tensor in zip(torch.autograd.grad(y.sum(), tensors), tensors, strict=True):
+        assert gradient.shape == tensor.shape
+        assert not gradient.any()
+    x, up = tensors[0], tensors[3]
+    rows = grouped_matmul(x, up, group_by_expert(ids, 4))
+    assert rows.shape == (2 * n, 6)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(rows.sum(), (x, up)))
 
 
 def test_experts_without_tokens_get_zero_gradients() -> None:
