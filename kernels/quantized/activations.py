@@ -201,6 +201,12 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
 QUANTIZE = Tunable("quantize_rows", _rule, _candidates)
 
 
+def check_float8(kind: torch.dtype, target: Target) -> None:
+    """Raises ValueError where `kind` is float8 and the GPU has none."""
+    if kind != torch.int8 and target.arch.startswith("sm_") and int(target.arch[3:]) < 89:
+        raise ValueError(f"float8 is not supported on {target.arch}; it needs sm_89 or newer, int8 does not")
+
+
 def launch_quantize(x_MK: Tensor, kind: torch.dtype, blocks: bool, static: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes [M, K] and scales [M, groups] (empty with a static scale); x contiguous."""
     codes_MK, scales_MG, arguments = _prepared(x_MK, kind, blocks, static)
@@ -235,6 +241,7 @@ def launch_rms_norm_quantize(
 def _prepared(
     x_MK: Tensor, kind: torch.dtype, blocks: bool, static: Tensor | None
 ) -> tuple[Tensor, Tensor, dict[str, object]]:
+    check_float8(kind, target_of(x_MK))
     num_rows, width = x_MK.shape
     codes_MK = x_MK.new_empty(num_rows, width, dtype=result_dtype(kind))
     groups = ceil_div(width, BLOCK) if blocks else 1

@@ -34,23 +34,31 @@ from trine.kernels.quantized.packing import PackedWeight
 from trine.kernels.quantized.reference import apply
 from trine.kernels.quantized.scaled_weight import ScaledWeight
 from trine.kernels.rms_norm import rms_norm
-from trine.kernels.target import target_of, uses_triton
+from trine.kernels.target import uses_triton
 
 Weight = PackedWeight | ScaledWeight
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantized_linear(
-    x: Tensor | QuantizedRows, weight: Weight, bias_N: Tensor | None = None, *, activation: str = "none"
+    x: Tensor | QuantizedRows,
+    weight: Weight,
+    bias_N: Tensor | None = None,
+    *,
+    activation: str = "none",
+    fast_sums: bool = False,
 ) -> Tensor:
     """act(x W^T + b) [..., N] in the dtype of x. `activation` is "none" or one of `ACTIVATIONS`.
 
+    `fast_sums`: with float8 codes let Hopper's tensor cores keep their less exact sums (`scaled.py`).
+
     x is [..., K] in float32, bfloat16 or float16, or `QuantizedRows` for a ScaledWeight. With a PackedWeight there are
-    gradients for x and the bias, with a ScaledWeight none. Raises ValueError for what does not fit.
+    gradients for x and the bias, with a ScaledWeight none. Raises ValueError for what does not fit, and for float8 on a
+    GPU that has none (below sm_89).
     """
     if activation not in ("none", *ACTIVATIONS):
         raise ValueError(f"activation is {activation!r}; it must be one of none, {', '.join(ACTIVATIONS)}")
-    return _product(x, None, weight, None, bias_N, activation, None)
+    return _product(x, None, weight, None, bias_N, activation, None, fast_sums)
 
 
 def quantized_gated(
@@ -62,6 +70,7 @@ def quantized_gated(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     limit: float | None = None,
+    fast_sums: bool = False,
 ) -> Tensor:
     """act(x Wg^T + bg) * (x Wu^T + bu) [..., N]; `activation` and `limit` as in `mlp.op.gated_mlp`.
 
@@ -78,7 +87,7 @@ def quantized_gated(
         raise ValueError("one of gate_bias and up_bias is missing; give both or neither")
     if _scheme(gate) != _scheme(up):
         raise ValueError(f"gate is {_scheme(gate)} but up is {_scheme(up)}; both must have one scheme and shape")
-    return _product(x, gate, up, gate_bias, up_bias, activation, None if limit is None else float(limit))
+    return _product(x, gate, up, gate_bias, up_bias, activation, None if limit is None else float(limit), fast_sums)
 
 
 def quantize_rows(x: Tensor, kind: torch.dtype, *, blocks: bool = False, scale: Tensor | None = None) -> QuantizedRows:
@@ -145,16 +154,8 @@ def _check_quantize(x: Tensor, kind: torch.dtype, blocks: bool, scale: Tensor | 
         )
     if scale is not None and (scale.numel() != 1 or not scale.is_floating_point()):
         raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)}; expected one floating-point number")
-    if uses_triton(x):
-        _check_float8(x, kind)
-        if x.shape[-1] > MAX_WIDTH:
-            raise ValueError(f"rows of {x.shape[-1]} numbers are too long for the kernel; at most {MAX_WIDTH}")
-
-
-def _check_float8(x: Tensor, kind: torch.dtype) -> None:
-    arch = target_of(x).arch
-    if kind != torch.int8 and arch.startswith("sm_") and int(arch[3:]) < 89:
-        raise ValueError(f"float8 is not supported on {arch}; it needs sm_89 or newer, int8 does not")
+    if uses_triton(x) and x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"rows of {x.shape[-1]} numbers are too long for the kernel; at most {MAX_WIDTH}")
 
 
 def _scheme(weight: Weight) -> str:
@@ -179,8 +180,6 @@ def _check(x: Tensor | QuantizedRows, weight: Weight, biases: dict[str, Tensor |
             raise ValueError(
                 f"{name} is {bias.dtype} {tuple(bias.shape)}; expected floating point ({weight.num_features},)"
             )
-    if isinstance(weight, ScaledWeight) and uses_triton(codes):
-        _check_float8(codes, weight.kind)
     if isinstance(x, QuantizedRows):
         if isinstance(weight, PackedWeight) or codes.dtype != weight.kind:
             raise ValueError(f"x has codes {codes.dtype}, which the weight cannot take: {_scheme(weight)}")
@@ -213,7 +212,10 @@ def _product(
     up_bias: Tensor | None,
     activation: str,
     limit: float | None,
+    fast: bool,
 ) -> Tensor:
+    if fast and not (isinstance(up, ScaledWeight) and up.kind != torch.int8 and not up.blocked):
+        raise ValueError(f"fast_sums is for float8 weights without scales of blocks; the weight is {_scheme(up)}")
     _check(
         x,
         up,
@@ -222,7 +224,7 @@ def _product(
     if isinstance(up, ScaledWeight):
         assert gate is None or isinstance(gate, ScaledWeight)
         rows = x if isinstance(x, QuantizedRows) else quantize_rows(x, up.kind, blocks=up.blocked)
-        y = _scaled(rows, gate, up, gate_bias, up_bias, activation, limit)
+        y = _scaled(rows, gate, up, gate_bias, up_bias, activation, limit, fast)
         return y.view(*rows.codes.shape[:-1], up.num_features)
     assert isinstance(x, Tensor)
     assert gate is None or isinstance(gate, PackedWeight)
@@ -261,13 +263,14 @@ def _scaled(
     up_bias: Tensor | None,
     activation: str,
     limit: float | None,
+    fast: bool,
 ) -> Tensor:
     codes_MK = _flat(rows.codes)
     scales = rows.scales if rows.scales.dim() == 1 and rows.codes.dim() > 1 else _flat(rows.scales)
     if uses_triton(codes_MK):
         gate_parts: tuple[Any, Any] = (None, None) if gate is None else (gate.codes, gate.scales)
         result: Tensor = registered.scaled_matmul(
-            codes_MK, scales, *gate_parts, up.codes, up.scales, gate_bias, up_bias, activation, limit, rows.dtype
+            codes_MK, scales, *gate_parts, up.codes, up.scales, gate_bias, up_bias, activation, limit, rows.dtype, fast
         )
         return result
     gate_MN = None if gate is None else scaled_rows(codes_MK, scales, gate, gate_bias, rows.dtype)

@@ -129,18 +129,19 @@ def scaled_matmul(
     activation: str,
     limit: float | None,
     dtype: torch.dtype,
+    fast: bool,
 ) -> Tensor:
-    """The registered operation: y_MN in `dtype` from codes of two dimensions."""
+    """The registered operation: y_MN in `dtype` from codes of two dimensions; for `fast` see `scaled.py`."""
     gate = None if gate_codes is None or gate_scales is None else (gate_codes, gate_scales)
     up = (up_codes, up_scales)
     return launch_scaled(
-        x_MK.contiguous(), x_scales.contiguous(), gate, up, gate_bias, up_bias, activation, limit, dtype
+        x_MK.contiguous(), x_scales.contiguous(), gate, up, gate_bias, up_bias, activation, limit, dtype, fast
     )
 
 
 @scaled_matmul.register_fake
 def _(x_MK: Tensor, x_scales: Tensor, gate_codes: Any, gate_scales: Any, up_codes: Tensor, *rest: Any) -> Tensor:
-    return x_MK.new_empty(x_MK.shape[0], up_codes.shape[0], dtype=rest[-1])
+    return x_MK.new_empty(x_MK.shape[0], up_codes.shape[0], dtype=rest[-2])
 
 
 @torch.library.custom_op("trine::quantize_rows", mutates_args=())
@@ -217,6 +218,7 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"rms_norm_quantize {name}", bf16, normed, targets=targets)
     for num_rows in (16, 4096):
         yield from _scaled_samples(num_rows, 4096, 4096, torch.float8_e4m3fn, blocked=True)
+    yield from _scaled_samples(4096, 4096, 4096, torch.float8_e4m3fn, fast=True)
     kind = torch.float8_e4m3fn
     blocks = partial(launch_quantize, meta(8192, 4096, dtype=bf16), kind, True, None)
     yield Sample("quantize_rows to float8_e4m3fn 8192x4096 blocks", bf16, blocks, targets=_targets(kind))
@@ -257,7 +259,14 @@ def _packed_sample(
 
 
 def _scaled_samples(
-    num_rows: int, width: int, num_features: int, kind: torch.dtype, *, gated: bool = False, blocked: bool = False
+    num_rows: int,
+    width: int,
+    num_features: int,
+    kind: torch.dtype,
+    *,
+    gated: bool = False,
+    blocked: bool = False,
+    fast: bool = False,
 ) -> Iterator[Sample]:
     groups = ceil_div(width, BLOCK) if blocked else 1
     codes, x = meta(num_features, width, dtype=kind), meta(num_rows, width, dtype=kind)
@@ -265,9 +274,9 @@ def _scaled_samples(
     weight: Scaled = codes, scales
     call = partial(
         launch_scaled, x, meta(num_rows, groups), weight if gated else None, weight, None, None,
-        "silu" if gated else "none", None, torch.bfloat16,
+        "silu" if gated else "none", None, torch.bfloat16, fast,
     )  # fmt: skip
-    form = f"{str(kind).removeprefix('torch.')}{' blocks' * blocked}{' gated' * gated}"
+    form = f"{str(kind).removeprefix('torch.')}{' blocks' * blocked}{' fast' * fast}{' gated' * gated}"
     shape = f"{num_rows}x{width}x{num_features}"
     # Tensor cores of sm_100 have no int8 under the name that is looked for; Triton uses those of older GPUs.
     for targets in (_targets(kind),) if kind != torch.int8 else (("sm_80", "sm_90", "gfx942"), ("sm_100",)):

@@ -4,7 +4,9 @@
     blocks of 128        y[m, n] = sum_b sx[m, b] sw[n // 128, b] sum_{k in b} qx[m, k] qw[n, k]
 
 Sums of int8 are int32 and exact. Tensor cores of Hopper keep fewer bits of a sum of float8 products than fp32 has
-(about 14); with blocks the sums of each 128 numbers are therefore added up in fp32 outside of them.
+(about 14), which at K = 4096 is an error of up to 2 % (DeepSeek-V3, arXiv 2412.19437). So the sums of each 128 numbers
+are added up in fp32 outside of them, which blocks need anyway; `fast` leaves that out, which makes room for larger
+tiles and is what cuBLAS does with `use_fast_accum`. On other GPUs sums are fp32, and `fast` changes nothing.
 
 A program owns a tile of [features, rows], the weight as first operand: 64 features and 16 rows are enough for Hopper's
 tensor cores. Few rows are bound by reading the weight, N K bytes; there K is split over programs (`epilogue.py`).
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
-from trine.kernels.quantized.activations import BLOCK
+from trine.kernels.quantized.activations import BLOCK, check_float8
 from trine.kernels.quantized.epilogue import launch_combine, store_tile
 from trine.kernels.quantized.weight_only import splits_for
 from trine.kernels.target import Target, target_of
@@ -41,7 +43,8 @@ def _load(ptr, inner, outer, left, EVEN: tl.constexpr):
 def _accumulate(
     x_ptr, x_scales_ptr, w_ptr, w_scales_ptr, row, feature, start, stop, num_rows, num_features, width,
     x_scale_stride, w_scale_stride,
-    EVEN: tl.constexpr, BLOCKED: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    EVEN: tl.constexpr, BLOCKED: tl.constexpr, FAST: tl.constexpr, FEATURES: tl.constexpr, ROWS: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     """Scaled sums fp32 [FEATURES, ROWS] over the pieces start to stop of K; over an edge repeat the last."""
     features = tl.minimum(tl.arange(0, FEATURES), num_features - 1 - feature)
@@ -67,8 +70,11 @@ def _accumulate(
             next_scale = tl.load(x_scales_ptr + after) * tl.load(w_scales_ptr + after)
             sums += tl.dot(w, x) * scale[None, :]
             scale = next_scale
-        else:
+        elif FAST:
             sums = tl.dot(w, x, sums, out_dtype=KIND)
+        else:
+            # Not by tl.dot's max_num_imprecise_acc: in a pipelined loop Triton 3.7 adds before the product is done.
+            sums += tl.dot(w, x)
     if not BLOCKED:
         sums = sums.to(tl.float32) * tl.load(w_scales_ptr + (feature + features) * w_scale_stride)[:, None]
         sums *= tl.load(x_scales_ptr + (row + rows) * x_scale_stride)[None, :]
@@ -94,6 +100,7 @@ def scaled_matmul_kernel(
     limit,
     EVEN: tl.constexpr,
     BLOCKED: tl.constexpr,
+    FAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -117,13 +124,13 @@ def scaled_matmul_kernel(
     stop = tl.minimum(start + each, pieces)
     up = _accumulate(
         x_ptr, x_scales_ptr, up_ptr, up_scales_ptr, row, feature, start, stop, num_rows, num_features, width,
-        x_scale_stride, w_scale_stride, EVEN, BLOCKED, FEATURES, ROWS, INNER,
+        x_scale_stride, w_scale_stride, EVEN, BLOCKED, FAST, FEATURES, ROWS, INNER,
     )  # fmt: skip
     gate = up
     if gate_ptr is not None:
         gate = _accumulate(
             x_ptr, x_scales_ptr, gate_ptr, gate_scales_ptr, row, feature, start, stop, num_rows, num_features, width,
-            x_scale_stride, w_scale_stride, EVEN, BLOCKED, FEATURES, ROWS, INNER,
+            x_scale_stride, w_scale_stride, EVEN, BLOCKED, FAST, FEATURES, ROWS, INNER,
         )  # fmt: skip
     store_tile(
         gate, up, y_ptr, gate_bias_ptr, up_bias_ptr, row, feature, split, num_rows, num_features, limit,
@@ -156,9 +163,9 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     rows = max(16, next_power_of_2(min(shape["M"], 128)))
     if rows < 128:
         return _config(shape, target, 64, rows, 4)
-    # With blocks of scales, or with a gate, two tiles of sums are alive at a time.
-    single = not shape["exact_blocked"] and shape["exact_products"] == 1
-    if target.is_amd and dtype != torch.int8 and not shape["exact_blocked"]:
+    # With a gate, or where sums are added up outside of tensor cores, two tiles of them are alive at a time.
+    single = not shape["exact_partial"] and shape["exact_products"] == 1
+    if target.is_amd and dtype != torch.int8 and not shape["exact_partial"]:
         return _config(shape, target, 64, 128 if single else 64, 8)
     if target.arch == "sm_100" and not single:
         return _config(shape, target, 64, 128, 8)
@@ -191,6 +198,7 @@ def launch_scaled(
     activation: str,
     limit: float | None,
     dtype: torch.dtype,
+    fast: bool,
 ) -> Tensor:
     """y_MN in `dtype`. `x_scales` is [M, 1], [1] of all, or [M, blocks]; both weights have scales of one form."""
     num_rows, width = x_MK.shape
@@ -198,8 +206,11 @@ def launch_scaled(
     num_features = codes_NK.shape[0]
     blocked = scales.dim() == 2
     shape = {"M": num_rows, "N": num_features, "K": width}
-    shape |= {"exact_products": 1 + (gate is not None), "exact_blocked": int(blocked)}
-    config = SCALED.pick(codes_NK.dtype, target_of(x_MK), **shape)
+    target = target_of(x_MK)
+    check_float8(codes_NK.dtype, target)
+    fast = fast or codes_NK.dtype == torch.int8 or not (target.is_hopper or target.interpreted)
+    shape |= {"exact_products": 1 + (gate is not None), "exact_partial": int(blocked or not fast)}
+    config = SCALED.pick(codes_NK.dtype, target, **shape)
     splits = config.blocks["SPLITS"]
     y_MN = x_MK.new_empty(num_rows, num_features, dtype=result_dtype(dtype))
     parts = y_MN
@@ -223,6 +234,7 @@ def launch_scaled(
         "limit": limit,
         "EVEN": width % config.blocks["INNER"] == 0,
         "BLOCKED": blocked,
+        "FAST": fast,
         "ACTIVATION": activation,
     }
     blocks = config.blocks

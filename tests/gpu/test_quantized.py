@@ -170,6 +170,14 @@ def test_scaled(dtype: torch.dtype, form: str, rows: int) -> None:
     check(quantized_linear(x, weight), wide @ weight.dequantize(torch.float64).t(), dtype)
 
 
+def test_fast_sums_are_near() -> None:
+    needs_float8()
+    weight, x = scaled(2048, 4096, FLOAT8), randn(1000, 4096, dtype=torch.bfloat16)
+    exact = quantize_rows(x, FLOAT8).dequantize(torch.float64) @ weight.dequantize(torch.float64).t()
+    error = (quantized_linear(x, weight, fast_sums=True).double() - exact).square().mean().sqrt()
+    assert float(error) <= 0.02 * float(exact.square().mean().sqrt())
+
+
 @ROWS
 @pytest.mark.parametrize("form", ["int8", "features", "blocks"])
 def test_scaled_gated(form: str, rows: int) -> None:

@@ -168,9 +168,8 @@ def test_gated(compare: Any, activation: str, rows: int) -> None:
     up, up_exact = packed(21, 160, 5, 4, True, seed=2)
     x, biases = make(rows, 160, dtype=dtype), (make(21, seed=1), make(21, seed=2))
     limit = LIMIT if activation == "swiglu_clamped" else None
-    named = {"gate_bias": biases[0], "up_bias": biases[1]} if rows != 18 else {}
-    found = quantized_gated(x, gate, up, activation=activation, limit=limit, **named)
-    gate_bias, up_bias = named.get("gate_bias"), named.get("up_bias")
+    gate_bias, up_bias = biases if rows != 18 else (None, None)
+    found = quantized_gated(x, gate, up, activation=activation, limit=limit, gate_bias=gate_bias, up_bias=up_bias)
     expected = product_reference(x, gate_exact, up_exact, gate_bias, up_bias, activation, limit)
     low = [None if b is None else b.to(dtype) for b in (gate_bias, up_bias)]
     compare.values("weight_only gated", found, plain(x, gate_exact, up_exact, low[0], low[1], activation), expected)
@@ -314,7 +313,12 @@ def test_scaled(compare: Any, kind: torch.dtype, n: int, k: int, form: str, dtyp
     weight = scaled(n, k, kind, form)
     for rows in (3, 18):
         check_scaled(compare, name, make(rows, k, dtype=dtype), weight)
-    check_scaled(compare, name, make(3, k, dtype=dtype), weight, scale=torch.tensor([0.02]))
+    x = make(3, k, dtype=dtype)
+    check_scaled(compare, name, x, weight, scale=torch.tensor([0.02]))
+    if kind == FLOAT8:
+        rows, exact = quantize_rows(x, kind), weight.dequantize(torch.float64)
+        found, ours = quantized_linear(x, weight, fast_sums=True), plain(rows.dequantize(), None, exact)
+        compare.values("scaled fast sums", found, ours, rows.dequantize(torch.float64) @ exact.t())
 
 
 @DTYPES
@@ -377,7 +381,7 @@ def test_registration() -> None:
     )
     codes = quantize_rows(rows, torch.int8)
     arguments = (codes.codes, codes.scales, None, None, weight.codes, weight.scales, None, None, "none", None)
-    torch.library.opcheck(registered.scaled_matmul, (*arguments, torch.bfloat16))
+    torch.library.opcheck(registered.scaled_matmul, (*arguments, torch.bfloat16, False))
 
 
 def test_compiles_whole_and_under_checkpointing() -> None:

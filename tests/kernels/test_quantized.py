@@ -304,6 +304,7 @@ def test_bad_calls_are_refused() -> None:
         (lambda: quantized_gated(x, weight, weight, activation="none"), "'none'; it must be one of"),
         (lambda: quantized_gated(x, weight, weight, activation="silu", limit=7.0), "limit is 7.0"),
         (lambda: quantized_gated(x, weight, weight, activation="silu", up_bias=make(32)), "both or neither"),
+        (lambda: quantized_linear(x, coded, fast_sums=True), "fast_sums is for float8 weights"),
         (lambda: quantize_rows(x, torch.float8_e5m2), "kind is torch.float8_e5m2"),
         (lambda: quantize_rows(x, torch.int8, blocks=True), "blocks is True with torch.int8"),
         (lambda: quantize_rows(x, FLOAT8, scale=make(3)), r"scale is torch.float32 \(3,\)"),
@@ -355,11 +356,11 @@ def test_configurations_of_packed_weights(bits: int, rows: int, target: Any) -> 
 
 @TARGETS
 @ROWS
-@pytest.mark.parametrize("blocked", [0, 1])
+@pytest.mark.parametrize("partial", [0, 1])
 @pytest.mark.parametrize("kind", [torch.int8, FLOAT8], ids=str)
-def test_configurations_of_scaled_weights(kind: torch.dtype, blocked: int, rows: int, target: Any) -> None:
+def test_configurations_of_scaled_weights(kind: torch.dtype, partial: int, rows: int, target: Any) -> None:
     for products in (1, 2):
-        shape = {"M": rows, "N": 4096, "K": 4096, "exact_products": products, "exact_blocked": blocked}
+        shape = {"M": rows, "N": 4096, "K": 4096, "exact_products": products, "exact_partial": partial}
         config = SCALED.pick(kind, target, **shape)
         assert powers_of_two(config)
         # One scale for each step over K.
