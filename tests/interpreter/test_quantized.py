@@ -316,9 +316,9 @@ def test_scaled(compare: Any, kind: torch.dtype, n: int, k: int, form: str, dtyp
     x = make(3, k, dtype=dtype)
     check_scaled(compare, name, x, weight, scale=torch.tensor([0.02]))
     if kind == FLOAT8:
-        rows, exact = quantize_rows(x, kind), weight.dequantize(torch.float64)
-        found, ours = quantized_linear(x, weight, fast_sums=True), plain(rows.dequantize(), None, exact)
-        compare.values("scaled fast sums", found, ours, rows.dequantize(torch.float64) @ exact.t())
+        coded, exact = quantize_rows(x, kind), weight.dequantize(torch.float64)
+        found, ours = quantized_linear(x, weight, fast_sums=True), plain(coded.dequantize(), None, exact)
+        compare.values("scaled fast sums", found, ours, coded.dequantize(torch.float64) @ exact.t())
 
 
 @DTYPES
