@@ -216,11 +216,7 @@ def _product(
 ) -> Tensor:
     if fast and not (isinstance(up, ScaledWeight) and up.kind != torch.int8 and not up.blocked):
         raise ValueError(f"fast_sums is for float8 weights without scales of blocks; the weight is {_scheme(up)}")
-    _check(
-        x,
-        up,
-        {"gate_bias" if gate is not None else "bias": gate_bias, "up_bias" if gate is not None else "bias": up_bias},
-    )
+    _check(x, up, {"bias": up_bias} if gate is None else {"gate_bias": gate_bias, "up_bias": up_bias})
     if isinstance(up, ScaledWeight):
         assert gate is None or isinstance(gate, ScaledWeight)
         rows = x if isinstance(x, QuantizedRows) else quantize_rows(x, up.kind, blocks=up.blocked)
