@@ -14,14 +14,15 @@ from trine.kernels.tuning import Config, Shape, Tunable
 
 # Queries, keys, warps, stages.
 _Tile = tuple[int, int, int, int]
-# By head size (padded): the tiles of plain attention, with softcap or ALiBi, with dropout, with biases.
+# By head size (padded): the tiles of plain attention, with softcap or ALiBi, with dropout, and with
+# biases or dropout beside one of the first (`options.shape_of`).
 _Table = dict[int, tuple[_Tile, _Tile, _Tile, _Tile]]
 
 _FORWARD: dict[str, _Table] = {
     "hopper": {
         64: ((128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
-        256: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+        256: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 16, 8, 2)),
     },
     "ampere": {
         64: ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
@@ -43,7 +44,7 @@ _KEYS: dict[str, _Table] = {
     "hopper": {
         64: ((64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
         128: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
-        256: ((32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+        256: ((32, 64, 8, 2), (32, 64, 8, 2), (16, 64, 8, 2), (32, 32, 8, 2)),
     },
     "ampere": {
         64: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),

@@ -310,7 +310,12 @@ def samples() -> Iterator[Sample]:
     yield from _samples("window sinks 64", half, 64, window=True, sinks_H=meta(16, dtype=half))
     yield from _samples("alibi 128", half, 128, causal=True, slopes_H=meta(16))
     yield from _samples("dropout 128", half, 128, causal=True, seed=meta(1, dtype=torch.int64), drop=0.1)
+    yield from _samples("dropout 256", half, 256, causal=True, seed=meta(1, dtype=torch.int64), drop=0.1)
     yield from _samples("bias 64", half, 64, bias_HR=meta(16, 8191))
+    everything: dict[str, Any] = {"softcap": 50.0, "seed": meta(1, dtype=torch.int64), "drop": 0.1}
+    everything |= {"sinks_H": meta(16, dtype=half), "position_BT": meta(1, 4096, dtype=torch.int32)}
+    for D in (64, 128):
+        yield from _samples(f"everything {D}", half, D, window=True, slopes_H=meta(16), **everything)
 
 
 def _samples(
