@@ -8,7 +8,8 @@ configurations that they pick for each target, and every recorded launch is comp
 divisible by 16 where the sizes are. The table shows shared memory, registers, stack (spilled registers) and the
 matrix instructions. Limits: shared memory within the target's; no stack on sm_80 and sm_90 and no spilled registers on
 gfx942; in samples of half-precision matrix products tensor-core instructions everywhere, and asynchronous copies on
-sm_80.
+sm_80; in warp-specialized samples more warps than were asked for, registers that move between them, and wgmma
+instructions that ptxas has not made wait for one another.
 
 `aot.json` keeps the table, each row with a hash of the kernel's source and launch. `--write` compiles everything and
 rewrites it; `--check` compiles what changed since, and a fixed part of the rest, and compares.
@@ -40,6 +41,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
+from trine.kernels.gluon_names import TensorDescriptor
 from trine.kernels.hardware import INTERPRETING
 from trine.kernels.launch import Launch, recording
 from trine.kernels.samples import OPERATIONS, Sample, all_samples
@@ -120,6 +122,9 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], divisible = "*" + _TYPES[value.dtype], True
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):
@@ -182,21 +187,34 @@ def compile_job(job: Job) -> dict[str, Any]:
     except Exception as error:  # whatever the compiler raises is the finding
         return {**row, "error": f"{type(error).__name__}: {str(error)[:300]}"}
     row["shared"] = compiled.metadata.shared
+    row["warps"] = compiled.metadata.num_warps
     row |= _amd(compiled.asm["amdgcn"]) if job.target.startswith("gfx") else _nvidia(compiled.asm, job.target)
+    if job.sample.warp_specialized:
+        row["serialised"] = _serialised(compiled.asm["cubin"])
     row["problems"] = _problems(row, job)
     return row
 
 
-def _nvidia(asm: Mapping[str, Any], target: str) -> dict[str, Any]:
+def _serialised(cubin: bytes) -> bool:
+    """Whether every wgmma is a group of its own, which is waited for before the next: ptxas saw a conflict."""
+    products = [line for line in _cuobjdump(cubin, "--dump-sass").splitlines() if "HGMMA" in line]
+    return bool(products) and all("gsb" in line for line in products)
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True, timeout=120
-        )
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    assert usage is not None, done.stdout
+        command = [str(tool), what, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout
+
+
+def _nvidia(asm: Mapping[str, Any], target: str) -> dict[str, Any]:
+    output = _cuobjdump(asm["cubin"], "--dump-resource-usage")
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    assert usage is not None, output
     ptx = asm["ptx"]
     instruction = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}[target]
     return {
@@ -236,6 +254,11 @@ def _problems(row: Mapping[str, Any], job: Job) -> list[str]:
         found.append("no tensor-core instruction")
     if product and job.target == "sm_80" and not row["async_copies"]:
         found.append("no asynchronous copy")
+    # Warps with roles come on top of those that a launch asks for.
+    if job.sample.warp_specialized and not (row["setmaxnreg"] and row["warps"] > job.launch.config.num_warps):
+        found.append(f"not warp-specialized: {row['warps']} warps, {row['setmaxnreg']} changes of registers")
+    if row.get("serialised"):
+        found.append("wgmma instructions wait for one another")
     return found
 
 

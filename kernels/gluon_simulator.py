@@ -1,0 +1,409 @@
+"""The source of a Gluon kernel for Hopper, run on the CPU: roles as threads, copies and products that happen late.
+
+Gluon has no interpreter. This one knows what one kernel needs (`attention/hopper_kernel.py`), and models what goes
+wrong in such kernels, which numbers alone would not show:
+
+- One role runs at a time; at every step that others can see, a seeded draw decides who goes on. A wait lets its role
+  go on once the phase of the named parity is complete. Where nobody can go on, that is a deadlock.
+- A copy by TMA fills its target with NaN when it is issued, and with the data at some later step.
+- A product by wgmma must not be used before it has been waited for, and its operands in shared memory must hold the
+  same numbers from the issue to the wait.
+- Barriers count arrivals and bytes and refuse too many of them.
+
+Functions are rebuilt from the code of the jitted ones, with other globals. Layouts are kept but not checked: that is
+the compiler's part.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Mapping
+from types import FunctionType, MappingProxyType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from trine.kernels.gluon_names import gl
+from trine.kernels.launch import Launch
+
+MAX_STEPS = 1_000_000
+
+
+class Scalar(int):
+    """A number of a kernel: an int that stays one under arithmetic and knows `.to`."""
+
+    def to(self, dtype: Any) -> Any:
+        return self
+
+
+def _arithmetic(name: str) -> Callable[..., Any]:
+    def operate(self: Scalar, *other: Any) -> Any:
+        result = getattr(int, name)(self, *other)
+        return Scalar(result) if isinstance(result, int) and not isinstance(result, bool) else result
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor"):
+    for _side in ("", "r"):
+        setattr(Scalar, f"__{_side}{_name}__", _arithmetic(f"__{_side}{_name}__"))
+
+
+class Value:
+    """A tensor in registers, in fp32 (rounded where its dtype is narrower), with its layout."""
+
+    def __init__(self, data: Tensor, layout: Any) -> None:
+        self.data, self.layout = data, layout
+
+    @property
+    def type(self) -> Any:
+        return SimpleNamespace(layout=self.layout)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def to(self, dtype: torch.dtype) -> Value:
+        half = dtype in (torch.bfloat16, torch.float16)
+        return Value(self.data.to(dtype).float() if half else self.data.to(dtype), self.layout)
+
+    def __getitem__(self, key: Any) -> Value:
+        return Value(self.data[key], self.layout)
+
+    def apply(self, operate: Callable[..., Tensor], other: Any) -> Value:
+        data = other.data if isinstance(other, Value) else other
+        wide = other if isinstance(other, Value) and other.data.dim() > self.data.dim() else self
+        return Value(operate(self.data, data), wide.layout)
+
+
+for _name in ("add", "sub", "mul", "truediv", "and", "lt", "le", "gt", "ge", "eq", "radd", "rsub", "rmul", "rtruediv"):
+    setattr(Value, f"__{_name}__", lambda self, other, _name=_name: self.apply(getattr(Tensor, f"__{_name}__"), other))
+
+
+class Pointer:
+    """Somewhere in a tensor's memory: one place, or one for each number of a tensor."""
+
+    def __init__(self, memory: Tensor, offset: Any) -> None:
+        self.memory, self.offset = memory, offset
+
+    @staticmethod
+    def to_tensor(x: Tensor) -> Pointer:
+        count = x.untyped_storage().nbytes() // x.element_size()
+        return Pointer(x.as_strided((count,), (1,), 0), x.storage_offset())
+
+    def __add__(self, steps: Any) -> Pointer:
+        return Pointer(self.memory, steps + self.offset if isinstance(steps, Value) else self.offset + steps)
+
+
+class Barrier:
+    """An mbarrier: a phase completes when its arrivals and bytes are in, and the next begins."""
+
+    def __init__(self) -> None:
+        self.count = self.pending = self.bytes = self.completed = 0
+
+    def arrive(self, arrivals: int, num_bytes: int = 0) -> None:
+        assert self.count, "a barrier is used before it is initialised"
+        assert arrivals <= self.pending, "more arrivals than a phase has"
+        self.pending -= arrivals
+        self.bytes += num_bytes
+        self.complete()
+
+    def complete(self, num_bytes: int = 0) -> None:
+        self.bytes -= num_bytes
+        if self.pending == 0 and self.bytes == 0:
+            self.pending, self.completed = self.count, self.completed + 1
+
+    def passed(self, parity: int) -> bool:
+        return self.completed & 1 != parity
+
+
+class Shared:
+    """Shared memory, or a view of it. Barriers are its contents where it holds barriers."""
+
+    def __init__(self, data: Any, dtype: Any) -> None:
+        self.data, self.dtype = data, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    def index(self, place: int) -> Any:
+        return self.data[place] if isinstance(self.data, list) else Shared(self.data[place], self.dtype)
+
+    def reshape(self, shape: list[int]) -> Shared:
+        return Shared(self.data.view(shape), self.dtype)
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order), self.dtype)
+
+
+class Product:
+    """An issued wgmma: no number until it has been waited for."""
+
+    def __init__(self, result: Value, operands: list[tuple[Tensor, Tensor]]) -> None:
+        self.result, self.operands, self.done = result, operands, False
+
+    def retire(self) -> None:
+        for view, issued in self.operands:
+            assert torch.equal(view, issued), "shared memory changed, or was not loaded, while a product read it"
+        self.done = True
+
+
+class StoppedError(Exception):
+    """Raised in the other roles once one has failed."""
+
+
+class Machine:
+    """One multiprocessor that runs the programs of a launch one after another."""
+
+    def __init__(self, seed: int, arrivals: Callable[[int], int] = lambda count: count) -> None:
+        self.random, self.arrivals = random.Random(seed), arrivals
+        self.turn = threading.Condition()
+        self.ready: dict[int, Callable[[], bool]] = {}
+        self.copies: list[Callable[[], None]] = []
+        self.running: int | None = None
+        self.failure: BaseException | None = None
+        self.role = threading.local()
+        self.program, self.num_programs, self.steps = 0, 1, 0
+        self.registers: tuple[int, ...] = ()
+
+    # --- who goes on ---
+
+    def pause(self, ready: Callable[[], bool] = lambda: True) -> None:
+        """Let others go on; return when `ready` holds and this role is drawn. Outside of roles nothing happens."""
+        me = getattr(self.role, "number", None)
+        if me is None:
+            return
+        with self.turn:
+            self.ready[me] = ready
+            self._draw()
+            self._wait_for_turn(me)
+
+    def _wait_for_turn(self, me: int) -> None:
+        assert self.turn.wait_for(lambda: self.running == me or self.failure is not None, timeout=60)
+        if self.failure is not None:
+            raise StoppedError
+
+    def _draw(self) -> None:
+        """Do late copies and choose a role that can go on."""
+        self.running = None
+        while self.ready and self.failure is None:
+            self.steps += 1
+            able = [role for role, ready in self.ready.items() if ready()]
+            choice = self.random.randrange(len(able) + len(self.copies)) if able or self.copies else None
+            if choice is None or self.steps > MAX_STEPS:
+                self.failure = AssertionError(f"deadlock: roles {sorted(self.ready)} wait for good")
+            elif choice < len(able):
+                self.running = able[choice]
+                break
+            else:
+                self.copies.pop(choice - len(able))()
+        self.turn.notify_all()
+
+    def specialize(self, parts: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
+        self.registers = tuple(registers)
+
+        def run(number: int, function: Any, arguments: tuple[Any, ...]) -> None:
+            self.role.number, self.role.issued = number, []
+            try:
+                with self.turn:
+                    self._wait_for_turn(number)
+                function(*arguments)
+                assert not self.role.issued, "a role ends with products that nobody waited for"
+            except StoppedError:
+                pass
+            except BaseException as error:
+                self.failure = self.failure or error
+            finally:
+                with self.turn:
+                    del self.ready[number]
+                    self._draw()
+
+        self.ready = {number: lambda: True for number in range(len(parts))}
+        threads = [threading.Thread(target=run, args=(n, *part), daemon=True) for n, part in enumerate(parts)]
+        for thread in threads:
+            thread.start()
+        with self.turn:
+            self._draw()
+        for thread in threads:
+            thread.join(120)
+        if self.failure is not None:
+            raise self.failure
+        assert not self.copies, "copies are under way at the end"
+
+    # --- barriers and copies ---
+
+    def init(self, barrier: Barrier, count: int) -> None:
+        barrier.count = barrier.pending = self.arrivals(count)
+
+    def wait(self, barrier: Barrier, parity: int) -> None:
+        self.pause(lambda: barrier.passed(parity))
+
+    def arrive(self, barrier: Barrier, count: int = 1) -> None:
+        self.pause()
+        barrier.arrive(count)
+
+    def expect(self, barrier: Barrier, num_bytes: int) -> None:
+        self.pause()
+        barrier.arrive(1, num_bytes)
+
+    def load(self, desc: Any, place: list[int], barrier: Barrier, target: Shared) -> None:
+        block = torch.zeros(desc.block_shape)
+        here = tuple(
+            slice(at, min(at + size, end)) for at, size, end in zip(place, block.shape, desc.base.shape, strict=True)
+        )
+        piece = desc.base[here].float()
+        block[tuple(slice(size) for size in piece.shape)] = piece
+        assert target.data.shape == block.shape
+        target.data.fill_(float("nan"))
+
+        def finish() -> None:
+            target.data.copy_(block)
+            barrier.complete(block.numel() * desc.base.element_size())
+
+        self.copies.append(finish)
+        self.pause()
+
+    # --- products ---
+
+    def multiply(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
+        assert is_async
+        assert isinstance(acc, Value)
+        total = a.data @ b.data
+        result = Value(total + acc.data if use_acc else total, acc.layout)
+        operands = [(x.data, x.data.clone()) for x in (a, b) if isinstance(x, Shared)]
+        product = Product(result, operands)
+        self.role.issued.append(product)
+        self.pause()
+        return product
+
+    def await_products(self, outstanding: int, deps: tuple[Any, ...]) -> Any:
+        self.pause()
+        while len(self.role.issued) > outstanding:
+            self.role.issued.pop(0).retire()
+        results = []
+        for dep in deps:
+            assert not isinstance(dep, Product) or dep.done, "a product is used before it was waited for"
+            results.append(dep.result if isinstance(dep, Product) else dep)
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def _language(machine: Machine) -> SimpleNamespace:
+    """What kernels call `gl`."""
+
+    def unary(function: Callable[[Tensor], Tensor]) -> Callable[[Value], Value]:
+        return lambda x: Value(function(x.data), x.layout)
+
+    def reduced(function: Callable[[Tensor, int], Tensor]) -> Callable[[Value, int], Value]:
+        return lambda x, axis: Value(function(x.data, axis), layouts.SliceLayout(axis, x.layout))
+
+    def minimum(a: Any, b: Any) -> Any:
+        return a.apply(lambda x, y: x.clamp(max=y), b) if isinstance(a, Value) else Scalar(min(a, b))
+
+    def where(condition: Value, x: Any, y: Any) -> Value:
+        parts = [part.data if isinstance(part, Value) else torch.tensor(part) for part in (x, y)]
+        return Value(torch.where(condition.data, parts[0], parts[1]), condition.layout)
+
+    def load(pointer: Pointer) -> Any:
+        if isinstance(pointer.offset, Value):
+            return Value(pointer.memory[pointer.offset.data], pointer.offset.layout)
+        number = pointer.memory[pointer.offset]
+        return Value(number, None) if number.is_floating_point() else Scalar(number)
+
+    def store(pointer: Pointer, x: Value, mask: Value) -> None:
+        mask_data = mask.data.expand(x.data.shape)
+        places = pointer.offset.data[mask_data]
+        assert bool(pointer.memory[places].isnan().all()), "a result is written twice"
+        pointer.memory[places] = x.data[mask_data].to(pointer.memory.dtype)
+
+    def allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
+        if layout == "barrier":
+            return Shared([Barrier() for _ in range(shape[0])], dtype)
+        return Shared(torch.full(shape, float("nan")), dtype)
+
+    layouts = SimpleNamespace(
+        SliceLayout=lambda dim, parent: SimpleNamespace(dim=dim, parent=parent),
+        NVMMADistributedLayout=lambda *parts: ("mma", *parts),
+        DotOperandLayout=lambda *parts: ("operand", *parts),
+    )
+    return SimpleNamespace(
+        **vars(layouts),
+        float32=torch.float32,
+        int64=torch.int64,
+        program_id=lambda axis: Scalar(machine.program),
+        num_programs=lambda axis: Scalar(machine.num_programs),
+        static_range=range,
+        arange=lambda begin, end, layout: Value(torch.arange(begin, end), layout),
+        full=lambda shape, value, dtype, layout: Value(torch.full(tuple(shape), value, dtype=dtype), layout),
+        zeros=lambda shape, dtype, layout: Value(torch.zeros(tuple(shape), dtype=dtype), layout),
+        convert_layout=lambda x, layout: Value(x.data, layout),
+        minimum=minimum,
+        maximum=lambda a, b: a.apply(torch.maximum, b),
+        max=reduced(lambda x, axis: x.amax(axis)),
+        sum=reduced(lambda x, axis: x.sum(axis)),
+        exp2=unary(torch.exp2),
+        log2=unary(torch.log2),
+        where=where,
+        load=load,
+        store=store,
+        allocate_shared_memory=allocate,
+        warp_specialize=machine.specialize,
+    )
+
+
+def plain(function: Any, names: Mapping[str, Any] = MappingProxyType({})) -> Callable[..., Any]:
+    """The Python function inside a jitted one, with those it calls made plain too and `names` for globals."""
+    inner = function.fn
+    scope: dict[str, Any] = {}
+    rebuilt = FunctionType(inner.__code__, scope, inner.__name__, inner.__defaults__)
+    for name, value in inner.__globals__.items():
+        if name in names:
+            scope[name] = names[name]
+        elif isinstance(value, JITFunction) and name in inner.__code__.co_names:
+            scope[name] = plain(value, names)
+        else:
+            scope[name] = value.value if isinstance(value, gl.constexpr) else value
+    return rebuilt
+
+
+def simulate(launch: Launch, seed: int, arrivals: Callable[[int], int] = lambda count: count) -> Machine:
+    """Run a recorded launch; its results are written to its tensors, which must hold NaN before.
+
+    `arrivals` may change the counts that barriers are initialised with, to see that a test notices.
+    """
+    machine = Machine(seed, arrivals)
+    barriers = SimpleNamespace(
+        init=machine.init,
+        wait=machine.wait,
+        arrive=machine.arrive,
+        expect=machine.expect,
+        MBarrierLayout=lambda: "barrier",
+    )
+    names = {
+        "gl": _language(machine),
+        "mbarrier": barriers,
+        "tma_load": machine.load,
+        "warpgroup_mma": machine.multiply,
+        "warpgroup_mma_wait": machine.await_products,
+        "fence_async_shared": lambda: None,
+    }
+    kernel = plain(launch.kernel, names)
+    machine.num_programs = launch.grid[0]
+    for machine.program in range(launch.grid[0]):
+        kernel(**{name: _argument(value) for name, value in launch.arguments.items()})
+    return machine
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Pointer.to_tensor(value)
+    if hasattr(value, "block_shape"):
+        num_bytes = torch.Size(value.block_shape).numel() * value.base.element_size()
+        shape = SimpleNamespace(nbytes=num_bytes)
+        return SimpleNamespace(
+            base=value.base, block_shape=value.block_shape, block_type=shape, dtype=value.base.dtype, layout=None
+        )
+    return Scalar(value) if type(value) is int else value
