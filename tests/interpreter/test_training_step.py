@@ -50,5 +50,7 @@ def test_training_steps_equal_the_torch_path(model: str, tmp_path: Path) -> None
         if kind == "grad":
             # The gradient of a bias of k is zero but for rounding: the softmax does not see what all scores share.
             bound += 1e-7 * float(expected[f"norm.{rest[0]}"])
+        if kind == "parameter" and float(expected[f"grad.0.{rest}"].abs().max()) < 1e-7 * float(expected["norm.0"]):
+            continue  # AdamW makes a whole step of such a gradient, in a direction that is chance
         assert torch.isfinite(value).all()
         assert float((found[name] - value).abs().max()) <= bound, name
