@@ -14,10 +14,10 @@ test: lint types ## lint, types and the fast tests; kernels in the interpreter a
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) tests/interpreter
 	$(BIN)/python -m trine.kernels.aot --check
-test-slow: $(VENV)/.develop $(VENV)/triton-3.6 ## the wide and long tests; kernels compiled with the oldest triton too
+test-slow: $(VENV)/.develop $(VENV)/triton-3.6 ## the wide and long tests; kernels compiled for sm_90 with the oldest triton too
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow $(PYTEST_ARGS) tests/interpreter
-	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m trine.kernels.aot
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m trine.kernels.aot --targets sm_90
 lint: $(VENV)/.develop ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 types: $(VENV)/.develop ## mypy, strict: the rooms and the tests
