@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.kernels.attention.configs import FORWARD
+from trine.kernels.attention.hopper import launch_hopper, selected
 from trine.kernels.attention.options import Options, common_arguments, readable, shape_of, strides
 from trine.kernels.attention.tile import (
     LOG2E,
@@ -154,6 +155,8 @@ def _forward_kernel(
 def launch_forward(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """o_BHTD, laid out as [B, T, H, D], and the natural log-sum-exp of the scores: fp32 [B, H, T]."""
     q_BHTD, k_BKSD, v_BKSD = readable(q_BHTD), readable(k_BKSD), readable(v_BKSD)
+    if selected(q_BHTD, k_BKSD, v_BKSD, options):
+        return launch_hopper(q_BHTD, k_BKSD, v_BKSD, options)
     B, H, T, D = q_BHTD.shape
     o_BHTD = q_BHTD.new_empty(B, T, H, D, dtype=result_dtype(q_BHTD.dtype)).transpose(1, 2)
     lse_BHT = q_BHTD.new_empty(B, H, T, dtype=torch.float32)

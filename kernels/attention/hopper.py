@@ -75,12 +75,12 @@ def obstacle(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Options, t
     for name, x in (("q", q_BHTD), ("k", k_BKSD), ("v", v_BKSD)):
         if x.numel() == 0:
             return f"{name} is empty"
+        if x.stride(3) != 1:
+            return f"{name} is not contiguous in its last dimension"
         if x.data_ptr() % ALIGNMENT:
             return f"the address of {name} is no multiple of {ALIGNMENT} bytes"
         if any(stride <= 0 or stride * x.element_size() % ALIGNMENT for stride in _descriptor_strides(x)[:3]):
             return f"the strides {x.stride()} of {name} are no positive multiples of {ALIGNMENT} bytes"
-        if x.stride(3) != 1:
-            return f"{name} is not contiguous in its last dimension"
     return None
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
+from trine.kernels import verified
 from trine.kernels.attention import hopper, hopper_schedule
 from trine.kernels.attention.bounds import Bounds, document_bounds, make_bounds
+from trine.kernels.attention.forward import launch_forward
 from trine.kernels.attention.hopper import options_of
 from trine.kernels.attention.options import Options
 from trine.kernels.attention.reference import attend
@@ -223,3 +230,83 @@ def test_a_wrong_count_of_arrivals_is_noticed() -> None:
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def forced(use: bool | None, tensors: list[Tensor], options: Options, target: Target) -> str:
+    """The kernel that a forward pass launches."""
+    q, k, v = tensors
+    how = nullcontext() if use is None else hopper.force(use)
+    with recording(target) as launches, how:
+        launch_forward(q, k, v, options)
+    name: str = launches[0].kernel.__name__
+    return name
+
+
+def test_kernel_is_chosen_where_it_is_verified_or_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tensors, options = inputs(1, 2, 1, 64, 64, 64), options_of(None, causal=True, scale=0.125)
+    h200 = replace(SMALL, gpu="NVIDIA H200")
+    assert forced(None, tensors, options, SMALL) == forced(False, tensors, options, SMALL) == "_forward_kernel"
+    assert forced(True, tensors, options, SMALL) == "hopper_kernel"
+    monkeypatch.setattr(verified, "VERIFIED", tmp_path / "verified.json")
+    verified._entries.cache_clear()
+    assert forced(None, tensors, options, h200) == "_forward_kernel"
+    verified.mark_verified(hopper.OPERATION, h200.gpu)
+    assert forced(None, tensors, options, h200) == "hopper_kernel"
+    assert forced(False, tensors, options, h200) == "_forward_kernel"
+    assert forced(None, tensors, options, replace(h200, gpu="NVIDIA H100 80GB HBM3")) == "_forward_kernel"
+    assert forced(None, tensors, options, replace(h200, arch="sm_100")) == "_forward_kernel"
+    assert forced(None, tensors, replace(options, softcap=30.0), h200) == "_forward_kernel"
+    monkeypatch.setattr(triton, "__version__", "0.0")
+    assert forced(None, tensors, options, h200) == "_forward_kernel"
+    verified._entries.cache_clear()
+
+
+def test_nothing_is_verified_before_it_ran() -> None:
+    """Entries are written by hopper_check on a GPU; whoever adds one by hand should have to change this test."""
+    entries = json.loads(verified.VERIFIED.read_text())
+    assert set(entries) == {hopper.OPERATION}
+    assert all(set(pair) == {"triton", "gpu"} for pair in entries[hopper.OPERATION])
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"softcap": 30.0}, "softcap"),
+        ({"slopes_H": torch.ones(2)}, "alibi_slopes_H"),
+        ({"bias_HR": torch.ones(2, 127)}, "relative_bias_HR"),
+        ({"seed": torch.zeros(1, dtype=torch.int64), "drop": 0.1}, "dropout"),
+        ({"scale": -1.0}, "not positive"),
+        ({"ordered": False}, "ascend"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_options_for_the_twin(changed: dict[str, Any], reason: str) -> None:
+    q, k, v = inputs(1, 2, 1, 64, 64, 64)
+    options = options_of(None, causal=True, scale=0.125)
+    assert hopper.usable(q, k, v, options, SMALL)
+    options = replace(options, **changed)
+    assert reason in (hopper.obstacle(q, k, v, options, SMALL) or "")
+    with pytest.raises(ValueError, match="is forced but cannot be used"):
+        forced(True, [q, k, v], options, SMALL)
+
+
+def test_tensors_for_the_twin() -> None:
+    options = options_of(None, causal=False, scale=0.125)
+
+    def obstacle(q: Tensor, k: Tensor, v: Tensor, target: Target = SMALL) -> str:
+        return hopper.obstacle(q, k, v, options, target) or ""
+
+    q, k, v = inputs(2, 2, 1, 64, 64, 64)
+    assert obstacle(q, k, v) == ""
+    assert "sm_80" in obstacle(q, k, v, replace(SMALL, arch="sm_80"))
+    assert "float32" in obstacle(q.float(), k.float(), v.float())
+    odd = torch.zeros(2, 1, 64, 80, dtype=torch.bfloat16)
+    assert "head size 80" in obstacle(odd, odd, odd)
+    assert "k is empty" in obstacle(q, k[:, :, :0], v[:, :, :0])
+    wide = torch.zeros(2, 64, 1, 68, dtype=torch.bfloat16)
+    assert "address of k" in obstacle(q, wide[..., 4:].transpose(1, 2), v)
+    assert "strides" in obstacle(q, k, wide[..., :64].transpose(1, 2))
+    assert "strides" in obstacle(q, k[:1].expand(2, -1, -1, -1), v)
+    # The stride of a dimension of one is never used.
+    assert obstacle(q[:1], k[:1].as_strided((1, 1, 64, 64), (0, 3, 64, 1)), v[:1]) == ""
+    assert "last dimension" in obstacle(q, k, torch.zeros(2, 1, 64, 64, dtype=torch.bfloat16).transpose(2, 3))
