@@ -5,9 +5,9 @@ their arguments and configuration, which is what ahead-of-time compiling compile
 what a GPU will run, and no list of kernels has to be kept by hand.
 
 The Triton interpreter gets bfloat16 wrong in two ways: arithmetic on it acts on the bit patterns, and storing fp32 as
-bf16 truncates (fp8 too). So kernels convert what they load to fp32 at once, multiply by `language.dot`, and launchers allocate
-results with `result_dtype` and hand them out through `rounded`: in the interpreter results are stored in fp32 and
-rounded by torch.
+bf16 truncates (as fp8 too). So kernels convert what they load to fp32 at once, multiply by `language.dot`, and
+launchers allocate results with `result_dtype` and hand them out through `rounded`: in the interpreter results are
+stored in fp32 and rounded by torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor
 from trine.kernels.hardware import INTERPRETING
 from trine.kernels.target import Target, pretend
 from trine.kernels.tuning import Config
-
 
 # What the interpreter truncates to, where a GPU rounds to nearest.
 _TRUNCATED = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)

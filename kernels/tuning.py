@@ -145,7 +145,7 @@ def write_tuned(gpu: str, entries: Sequence[Entry]) -> Path:
     They are used from then on, by this process too. Raises ValueError without the name of a GPU.
     """
     if not gpu:
-        raise ValueError("gpu is empty; configurations are kept under the product name of the GPU they were measured on")
+        raise ValueError("gpu is empty; configurations are kept under the product name of the GPU they were found on")
 
     def key(entry: Entry) -> tuple[str, str, list[tuple[str, int]]]:
         return entry["operation"], entry["dtype"], sorted(entry["shape"].items())

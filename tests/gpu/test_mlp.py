@@ -20,7 +20,7 @@ def make(shape: tuple[int, int, int], dtype: torch.dtype, weights: torch.dtype |
     """x, gate, up and down weights, and the three biases."""
     n, c, f = shape
     generator = torch.Generator("cuda").manual_seed(0)
-    sizes = ((n, c), (f, c), (f, c), (c, f), (f,), (f,), (c,))
+    sizes: tuple[tuple[int, ...], ...] = ((n, c), (f, c), (f, c), (c, f), (f,), (f,), (c,))
     tensors = [torch.randn(size, device="cuda", generator=generator) for size in sizes]
     for place in (1, 2, 3):
         tensors[place] /= sizes[place][1] ** 0.5
