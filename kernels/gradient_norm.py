@@ -87,11 +87,12 @@ def chunk_kernel(
     start = tl.load(pieces_ptr + 2 * program + 1).to(tl.int64) * CHUNK
     left = tl.minimum(tl.load(sizes_ptr + tensor) - start, CHUNK).to(tl.int32)
     address = tl.load(addresses_ptr + tensor)
-    pointer = address.to(tl.pointer_type(DTYPE)) + start
+    # What `multiple_of` promises holds wherever the value is used: so each branch has a pointer of its own.
     if address % 16 == 0:
-        total = _sum_of_squares(tl.multiple_of(pointer, 16), left, BLOCK)
+        aligned = address.to(tl.pointer_type(DTYPE)) + start
+        total = _sum_of_squares(tl.multiple_of(aligned, 16), left, BLOCK)
     else:
-        total = _sum_of_squares(pointer, left, BLOCK)
+        total = _sum_of_squares(address.to(tl.pointer_type(DTYPE)) + start, left, BLOCK)
     tl.store(partial_ptr + program, total)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from trine.kernels import aot
 from trine.kernels.gradient_norm import NORM, gradient_norm, gradient_norm_reference
 from trine.kernels.multi_tensor import chunks_of
 from trine.kernels.target import COMPILED, INTERPRETER
@@ -74,3 +79,18 @@ def test_configurations(target: Any) -> None:
         for config in (NORM.pick(dtype, target, N=10**9), *NORM.candidates({"N": 10**9}, dtype, target)):
             assert config.blocks["CHUNK"] % config.blocks["BLOCK"] == 0
             assert config.blocks["BLOCK"] & (config.blocks["BLOCK"] - 1) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_aligned_tensors_are_read_in_vectors(dtype: str) -> None:
+    """Of the two loops over whole blocks only one reads 16 bytes at a time, which other addresses do not bear."""
+    job = next(iter(aot.jobs(aot.Selection(("gradient_norm",), dtype, ("sm_90",)))))
+    config = job.launch.config
+    compiled = triton.compile(
+        ASTSource(job.launch.kernel, *aot.specialised(job.launch)),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+    )
+    bits = 16 if dtype == "bfloat16" else 32
+    each = config.blocks["BLOCK"] // (32 * config.num_warps)
+    assert len(re.findall(r"ld\.global\.v4\.b32", compiled.asm["ptx"])) == each * bits // 128
