@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from trine.kernels import verified
+from trine.kernels import aot, verified
 from trine.kernels.attention import hopper, hopper_schedule
 from trine.kernels.attention.bounds import Bounds, document_bounds, make_bounds
 from trine.kernels.attention.forward import launch_forward
@@ -310,3 +310,12 @@ def test_tensors_for_the_twin() -> None:
     # The stride of a dimension of one is never used.
     assert obstacle(q[:1], k[:1].as_strided((1, 1, 64, 64), (0, 3, 64, 1)), v[:1]) == ""
     assert "last dimension" in obstacle(q, k, torch.zeros(2, 1, 64, 64, dtype=torch.bfloat16).transpose(2, 3))
+
+
+def test_compiling_ahead_notices_a_kernel_that_lost_its_roles() -> None:
+    job = next(aot.jobs(aot.Selection(("attention.hopper",), "full 128", ("sm_90",))))
+    row = {"shared": 164_232, "spills": 0, "matrix": 96, "setmaxnreg": 12, "warps": 12, "serialised": False}
+    assert aot._problems(row, job) == []
+    for lost in ({"setmaxnreg": 0}, {"warps": 4}):
+        assert "not warp-specialized" in aot._problems(row | lost, job)[0]
+    assert "wait for one another" in aot._problems(row | {"serialised": True}, job)[0]
