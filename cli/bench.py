@@ -44,7 +44,8 @@ def bench_train(
 @app.command("kernels")
 def bench_kernels(
     operation: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="An operation to time (repeatable; default all).")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="An operation to time; all where none is named (repeatable)."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
