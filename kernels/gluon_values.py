@@ -1,4 +1,4 @@
-"""What the Gluon simulator computes with: numbers, tensors in registers, pointers, shared memory, barriers, products."""
+"""What the Gluon simulator computes with: numbers, tensors in registers, pointers, shared memory, barriers, wgmma."""
 
 from __future__ import annotations
 
