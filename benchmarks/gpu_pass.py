@@ -4,8 +4,9 @@
 
 For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest are enough, Trine need not be
 installed (without typer, doctor is left out). In this order: `trine doctor`; a small model trained on both devices
-from the same weights and data, and generating on both; each file of tests/gpu; with `--bench` the kernel benchmark,
-whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
+from the same weights and data, and generating on both; each file of tests/gpu; on a Hopper GPU the check of its own
+attention kernel, which is used from then on where it passes (kernels/tuned/verified.json); with `--bench` the kernel
+benchmark, whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
 
 Every stage is a process of its own with a time limit, so that a kernel that hangs or breaks the device costs its stage
 and no other. With `--minutes` the whole ends in time, and what was not run is said. A table comes last; exit status 0
@@ -31,6 +32,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+# Its cases are those of the check of the Hopper kernel, which is a stage of its own.
+HOPPER = ROOT / "tests/gpu/test_hopper_attention.py"
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pytest")
 # A stage that has less than this is not begun.
 _LEAST_SECONDS = 20
@@ -137,8 +140,10 @@ def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list
     # One process for each file: an illegal access spoils a process for good. Without a GPU all tests are skipped.
     files = sorted((ROOT / "tests/gpu").glob("test_*.py")) if device != "cpu" else [ROOT / "tests/gpu"]
     pytest = [*module, "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = [Stage(str(file.relative_to(ROOT)), [*pytest, str(file)], 15, _tested) for file in files]
-    last = []
+    tests = [Stage(str(file.relative_to(ROOT)), [*pytest, str(file)], 15, _tested) for file in files if file != HOPPER]
+    # After the tests, which so are those of its twin; before the bench, which so measures it.
+    hopper = [*module, "trine.kernels.attention.hopper_check", "--verify"]
+    last = [Stage("hopper attention check", hopper, 10, show=True)] if _is_hopper(device) else []
     kernels = [*module, "trine.benchmarks.kernels"]
     settings: dict[str, object] = {"device": device, "quick": options.quick or device == "cpu"}
     if options.bench:
@@ -148,6 +153,12 @@ def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list
     if options.tune:
         last.append(Stage("tune kernels", kernels, 120, show=True, settings={**settings, "tune": True}))
     return first, tests, last
+
+
+def _is_hopper(device: str) -> bool:
+    import torch
+
+    return device != "cpu" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _gpu_name(device: str) -> str:
