@@ -1,4 +1,4 @@
-"""The cache write on a GPU at real sizes, against the separate operations in float64 on the same GPU."""
+"""The cache write on a GPU at real sizes, against the separate operations in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -55,10 +55,13 @@ def run(function: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tenso
 
 
 def exact(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """On the CPU, where the separate operations take float64."""
     names = ("qkv_NE", "k_cache_PSKD", "v_cache_PSKD", "cos_NR", "sin_NR")
-    wide = {name: torch.zeros_like(arguments[name], dtype=torch.float64) for name in names[1:3]}
-    wide |= {name: arguments[name].double() for name in ("qkv_NE", "cos_NR", "sin_NR")}
-    return run(write_kv_reference, arguments | wide | {"k_scale_PSK": None, "v_scale_PSK": None})
+    on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    wide = {name: torch.zeros_like(on_cpu[name], dtype=torch.float64) for name in names[1:3]}
+    wide |= {name: on_cpu[name].double() for name in ("qkv_NE", "cos_NR", "sin_NR")}
+    q, k, v = run(write_kv_reference, on_cpu | wide | {"k_scale_PSK": None, "v_scale_PSK": None})
+    return q.cuda(), k.cuda(), v.cuda()
 
 
 @DTYPES
