@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
 from trine.kernels.gluon_names import TensorDescriptor
 from trine.kernels.hardware import INTERPRETING
@@ -125,6 +126,9 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         elif isinstance(value, TensorDescriptor):
             block = ",".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}],{value.layout!r}>"
+        elif isinstance(value, PlainDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):

@@ -33,6 +33,7 @@ OPERATIONS = (
     "moe.matmul",
     "moe.op",
     "lora.op",
+    "invariant.op",
     "adamw.op",
     "gradient_norm",
     "newton_schulz",
