@@ -72,8 +72,7 @@ def launch(
             **config.blocks,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=True,
-            **(options or {}),
+            **{"enable_fp_fusion": True, **(options or {})},
         )
 
 

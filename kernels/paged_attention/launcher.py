@@ -19,6 +19,9 @@ from trine.kernels.tuning import Config, Shape, Tunable
 _PART_BYTES = 2**28
 # No split is shorter: a program has to read some keys to be worth starting and merging.
 _SHORTEST_SPLIT = 256
+# Fused multiply-adds only where they are written: a compiler fuses the score and its maximum in the loop without a mask
+# and cannot in the others, so that bits would depend on which of the loops takes a key.
+_OPTIONS = {"enable_fp_fusion": False}
 
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
@@ -124,11 +127,11 @@ def _launch(
         "PAGE": k_cache_PSKD.shape[1],
         "TOKENS": tokens,
     }
-    launch(attend_kernel, (tiles, K, num_splits if parallel else 1), config, arguments)
+    launch(attend_kernel, (tiles, K, num_splits if parallel else 1), config, arguments, options=_OPTIONS)
     if parallel:
         rows = 4
         merge = Config({"BLOCK_M": rows}, 4, 1)
-        launch(merge_kernel, (ceil_div(N * H, rows),), merge, {**common, "num_rows": N * H})
+        launch(merge_kernel, (ceil_div(N * H, rows),), merge, {**common, "num_rows": N * H}, options=_OPTIONS)
     return rounded(o_NHD, q_NHD.dtype)
 
 

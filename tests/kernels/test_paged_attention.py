@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from trine.kernels import aot
 from trine.kernels.attention.reference import attend
 from trine.kernels.launch import recording
 from trine.kernels.paged_attention.launcher import FORWARD, _launch, _num_splits
@@ -188,3 +193,18 @@ def test_a_tile_holds_a_whole_group(target: str) -> None:
     for group in (1, 4, 8, 71, 128):
         config = FORWARD.pick(torch.bfloat16, COMPILED[target], Q=1, exact_G=group, D=128, exact_bytes=2)
         assert config.blocks["BLOCK_M"] >= group
+
+
+def test_no_loop_fuses_what_another_cannot() -> None:
+    """Or the bits of a row would depend on which of its keys lie in masked tiles, and so on the batch."""
+    for job in aot.jobs(aot.Selection(("paged_attention.launcher",), "fixed splits", ("sm_90",))):
+        config = job.launch.config
+        compiled = triton.compile(
+            ASTSource(job.launch.kernel, *aot.specialised(job.launch)),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages, **job.launch.options},
+        )
+        fused = set(re.findall(r"fma\.rn\.f32\s+(%\w+)", compiled.asm["ptx"]))
+        exponents = set(re.findall(r"ex2\.approx\.ftz\.f32\s+%\w+, (%\w+)", compiled.asm["ptx"]))
+        assert exponents
+        assert not fused & exponents
