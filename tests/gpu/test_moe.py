@@ -116,7 +116,8 @@ def test_moe_mlp(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", [name for name in GATED_ACTIVATIONS if name != "swiglu_clamped"])
 def test_activations(activation: str, dtype: torch.dtype) -> None:
     shape = (1024, 2, 8, 1024, 1408)
-    compare(make(shape, dtype), choose(shape), activation, dtype)
+    # The slope of relu jumps where a gate's sign could be decided by rounding.
+    compare(make(shape, dtype, exact=activation == "relu"), choose(shape), activation, dtype)
 
 
 @DTYPES
