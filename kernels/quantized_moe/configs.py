@@ -47,8 +47,15 @@ def _rows(shape: Shape) -> int:
 
 
 def _crowded(shape: Shape, target: Target) -> bool:
-    """Whether scales of 32 numbers leave too few registers for large tiles: they are spilled."""
-    return shape["exact_group"] == 32 and target.arch == "sm_80"
+    """Whether scales of few numbers leave too few registers for 64 x 128 sums: they would be spilled."""
+    return shape["exact_group"] in (32, 64) and target.arch == "sm_80"
+
+
+def _roomy(shape: Shape, target: Target) -> bool:
+    """Whether 128 x 128 sums fit in registers beside the decoded weight, and with a gate those of the other product."""
+    if shape["exact_products"] == 1:
+        return shape["exact_group"] != 32 and target.arch in ("sm_80", "sm_90")
+    return shape["exact_group"] not in (32, 64) and target.is_hopper
 
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
@@ -62,17 +69,12 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
         return _config(shape, dtype, target, (64, min(rows, 64)), 4, 3)
     if rows <= 64:
         return _config(shape, dtype, target, (64, rows), 4, 4)
-    return _config(shape, dtype, target, (64, 128), 8, 3)
+    return _config(shape, dtype, target, (128 if _roomy(shape, target) else 64, 128), 8, 3)
 
 
 def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
-    most = (
-        64 * 64
-        if _crowded(shape, target)
-        else 64 * 128
-        if dtype == torch.float32 or target.arch not in ("sm_80", "sm_90")
-        else 128 * 128
-    )
+    most = 128 * 128 if dtype != torch.float32 and target.arch in ("sm_80", "sm_90") else 64 * 128
+    most = 64 * 64 if _crowded(shape, target) else most
     found = [
         _config(shape, dtype, target, (features, rows), warps, stages)
         for features in (32, 64, 128)
