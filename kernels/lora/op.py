@@ -73,7 +73,6 @@ def lora(
             )
         lora_add(x_NC, y_NF, a_ERC, b_EFR, scales_E, *tiles)
         return y_NF
-    check_range(ids_N, len(scales_E))
     return _by_loop(x_NC, y_NF, a_ERC, b_EFR, scales_E, ids_N)
 
 
@@ -113,19 +112,29 @@ def _check(x_NC: Tensor, y_NF: Tensor, a_ERC: Tensor, b_EFR: Tensor, scales_E: T
 
 def _by_loop(x_NC: Tensor, y_NF: Tensor, a_ERC: Tensor, b_EFR: Tensor, scales_E: Tensor, ids_N: Tensor) -> Tensor:
     """Adapter by adapter; rows that follow each other, as those of a prompt do, are not copied."""
-    present = torch.unique(ids_N)
-    for adapter in present[present >= 0].tolist():
-        scale = float(scales_E[adapter])
-        rows = (ids_N == adapter).nonzero().flatten()
-        first, count = int(rows[0]), len(rows)
-        if int(rows[-1]) - first + 1 == count:
-            x_rows, y_rows = x_NC[first : first + count], y_NF[first : first + count]
-            y_rows.addmm_(x_rows @ a_ERC[adapter].T, b_EFR[adapter].T, alpha=scale)
+    scales = scales_E.tolist()
+    for adapter, tokens in _tokens_by_adapter(ids_N, len(scales)).items():
+        a_CR, b_RF = a_ERC[adapter].T, b_EFR[adapter].T
+        first, count = tokens[0], len(tokens)
+        if tokens[-1] - first + 1 == count:
+            h = x_NC[first : first + count] @ a_CR
+            y_NF[first : first + count].addmm_(h, b_RF, alpha=scales[adapter])
         else:
-            h = x_NC.index_select(0, rows) @ a_ERC[adapter].T
-            added = torch.addmm(y_NF.index_select(0, rows), h, b_EFR[adapter].T, alpha=scale)
-            y_NF.index_copy_(0, rows, added)
+            rows = torch.tensor(tokens)
+            h = x_NC.index_select(0, rows) @ a_CR
+            y_NF.index_copy_(0, rows, torch.addmm(y_NF.index_select(0, rows), h, b_RF, alpha=scales[adapter]))
     return y_NF
+
+
+def _tokens_by_adapter(ids_N: Tensor, num_adapters: int) -> dict[int, list[int]]:
+    """The tokens of every adapter that has any. Lists: for the few tokens of a decoding step they beat tensors."""
+    tokens: dict[int, list[int]] = {}
+    for token, adapter in enumerate(ids_N.tolist()):
+        tokens.setdefault(adapter, []).append(token)
+    tokens.pop(-1, None)
+    if tokens and not 0 <= min(tokens) <= max(tokens) < num_adapters:
+        check_range(ids_N, num_adapters)
+    return tokens
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------
