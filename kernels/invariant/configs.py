@@ -37,8 +37,10 @@ def tiles_for(dtype: torch.dtype, target: Target) -> tuple[Tile, ...]:
         return _SINGLE_AMD if target.is_amd else _SINGLE
     if target.is_amd:
         return _AMD
-    known = {"sm_90": _HOPPER, "sm_100": _BLACKWELL}
-    return known.get(target.arch, _AMPERE)
+    # sm_100 to sm_103 have tcgen05; sm_120 has the instructions of sm_80.
+    if target.arch.startswith("sm_10"):
+        return _BLACKWELL
+    return _HOPPER if target.is_hopper else _AMPERE
 
 
 def block_k(dtype: torch.dtype, target: Target) -> int:

@@ -176,7 +176,7 @@ def _lines_apart(x: Tensor) -> Tensor:
 
 def _can_describe(x: Tensor, target: Target) -> bool:
     """Whether TMA can fetch pieces of x: from Hopper on, with everything a multiple of 16 bytes."""
-    has_tma = target.arch in ("sm_90", "sm_100") and x.dtype != torch.float32
+    has_tma = target.arch.startswith(("sm_90", "sm_10")) and x.dtype != torch.float32
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return aligned and (has_tma or target.interpreted)
 

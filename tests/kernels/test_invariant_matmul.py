@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +138,18 @@ def test_large_shapes_take_large_tiles_and_every_processor(dtype: torch.dtype, t
     assert programs(config, 10**6, dtype, target) >= target.num_sms
     assert programs(config, 2, dtype, target) == 2
     assert MATMUL.pick(dtype, target, M=1, N=8, K=8192).blocks["ROWS"] == tiles[-1][0]
+
+
+def test_relatives_of_a_gpu_take_the_tiles_of_their_instructions() -> None:
+    for arch, like in (("sm_103", "sm_100"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_120", "sm_80")):
+        target = replace(COMPILED[like], arch=arch)
+        assert tiles_for(torch.bfloat16, target) == tiles_for(torch.bfloat16, COMPILED[like])
+
+
+def test_less_shared_memory_takes_fewer_stages() -> None:
+    target = replace(COMPILED["sm_80"], arch="sm_89", shared_bytes=99 * 1024)
+    for config in MATMUL.choices({"M": 8192, "N": 8192, "K": 8192}, torch.bfloat16, target):
+        assert shared_estimate(config, torch.bfloat16, target) <= target.shared_bytes
 
 
 _MATRIX = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+|mma\.sync\.aligned\.\w+|tcgen05\.mma\.[\w:.]+|v_mfma_\w+"
