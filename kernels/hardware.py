@@ -22,6 +22,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes
 # Whether operations also check what they would have to wait for the device to see, such as the entries of block tables.
 CHECKING = os.environ.get("TRINE_CHECK_KERNELS", "").lower() in ("1", "y", "yes", "on", "true")
 
+# Whether CPU kernels may be compiled by Numba; without, torch computes the same, more slowly.
+USING_NUMBA = os.environ.get("TRINE_NUMBA", "").lower() not in ("0", "n", "no", "off", "false")
+
 # Dense peak in TFLOP/s by substring of the device name: (bf16 or fp16 tensor cores, fp32 without tensor cores).
 # NVIDIA data sheets; the first match wins, so more specific names stand first.
 _GPU_PEAKS: tuple[tuple[str, float, float], ...] = (

@@ -22,11 +22,13 @@ P blocks of S slots, M entries of a table row. Bytes: 2 K D b per key of each re
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trine.kernels.cpu.attention import attend_single, can_attend
 from trine.kernels.hardware import CHECKING
 from trine.kernels.launch import ceil_div
 from trine.kernels.paged_attention.launcher import paged_attention_forward
@@ -78,31 +80,49 @@ def paged_attention(
             v_scale_PSK, max_queries, max_length, scale, window, softcap or 0.0, split_size or 0,
         )  # fmt: skip
         return o_NHD
-    if softcap is not None or sinks_H is not None:
-        return paged_attention_reference(
-            q_NHD, k_cache_PSKD, v_cache_PSKD, block_table_RM=block_table_RM, lengths_R=lengths_R,
-            query_starts=query_starts, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H,
-            k_scale_PSK=k_scale_PSK, v_scale_PSK=v_scale_PSK,
-        )  # fmt: skip
-    caches = (k_cache_PSKD, k_scale_PSK), (v_cache_PSKD, v_scale_PSK)
-    return _on_cpu(q_NHD, caches, block_table_RM, lengths_R.tolist(), query_starts.tolist(), scale, window)
+    options = {
+        "block_table_RM": block_table_RM, "lengths_R": lengths_R, "scale": scale, "window": window, "softcap": softcap,
+        "sinks_H": sinks_H, "k_scale_PSK": k_scale_PSK, "v_scale_PSK": v_scale_PSK,
+    }  # fmt: skip
+    return _on_cpu(q_NHD, k_cache_PSKD, v_cache_PSKD, query_starts, options, compiled=split_size is None)
 
 
 def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, query_starts: Tensor, options: dict[str, Any], *, compiled: bool
+) -> Tensor:
+    """Requests of one new token by compiled loops where they can be used (`cpu/attention.py`); the others by torch."""
+    starts = query_starts.tolist()
+    spans = {row: span for row, span in enumerate(pairwise(starts)) if span[0] < span[1]}
+    single = {row: begin for row, (begin, end) in spans.items() if end - begin == 1}
+    uncommon = options["softcap"] is not None or options["sinks_H"] is not None  # what torch's attention has not
+    if not single or not compiled or not can_attend(q, k) or (uncommon and len(single) < len(spans)):
+        single = {}
+    if uncommon and not single:
+        return paged_attention_reference(q, k, v, query_starts=query_starts, **options)
+    o_NHD = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if single:
+        attend_single(q, k, v, o_NHD, requests=list(single), tokens=list(single.values()), **options)
+    rest = {row: span for row, span in spans.items() if row not in single}
+    caches = (k, options["k_scale_PSK"]), (v, options["v_scale_PSK"])
+    _by_torch(
+        q, caches, o_NHD, rest, options["block_table_RM"], options["lengths_R"], options["scale"], options["window"]
+    )
+    return o_NHD
+
+
+def _by_torch(
     q_NHD: Tensor,
     caches: tuple[tuple[Tensor, Tensor | None], ...],
+    o_NHD: Tensor,
+    spans: dict[int, tuple[int, int]],
     block_table_RM: Tensor,
-    lengths: list[int],
-    starts: list[int],
+    lengths_R: Tensor,
     scale: float,
     window: int | None,
-) -> Tensor:
+) -> None:
     """Request by request: its keys and values gathered, torch's scaled_dot_product_attention on them."""
-    o_NHD = torch.empty_like(q_NHD)
-    for row, length in enumerate(lengths):
-        begin, end = starts[row], starts[row + 1]
-        if begin == end:
-            continue
+    for row, (begin, end) in spans.items():
+        length = int(lengths_R[row])
         k_KLD, v_KLD = (gathered(x, s, block_table_RM[row], length, q_NHD.dtype).to(q_NHD.dtype) for x, s in caches)
         whole = window is None and end - begin in (1, length)
         o_HTD = F.scaled_dot_product_attention(
@@ -115,7 +135,6 @@ def _on_cpu(
             enable_gqa=True,
         )
         o_NHD[begin:end] = o_HTD[0].transpose(0, 1)
-    return o_NHD
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ FLOORS = {
     "trine.cli": 100,
 }
 HEAVY = {"torch", "pydantic", "transformers", "numpy", "tokenizers", "safetensors", "matplotlib", "jinja2", "triton"}
+HEAVY |= {"numba"}
 LIGHT_ENGINE = {"trine.engine.errors", "trine.engine.log"}
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 FORBIDDEN = (

@@ -1,0 +1,177 @@
+"""Attention of single new tokens over a paged cache, nothing copied. Imports Numba (see `compiled.py`).
+
+A unit of work is one request, one split of its keys, and a range of query heads. Within a tile of keys the heads are
+the inner loop: the heads of a slot lie side by side, so that the pool is read in long runs (head by head, a cache of 8
+heads and 8192 keys took ten times as long). Splits begin at fixed places and are merged in order, and ranges of heads
+share no sum: the bits of a row depend on its own keys alone.
+
+Shapes as in `paged_attention/op.py`; G query heads of a unit, T keys of a tile, A tokens, U splits. The pools come as
+flat arrays, in which the strides of `layout` (block, slot, head, in numbers) find a key or a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from trine.kernels.cpu.compiled import parallel, serial
+from trine.kernels.cpu.numbers_loops import dot, exponential, widen
+
+# Keys whose weights are formed together, and keys of a split (a multiple of the former).
+TILE = 32
+SPLIT = 512
+
+
+@serial
+def find_keys(table_M: Any, first_key: int, layout: Any, at_T3: Any) -> None:
+    """Where the slots from `first_key` on lie: (place of their scales, of their keys, of their values)."""
+    block_size, num_kv_heads, k_block, k_slot, _, v_block, v_slot, _ = layout
+    entry, slot = first_key // block_size, first_key % block_size
+    block = np.int64(table_M[entry])
+    for t in range(at_T3.shape[0]):
+        if slot == block_size:
+            entry, slot = entry + 1, 0
+            block = np.int64(table_M[entry])
+        at_T3[t, 0] = (block * block_size + slot) * num_kv_heads
+        at_T3[t, 1] = block * k_block + slot * k_slot
+        at_T3[t, 2] = block * v_block + slot * v_slot
+        slot += 1
+
+
+@serial
+def score_keys(q_GD: Any, heads: Any, k: Any, k_scales: Any, k_head: int, at_T3: Any, options: Any, s_GT: Any) -> None:
+    """The scores of every query with every key, capped. `heads`: (first query head, query heads of a key's)."""
+    first, group = heads
+    scale, softcap = options
+    G, D = q_GD.shape
+    for t in range(at_T3.shape[0]):
+        for head in range(first // group, (first + G - 1) // group + 1):
+            place = at_T3[t, 1] + head * k_head
+            row = k[place : place + D]
+            factor = scale * k_scales[at_T3[t, 0] + head] if k_scales.shape[0] > 0 else scale
+            for g in range(max(0, head * group - first), min(G, (head + 1) * group - first)):
+                score = dot(row, q_GD[g]) * factor
+                s_GT[g, t] = softcap * np.tanh(score / softcap) if softcap > 0 else score
+
+
+@serial
+def weigh(scores_T: Any, largest: float, total: float, o_D: Any) -> Any:
+    """Turn scores into weights, relative to the largest so far; what was summed before shrinks. (largest, total)."""
+    before = largest
+    for t in range(scores_T.shape[0]):
+        largest = scores_T[t] if scores_T[t] > largest else largest
+    if largest > before:
+        shrink = exponential(before - largest)
+        total *= shrink
+        for d in range(o_D.shape[0]):
+            o_D[d] *= shrink
+    added = np.float32(0)
+    for t in range(scores_T.shape[0]):
+        scores_T[t] = exponential(scores_T[t] - largest)
+        added += scores_T[t]
+    return largest, total + added
+
+
+@serial
+def add_values(weights_GT: Any, heads: Any, v: Any, v_scales: Any, v_head: int, at_T3: Any, o_GD: Any) -> None:
+    """o += weights times values."""
+    first, group = heads
+    G, D = o_GD.shape
+    for t in range(at_T3.shape[0]):
+        for head in range(first // group, (first + G - 1) // group + 1):
+            place = at_T3[t, 2] + head * v_head
+            row = v[place : place + D]
+            factor = v_scales[at_T3[t, 0] + head] if v_scales.shape[0] > 0 else np.float32(1)
+            for g in range(max(0, head * group - first), min(G, (head + 1) * group - first)):
+                weight, o_D = weights_GT[g, t] * factor, o_GD[g]
+                for d in range(D):
+                    o_D[d] += weight * widen(row[d])
+
+
+@serial
+def attend_split(
+    q_GD: Any, heads: Any, pools: Any, layout: Any, table_M: Any, begin: int, end: int, options: Any, part: Any
+) -> None:
+    """The unnormalised sum over the keys begin <= key < end into `part`: (o_GD, largest_G, total_G)."""
+    k, v, k_scales, v_scales = pools
+    o_GD, largest_G, total_G = part
+    at_T3 = np.empty((TILE, 3), np.int64)
+    scores_GT = np.empty((q_GD.shape[0], TILE), np.float32)
+    o_GD[:] = 0
+    largest_G[:] = -np.inf
+    total_G[:] = 0
+    for first_key in range(begin, end, TILE):
+        count = min(TILE, end - first_key)
+        at, scores = at_T3[:count], scores_GT[:, :count]
+        find_keys(table_M, first_key, layout, at)
+        score_keys(q_GD, heads, k, k_scales, layout[4], at, options, scores)
+        for g in range(q_GD.shape[0]):
+            largest_G[g], total_G[g] = weigh(scores[g], largest_G[g], total_G[g], o_GD[g])
+        add_values(scores, heads, v, v_scales, layout[7], at, o_GD)
+
+
+@serial
+def merge(o_UD: Any, largest_U: Any, total_U: Any, sink: Any, o_D: Any) -> None:
+    """Add up one head of all splits in order, and its sink (one number or none), and normalise."""
+    largest = sink[0] if sink.shape[0] > 0 else np.float32(-np.inf)
+    for u in range(o_UD.shape[0]):
+        largest = largest_U[u] if largest_U[u] > largest else largest
+    total = exponential(sink[0] - largest) if sink.shape[0] > 0 else np.float32(0)
+    o_D[:] = 0
+    for u in range(o_UD.shape[0]):
+        if total_U[u] == 0:  # a split without visible keys
+            continue
+        shrink = exponential(largest_U[u] - largest)
+        total += total_U[u] * shrink
+        for d in range(o_D.shape[0]):
+            o_D[d] += o_UD[u, d] * shrink
+    for d in range(o_D.shape[0]):
+        o_D[d] /= total
+
+
+@serial
+def visible(length: int, window: int) -> Any:
+    """The first key that the newest token sees (window < 0: all), and the split that it lies in."""
+    first = max(0, length - 1 - window) if window >= 0 else 0
+    return first, first // SPLIT
+
+
+@parallel
+def attend(
+    q_NHD: Any, pools: Any, layout: Any, table_RM: Any, lengths_R: Any, queries_A2: Any, options: Any, window: int,
+    sinks_H: Any, o_NHD: Any, num_threads: int,
+) -> None:  # fmt: skip
+    """o of the tokens queries_A2[:, 1], each the newest of the request queries_A2[:, 0]. q, o and sinks in fp32.
+
+    `pools`: (k, v, their scales or empty arrays). `layout`: (slots of a block, key/value heads, the three strides of k,
+    those of v). `options`: (scale, softcap or 0). `window` < 0: none. `num_threads` decides how work is cut and nothing
+    about what is summed.
+    """
+    A, H, D = queries_A2.shape[0], q_NHD.shape[1], q_NHD.shape[2]
+    num_splits = 0
+    for a in range(A):
+        length = lengths_R[queries_A2[a, 0]]
+        num_splits = max(num_splits, (length + SPLIT - 1) // SPLIT - visible(length, window)[1])
+    # Ranges of heads only where there is too little else to share among the threads.
+    num_ranges = min(H, max(1, -(-2 * num_threads // max(1, A * num_splits))))
+    size = -(-H // num_ranges)
+    o_AUHD = np.empty((A, num_splits, H, D), np.float32)
+    largest_AUH = np.empty((A, num_splits, H), np.float32)
+    total_AUH = np.empty((A, num_splits, H), np.float32)
+    for unit in prange(A * num_splits * num_ranges):
+        a, split, first = unit // num_ranges // num_splits, unit // num_ranges % num_splits, unit % num_ranges * size
+        request, token = queries_A2[a, 0], queries_A2[a, 1]
+        last = min(H, first + size)
+        if first < last:
+            first_key, first_split = visible(lengths_R[request], window)
+            begin = max(first_key, (first_split + split) * SPLIT)
+            end = min(lengths_R[request], (first_split + split + 1) * SPLIT)
+            part = (o_AUHD[a, split, first:last], largest_AUH[a, split, first:last], total_AUH[a, split, first:last])
+            heads = (first, H // layout[1])
+            attend_split(q_NHD[token, first:last], heads, pools, layout, table_RM[request], begin, end, options, part)
+    for row in prange(A * H):
+        a, h = row // H, row % H
+        o_D = o_NHD[queries_A2[a, 1], h]
+        merge(o_AUHD[a, :, h], largest_AUH[a, :, h], total_AUH[a, :, h], sinks_H[h : h + 1], o_D)
