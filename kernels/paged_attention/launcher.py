@@ -94,7 +94,8 @@ def _launch(
     o_NHD = torch.empty(q_NHD.shape, dtype=result_dtype(q_NHD.dtype), device=q_NHD.device)
     parts = q_NHD.new_empty(N * H * num_splits if parallel else 0, D, dtype=torch.float32)
     sums = parts.new_empty(2, parts.shape[0])
-    common = {"sinks_ptr": sinks_H, "o_ptr": o_NHD, "num_heads": H, "num_splits": num_splits, "HEAD_DIM": D}
+    sinks = None if sinks_H is None else sinks_H.contiguous()
+    common = {"sinks_ptr": sinks, "o_ptr": o_NHD, "num_heads": H, "num_splits": num_splits, "HEAD_DIM": D}
     common |= {"parts_ptr": parts if parallel else None, "BLOCK_D": next_power_of_2(max(16, D))}
     common |= {"part_sums_ptr": sums[0] if parallel else None, "part_tops_ptr": sums[1] if parallel else None}
     common |= {"o_token_stride": o_NHD.stride(0), "o_head_stride": o_NHD.stride(1)}
@@ -106,8 +107,8 @@ def _launch(
         "k_scale_ptr": k_scale_PSK,
         "v_scale_ptr": v_scale_PSK,
         "table_ptr": block_table_RM,
-        "lengths_ptr": lengths_R,
-        "starts_ptr": query_starts,
+        "lengths_ptr": lengths_R.contiguous(),
+        "starts_ptr": query_starts.contiguous(),
         "q_token_stride": q_NHD.stride(0),
         "q_head_stride": q_NHD.stride(1),
         **_pool_strides("k", k_cache_PSKD),

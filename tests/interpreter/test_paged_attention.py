@@ -99,6 +99,14 @@ def test_ragged_batches(compare: Any, heads: tuple[int, int], dtype: torch.dtype
     check(compare, "paged_attention", make(dtype=dtype, heads=heads))
 
 
+def test_lists_may_be_columns_of_tables(compare: Any) -> None:
+    batch = make(((1, 19), (5, 9), (3, 40)))
+    lengths, starts = (torch.stack((x, x + 1), dim=1)[:, 0] for x in (batch.lengths, batch.starts))
+    sinks = torch.linspace(-2, 4, 8)[::2]
+    assert not any(x.is_contiguous() for x in (lengths, starts, sinks))
+    check(compare, "paged_attention", replace(batch, lengths=lengths, starts=starts), sinks_H=sinks)
+
+
 @pytest.mark.parametrize("head_dim", [32, 40, 128])
 def test_head_sizes(compare: Any, head_dim: int) -> None:
     check(compare, "paged_attention", make(((1, 19), (5, 9)), head_dim=head_dim))
@@ -198,10 +206,10 @@ def test_both_ways_of_fixed_splits_are_taken(monkeypatch: pytest.MonkeyPatch) ->
     taken: list[bool] = []
     original = launch
 
-    def watched(kernel: Any, grid: tuple[int, ...], config: Any, arguments: Any) -> None:
+    def watched(kernel: Any, grid: tuple[int, ...], config: Any, arguments: Any, **named: Any) -> None:
         if "PARALLEL" in arguments:
             taken.append(arguments["PARALLEL"])
-        original(kernel, grid, config, arguments)
+        original(kernel, grid, config, arguments, **named)
 
     monkeypatch.setattr(launcher, "launch", watched)
     make(((1, 150),)).call(split_size=64)
