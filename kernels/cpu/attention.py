@@ -7,6 +7,8 @@ of that file. Bytes: the keys and values that are seen, once; 4 H D FLOPs per ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,12 @@ def can_attend(q_NHD: Tensor, k_cache_PSKD: Tensor) -> bool:
     """Whether `attend_single` takes these: compiled loops, q in fp32 or bf16, pools of fp32, bf16 or int8."""
     known = k_cache_PSKD.dtype in DTYPES and q_NHD.dtype in (torch.float32, torch.bfloat16)
     return known and not torch.compiler.is_compiling() and available()
+
+
+def pool_arguments(k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> tuple[Any, tuple[int, ...]]:
+    """`pools` and `layout` of compiled functions: of pools [P, S, K, D] and their scales (contiguous fp32), or None."""
+    pools = (flat(k), flat(v), single(k_scale).ravel(), single(v_scale).ravel())
+    return pools, (*k.shape[1:3], *k.stride()[:3], *v.stride()[:3])
 
 
 def attend_single(
@@ -49,11 +57,9 @@ def attend_single(
     num_threads = use_torch_threads()
     direct = o_NHD.dtype == torch.float32 and o_NHD.is_contiguous()
     result_NHD = o_NHD if direct else torch.empty(o_NHD.shape)
-    pools = (flat(k_cache_PSKD), flat(v_cache_PSKD), single(k_scale_PSK).ravel(), single(v_scale_PSK).ravel())
     attend(
         single(q_NHD),
-        pools,
-        (*k_cache_PSKD.shape[1:3], *k_cache_PSKD.stride()[:3], *v_cache_PSKD.stride()[:3]),
+        *pool_arguments(k_cache_PSKD, v_cache_PSKD, k_scale_PSK, v_scale_PSK),
         array(block_table_RM.contiguous()),
         array(lengths_R.contiguous()),
         np.array([requests, tokens], dtype=np.int64).T.copy(),

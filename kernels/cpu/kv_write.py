@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu.attention import DTYPES
-from trine.kernels.cpu.compiled import array, available, flat, single
+from trine.kernels.cpu.attention import DTYPES, pool_arguments
+from trine.kernels.cpu.compiled import array, available, single
 
 
 def can_write(qkv_NE: Tensor, k_cache_PSKD: Tensor) -> bool:
@@ -50,8 +50,7 @@ def write_kv_single(
         angles = (single(cos_NR), single(sin_NR))
     write_tokens(
         array(heads_NXD),
-        (flat(k_cache_PSKD), flat(v_cache_PSKD), single(k_scale_PSK).ravel(), single(v_scale_PSK).ravel()),
-        (*k_cache_PSKD.shape[1:3], *k_cache_PSKD.stride()[:3], *v_cache_PSKD.stride()[:3]),
+        *pool_arguments(k_cache_PSKD, v_cache_PSKD, k_scale_PSK, v_scale_PSK),
         array(slots_N.contiguous()),
         angles,
         interleaved,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from trine.kernels.cpu.attention import DTYPES as CACHE_DTYPES
-from trine.kernels.cpu.compiled import array, available, flat, single, use_torch_threads, why_not
+from trine.kernels.cpu.attention import pool_arguments
+from trine.kernels.cpu.compiled import array, available, single, use_torch_threads, why_not
 
 # True for the activation that is not SiLU.
 _ACTIVATIONS = {"silu": False, "gelu_tanh": True}
@@ -48,7 +49,7 @@ class Projection:
             raise ValueError(f"scales are {'missing for' if quantized else 'given with'} {name} of {weight.dtype}")
         for part, x in (("scales", self.scales), ("bias", self.bias)):
             if x is not None and tuple(x.shape) != (len(weight),):
-                raise ValueError(f"the {part} of {name} have shape {tuple(x.shape)}; expected ({len(weight)},)")
+                raise ValueError(f"{part} of {name} have shape {tuple(x.shape)}; expected ({len(weight)},)")
         return array(weight.contiguous()), single(self.scales), single(self.bias)
 
 
@@ -120,22 +121,23 @@ class DecodeLayer:
         """
         if not available():
             raise RuntimeError(f"compiled layers cannot be used here: {why_not()}")
-        K, D = cache.k.shape[2:]
+        K, D = _check_cache(cache)
         C, F = len(attention_norm_C), len(gate_up.weight) // 2
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; supported are {', '.join(_ACTIVATIONS)}")
-        if cache.k.dtype not in CACHE_DTYPES or cache.k.shape != cache.v.shape or cache.k.dtype != cache.v.dtype:
-            raise ValueError(f"the caches are {cache.k.dtype} and {cache.v.dtype}; expected fp32, bf16 or int8 alike")
-        if (cache.k.dtype == torch.int8) != (cache.k_scale is not None and cache.v_scale is not None):
-            raise ValueError(f"caches of {cache.k.dtype}: scales go with int8, and only with it")
+        if window is not None and window < 0:
+            raise ValueError(f"window is {window}; give the number of keys before a token's own, or None")
+        if (q_norm_D is None) != (k_norm_D is None):
+            raise ValueError("q_norm and k_norm go together; give both or neither")
         if num_heads % K or len(qkv.weight) != (num_heads + 2 * K) * D:
-            raise ValueError(
-                f"qkv has {len(qkv.weight)} rows; expected {(num_heads + 2 * K) * D} for {num_heads} heads"
-            )
+            rows = (num_heads + 2 * K) * D
+            raise ValueError(f"qkv has {len(qkv.weight)} rows; expected {rows} for {num_heads} heads")
         if len(out.weight) != C or len(down.weight) != C or len(mlp_norm_C) != C:
-            raise ValueError(
-                f"out, down and mlp_norm give {len(out.weight)}, {len(down.weight)}, {len(mlp_norm_C)}, not {C}"
-            )
+            widths = f"{len(out.weight)}, {len(down.weight)}, {len(mlp_norm_C)}"
+            raise ValueError(f"out, down and mlp_norm give {widths}, not {C}")
+        for name, x, size in (("q_norm", q_norm_D, D), ("k_norm", k_norm_D, D), ("sinks", sinks_H, num_heads)):
+            if x is not None and tuple(x.shape) != (size,):
+                raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({size},)")
         self.head_dim, self.width = D, C
         self.before = (
             (single(attention_norm_C), single(mlp_norm_C), single(q_norm_D), single(k_norm_D)),
@@ -145,14 +147,33 @@ class DecodeLayer:
             gate_up.arrays("gate_up", C),
             down.arrays("down", F),
             _ACTIVATIONS[activation],
-            (flat(cache.k), flat(cache.v), single(cache.k_scale).ravel(), single(cache.v_scale).ravel()),
-            (*cache.k.shape[1:3], *cache.k.stride()[:3], *cache.v.stride()[:3]),
+            *pool_arguments(cache.k, cache.v, cache.k_scale, cache.v_scale),
         )
         self.heads = (interleaved, num_heads)
         scale = D**-0.5 if scale is None else scale
         self.after = (
             (np.float32(scale), np.float32(softcap or 0)), -1 if window is None else window, single(sinks_H)
         )  # fmt: skip
+
+
+def _check_cache(cache: Cache) -> tuple[int, int]:
+    """(key/value heads, head dimension) of pools that the loops can use; ValueError for others."""
+    k, v = cache.k, cache.v
+    if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype or k.dtype not in CACHE_DTYPES:
+        kinds = f"{k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}"
+        raise ValueError(f"the caches are {kinds}; expected two [P, S, K, D] alike, of fp32, bf16 or int8")
+    if any(x.stride(3) != 1 or x.stride(0) != x.shape[1] * x.stride(1) for x in (k, v)):
+        raise ValueError(
+            f"the caches have strides {k.stride()}, {v.stride()}; slots must lie at one stride, heads dense"
+        )
+    for name, scales in (("k_scale", cache.k_scale), ("v_scale", cache.v_scale)):
+        if (scales is not None) != (k.dtype == torch.int8):
+            raise ValueError(f"{name} is {'missing for' if scales is None else 'given with'} caches of {k.dtype}")
+        if scales is not None and (
+            scales.dtype != torch.float32 or scales.shape != k.shape[:3] or not scales.is_contiguous()
+        ):
+            raise ValueError(f"{name} is {scales.dtype} {tuple(scales.shape)}; expected contiguous float32 [P, S, K]")
+    return k.shape[2], k.shape[3]
 
 
 def decode_layers(x_MC: Tensor, layers: Sequence[DecodeLayer], inputs: StepInputs) -> Tensor:

@@ -1,0 +1,210 @@
+"""Compiled decoder layers on the CPU: several steps against the same layers written in torch and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trine.kernels.cpu import compiled, layer
+from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection, StepInputs, decode_layers
+from trine.kernels.kv_write.op import write_kv_reference
+from trine.kernels.paged_attention.reference import paged_attention_reference
+from trine.kernels.rms_norm import rms_norm
+
+pytestmark = pytest.mark.skipif(not compiled.available(), reason=compiled.why_not() or "")
+C, H, K, D, FEED = 48, 4, 2, 16, 56
+TABLE = torch.tensor([[2, 0, -1], [3, 1, 4]], dtype=torch.int32)
+LENGTHS = (18, 30)  # keys before the first step
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def projection(n: int, k: int, dtype: torch.dtype, seed: int, bias: bool) -> Projection:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator) / k**0.5
+    bias_N = torch.randn(n, generator=generator) * 0.1 if bias else None
+    if dtype != torch.int8:
+        return Projection(weight.to(dtype), None, bias_N)
+    scales = weight.abs().amax(dim=1) / 127
+    return Projection((weight / scales[:, None]).round().to(torch.int8), scales, bias_N)
+
+
+def make(
+    dtype: torch.dtype, cache: torch.dtype, *, seed: int, bias: bool = False, normed: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The arguments of a layer. The pool holds something in every slot already."""
+    generator = torch.Generator().manual_seed(seed)
+    pools = torch.randn(2, 5, 16, K, D, generator=generator)
+    quantized: dict[str, Tensor] = {}
+    if cache == torch.int8:
+        scales = torch.rand(2, 5, 16, K, generator=generator) * 0.02 + 0.01
+        pools = torch.randint(-127, 128, pools.shape, generator=generator, dtype=torch.int8)
+        quantized = {"k_scale": scales[0].contiguous(), "v_scale": scales[1].contiguous()}
+    head_norms = {name: torch.rand(D, generator=generator) + 0.5 for name in ("q_norm_D", "k_norm_D")}
+    return {
+        "attention_norm_C": torch.rand(C, generator=generator) + 0.5,
+        "mlp_norm_C": torch.rand(C, generator=generator) + 0.5,
+        "qkv": projection((H + 2 * K) * D, C, dtype, seed + 1, bias),
+        "out": projection(C, H * D, dtype, seed + 2, bias),
+        "gate_up": projection(2 * FEED, C, dtype, seed + 3, bias),
+        "down": projection(C, FEED, dtype, seed + 4, bias),
+        "cache": Cache(pools[0].to(cache), pools[1].to(cache), **quantized),
+        "num_heads": H,
+        **(head_norms if normed else {}),
+        **options,
+    }
+
+
+def step_tensors(step: int) -> dict[str, Tensor]:
+    """Two requests, one new token each; the tables of their angles."""
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32) + step + 1
+    positions = (lengths - 1).long()
+    blocks = TABLE.gather(1, (positions // 16)[:, None])[:, 0].long()
+    angles = positions[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 0.003])
+    return {
+        "block_table_MB": TABLE,
+        "lengths_M": lengths,
+        "slots_M": blocks * 16 + positions % 16,
+        "cos_MR": angles.cos(),
+        "sin_MR": angles.sin(),
+    }
+
+
+def apply(p: Projection, x: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = p.weight.to(dtype) if p.scales is None else p.weight.to(dtype) * p.scales.to(dtype)[:, None]
+    return F.linear(x, weight, None if p.bias is None else p.bias.to(dtype))
+
+
+def by_torch(x: Tensor, arguments: dict[str, Any], cache: Cache, tensors: dict[str, Tensor]) -> Tensor:
+    """One layer in the dtype of x; the cache is in that dtype, or int8."""
+    dtype, eps, offset = x.dtype, arguments.get("eps", 1e-6), arguments.get("unit_offset", False)
+    norms = {n: arguments[n].to(dtype) if n in arguments else None for n in ("q_norm_D", "k_norm_D")}
+    h = rms_norm(x, arguments["attention_norm_C"].to(dtype), eps, unit_offset=offset)
+    q = write_kv_reference(
+        apply(arguments["qkv"], h, dtype), cache.k, cache.v, tensors["slots_M"], tensors["cos_MR"].to(dtype),
+        tensors["sin_MR"].to(dtype), norms["q_norm_D"], norms["k_norm_D"], cache.k_scale, cache.v_scale, H,
+        arguments.get("interleaved", False), eps, offset,
+    )  # fmt: skip
+    known = {name: arguments[name] for name in ("scale", "window", "softcap", "sinks_H") if name in arguments}
+    o = paged_attention_reference(
+        q, cache.k, cache.v, block_table_RM=tensors["block_table_MB"], lengths_R=tensors["lengths_M"],
+        query_starts=torch.arange(3, dtype=torch.int32), k_scale_PSK=cache.k_scale, v_scale_PSK=cache.v_scale, **known,
+    )  # fmt: skip
+    x = x + apply(arguments["out"], o.flatten(1), dtype)
+    h = rms_norm(x, arguments["mlp_norm_C"].to(dtype), eps, unit_offset=offset)
+    gate, up = apply(arguments["gate_up"], h, dtype).chunk(2, dim=-1)
+    gate = F.gelu(gate, approximate="tanh") if arguments.get("activation") == "gelu_tanh" else F.silu(gate)
+    return x + apply(arguments["down"], gate * up, dtype)
+
+
+def copied(cache: Cache, dtype: torch.dtype) -> Cache:
+    """The pools in another dtype, or int8 as they are."""
+    k, v = (x.clone() if x.dtype == torch.int8 else x.to(dtype, copy=True) for x in (cache.k, cache.v))
+    scales = (None if x is None else x.clone() for x in (cache.k_scale, cache.v_scale))
+    return Cache(k, v, *scales)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "options"),
+    [
+        (torch.float32, torch.float32, {}),
+        (torch.float32, torch.float32, {"bias": True, "normed": True, "eps": 1e-3, "activation": "gelu_tanh"}),
+        (torch.float32, torch.float32, {"interleaved": True, "window": 7, "softcap": 3.0, "scale": 0.4}),
+        (torch.bfloat16, torch.float32, {"unit_offset": True, "normed": True, "sinks_H": torch.ones(H)}),
+        (torch.bfloat16, torch.bfloat16, {}),
+        (torch.int8, torch.bfloat16, {"bias": True}),
+        (torch.int8, torch.int8, {"normed": True}),
+    ],
+)
+def test_steps_through_layers_equal_those_of_torch(dtype: torch.dtype, cache: torch.dtype, options: Any) -> None:
+    arguments = [make(dtype, cache, seed=10 * i, **options) for i in range(2)]
+    caches = {work: [copied(a["cache"], work) for a in arguments] for work in (torch.float64, torch.float32)}
+    layers = [DecodeLayer(**a) for a in arguments]
+    for step in range(3):
+        x = torch.randn(2, C, generator=torch.Generator().manual_seed(step))
+        tensors = step_tensors(step)
+        results = {}
+        for work, pools in caches.items():
+            y = x.to(work)
+            for a, pool in zip(arguments, pools, strict=True):
+                y = by_torch(y, a, pool, tensors)
+            results[work] = y
+        found = decode_layers(x.clone(), layers, StepInputs(**tensors))
+        exact = results[torch.float64]
+        error, allowed = (float((y.double() - exact).abs().max()) for y in (found, results[torch.float32]))
+        rounding = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.int8: 2e-2}[cache]  # of what was cached
+        assert error <= 2 * allowed + rounding * float(exact.abs().max())
+
+
+def test_bits_repeat_whatever_the_number_of_threads(threads: None) -> None:
+    results = []
+    for number in (1, 2, 1):
+        torch.set_num_threads(number)
+        x = torch.randn(2, C, generator=torch.Generator().manual_seed(0))
+        layers = [DecodeLayer(**make(torch.bfloat16, torch.bfloat16, seed=0))]
+        results.append(decode_layers(x, layers, StepInputs(**step_tensors(0))))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+FLOAT = torch.float32
+WIDE = Projection(torch.ones(C, C))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "relu"}, "activation is 'relu'; supported are silu, gelu_tanh"),
+        ({"num_heads": 5}, "qkv has 128 rows; expected 144 for 5 heads"),
+        ({"out": WIDE}, "out takes 48 inputs; its layer gives 64"),
+        ({"down": Projection(torch.ones(3, FEED))}, "out, down and mlp_norm give 48, 3, 48, not 48"),
+        ({"qkv": Projection(torch.ones(128, C).half())}, r"qkv is torch.float16 \(128, 48\); expected"),
+        ({"down": Projection(torch.ones(C, FEED).char())}, "scales are missing for down of torch.int8"),
+        ({"down": Projection(torch.ones(C, FEED), torch.ones(C))}, "scales are given with down of torch.float32"),
+        ({"down": Projection(torch.ones(C, FEED), None, torch.ones(3))}, r"bias of down have shape \(3,\)"),
+        ({"cache": Cache(torch.ones(5, 16, K, D).half(), torch.ones(5, 16, K, D).half())}, "caches are torch.float16"),
+        (
+            {"cache": Cache(torch.ones(5, 16, K, D).char(), torch.ones(5, 16, K, D).char())},
+            "k_scale is missing for caches of torch.int8",
+        ),
+        ({"q_norm_D": torch.ones(D)}, "q_norm and k_norm go together"),
+        ({"k_norm_D": torch.ones(3), "q_norm_D": torch.ones(D)}, r"k_norm has shape \(3,\); expected \(16,\)"),
+        ({"sinks_H": torch.ones(3)}, r"sinks has shape \(3,\); expected \(4,\)"),
+        ({"window": -1}, "window is -1"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecodeLayer(**(make(FLOAT, FLOAT, seed=0) | changes))
+
+
+def test_steps_that_do_not_fit_are_refused_by_name() -> None:
+    tensors, layers = step_tensors(0), [DecodeLayer(**make(FLOAT, FLOAT, seed=0))]
+    with pytest.raises(ValueError, match=r"lengths is torch.int64 of 2 rows; expected torch.int32 of 2"):
+        StepInputs(**(tensors | {"lengths_M": tensors["lengths_M"].long()}))
+    with pytest.raises(ValueError, match=r"slots is torch.int64 of 1 rows"):
+        StepInputs(**(tensors | {"slots_M": tensors["slots_M"][:1]}))
+    with pytest.raises(ValueError, match="cos and sin have shapes"):
+        StepInputs(**(tensors | {"cos_MR": torch.ones(2, 5)}))
+    inputs = StepInputs(**tensors)
+    with pytest.raises(ValueError, match=r"x is torch.bfloat16"):
+        decode_layers(torch.ones(2, C).bfloat16(), layers, inputs)
+    with pytest.raises(ValueError, match="x has width 47, a layer 48"):
+        decode_layers(torch.ones(2, 47), layers, inputs)
+
+
+def test_layers_need_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "available", lambda: False)
+    monkeypatch.setattr(layer, "why_not", lambda: "it is not there")
+    with pytest.raises(RuntimeError, match="compiled layers cannot be used here: it is not there"):
+        DecodeLayer(**make(FLOAT, FLOAT, seed=0))
