@@ -64,7 +64,8 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
         return Config({"FEATURES": 16, "ROWS": 16, "TILES": 2, "SPLITS": splits})
     rows = _rows(shape)
     if dtype == torch.float32:
-        return _config(shape, dtype, target, (32, min(rows, 32)), 4, 2)
+        side = min(rows, 32)
+        return _config(shape, dtype, target, (side, side), 4, 2)
     if _crowded(shape, target):
         return _config(shape, dtype, target, (64, min(rows, 64)), 4, 3)
     if rows <= 64:
@@ -77,10 +78,12 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
     most = 64 * 64 if _crowded(shape, target) else most
     found = [
         _config(shape, dtype, target, (features, rows), warps, stages)
-        for features in (32, 64, 128)
+        for features in (16, 32, 64, 128)
         for rows in (16, 32, 64, 128)
         for warps, stages in ((4, 3), (4, 5), (8, 3))
-        if rows <= 2 * _rows(shape) and features * rows <= min(most, 64 * 32 * warps)
+        if rows <= 2 * _rows(shape)
+        and features * rows <= min(most, 64 * 32 * warps)
+        and (features > 16 or dtype == torch.float32)
     ]
     if shape["P"] <= 64:
         found = [

@@ -56,10 +56,15 @@ class PackedExperts:
     @property
     def scheme(self) -> str:
         """All that two projections of one kernel must share, in words."""
-        groups = "by expert"
-        if self.scales is not None:
-            groups = f"{self.scales.dtype} {list(self.scales.shape)}, zero points {self.zeros is not None}"
-        return f"{self.kind} {[self.num_experts, self.num_features, self.width]} with scales {groups}"
+        shape = [self.num_experts, self.num_features, self.width]
+        scales, zeros = self.scales, self.zeros
+        if scales is None:
+            first = self.rows[0]
+            scales, zeros = first.scales, first.zeros if isinstance(first, PackedWeight) else None
+        else:
+            scales = scales[0]
+        points = "no" if zeros is None else "with"
+        return f"{self.kind} {shape}, scales {scales.dtype} {list(scales.shape)} of an expert, {points} zero points"
 
     @property
     def num_bytes(self) -> int:

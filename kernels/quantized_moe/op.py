@@ -257,7 +257,8 @@ def samples() -> Iterator[Sample]:
         yield _sample("fp8", tokens, qwen3_moe, fp16)
         yield _sample("int4", tokens, qwen3_moe, fp16, group=32, zeros=True)
         yield _sample("int8", tokens, qwen3_moe, bf16)
-    yield _sample("int4", 64, qwen3_moe, bf16, group=64)
+    for tokens in (64, 2048):
+        yield _sample("int4", tokens, qwen3_moe, bf16, group=64, zeros=True)
     yield _sample("int8", 2048, qwen3_moe, fp16, group=128, zeros=True)
     yield _sample("mxfp4", 64, gpt_oss, fp16, activation=CLAMPED)
     yield _sample("int4", 64, qwen3_moe, torch.float32, group=128)

@@ -201,6 +201,7 @@ def test_weights_that_fit_nothing_are_refused() -> None:
 def test_arguments_that_fit_nothing_are_refused() -> None:
     (gate, up, down), _ = layer("int4 32", 3, 64, 32)
     other, _ = experts("mxfp4", 3, 32, 64)
+    rows, _ = experts("int4 row", 3, 32, 64)
     fitting: dict[str, Any] = {
         "x_NC": make(4, 64),
         "expert_ids_NK": torch.zeros(4, 2, dtype=torch.long),
@@ -220,6 +221,7 @@ def test_arguments_that_fit_nothing_are_refused() -> None:
         ({"expert_ids_NK": torch.zeros(3, 2, dtype=torch.long)}, "expert_ids has shape"),
         ({"expert_ids_NK": torch.full((4, 2), 4)}, "expert_ids are 4 to 4"),
         ({"gate": other}, "gate is mxfp4"),
+        ({"gate": rows}, "both must have one scheme"),
         ({"down": up}, "down is int4"),
         ({"activation": "none"}, "activation is 'none'"),
         ({"activation": "swiglu_clamped"}, "limit is None"),
