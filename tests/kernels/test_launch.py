@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -49,6 +53,20 @@ def test_recordings_nest_and_end() -> None:
 def test_an_empty_grid_launches_nothing() -> None:
     # A CPU tensor has no device that Triton could launch on, so anything launched here would raise.
     launch(_double_kernel, (0, 3), CONFIG, {"x_ptr": torch.ones(1), "size": 1})
+
+
+def test_options_of_a_launch_come_before_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda **arguments: given.append(arguments)
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    for options in (None, {"maxnreg": 64}, {"enable_fp_fusion": False}):
+        launch(Kernel(), (1,), CONFIG, {"x_ptr": torch.ones(1)}, options=options)
+    assert [arguments["enable_fp_fusion"] for arguments in given] == [True, True, False]
+    assert [arguments.get("maxnreg") for arguments in given] == [None, 64, None]
 
 
 def test_a_kernel_has_no_place_on_a_cpu() -> None:
