@@ -53,9 +53,8 @@ def _crowded(shape: Shape, target: Target) -> bool:
 
 def _roomy(shape: Shape, target: Target) -> bool:
     """Whether 128 x 128 sums fit in registers beside the decoded weight, and with a gate those of the other product."""
-    if shape["exact_products"] == 1:
-        return shape["exact_group"] != 32 and target.arch in ("sm_80", "sm_90")
-    return shape["exact_group"] not in (32, 64) and target.is_hopper
+    single = shape["exact_products"] == 1
+    return shape["exact_group"] not in (32, 64) and (target.is_hopper or (single and target.arch == "sm_80"))
 
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
@@ -67,9 +66,11 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
         side = min(rows, 32)
         return _config(shape, dtype, target, (side, side), 4, 2)
     if _crowded(shape, target):
-        return _config(shape, dtype, target, (64, min(rows, 64)), 4, 3)
+        rows = min(rows, 64)
+        warps, stages = (4, 3) if shape["exact_group"] == 32 else (8, 3) if rows == 64 else (4, 4)
+        return _config(shape, dtype, target, (64, rows), warps, stages)
     if rows <= 64:
-        return _config(shape, dtype, target, (64, rows), 4, 4)
+        return _config(shape, dtype, target, (64, rows), 8 if target.is_amd and shape["exact_group"] == 64 else 4, 4)
     return _config(shape, dtype, target, (128 if _roomy(shape, target) else 64, 128), 8, 3)
 
 
