@@ -107,6 +107,17 @@ def _cache_folder() -> Path | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def has_openmp() -> bool:
+    """Whether Numba starts its threads by OpenMP; where it lacks the library, each loop costs 45 us instead of 1."""
+    try:
+        import numba.np.ufunc.omppool  # noqa: F401
+    except ImportError as error:
+        log.warning("compiled CPU kernels lose time starting threads: %s (Debian has it in libgomp1)", error)
+        return False
+    return True
+
+
 def use_torch_threads() -> int:
     """Give the compiled functions that follow as many threads as torch has (or Numba started, if fewer): that number.
 
@@ -115,6 +126,8 @@ def use_torch_threads() -> int:
     import numba
 
     num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+    if num_threads > 1:
+        has_openmp()
     numba.set_num_threads(num_threads)
     return num_threads
 

@@ -52,6 +52,17 @@ def test_numba_is_imported_when_it_is_used_and_not_before() -> None:
 
 
 @needs_numba
+def test_missing_openmp_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "numba.np.ufunc.omppool", None)
+    compiled.has_openmp.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert [compiled.has_openmp() for _ in range(2)] == [False] * 2
+    compiled.has_openmp.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "libgomp1" in caplog.text
+
+
+@needs_numba
 def test_code_is_kept_where_it_may_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import numba
 
