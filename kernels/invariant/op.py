@@ -6,8 +6,9 @@ So a token decoded alone, in any batch, within a prompt or in a training step ge
 choose the order of a sum by shape. The three products are one kernel (`kernel.py`, with why the bits hold and the
 costs; tiles in `configs.py`); the bits of dW repeat, and are those of its rows in their order.
 
-On a CPU torch multiplies, with a few rows of zeros below where there are fewer than four in fp32: its fp32 bits fall
-in the classes of 1, 2 to 3, and at least 4 rows. That no other class exists on a machine, `keeps_row_bits` finds out.
+On a CPU torch multiplies, fp32 and fp64 in multiples of four rows, with zeros below: fewer than four have other bits,
+and so have the last one to three of each thread's share (of 5 to 7 and 9 to 11 rows with two threads, of any number in
+fp64; MKL 2024.2). bf16 has the same bits at every size. Whether a machine keeps to that, `keeps_row_bits` finds out.
 
 Source: He et al., "Defeating Nondeterminism in LLM Inference" (Thinking Machines, 2025) for what batch-invariance is
 and why split K breaks it.
@@ -32,8 +33,8 @@ from trine.kernels.launch import ceil_div, launch, result_dtype, rounded
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import Target, target_of, uses_triton
 
-# Torch's fp32 product on a CPU takes other paths for fewer rows.
-_FEWEST_CPU_ROWS = 4
+# Torch's fp32 product on a CPU takes other paths for what is left of the rows after groups of this many.
+_CPU_ROWS = 4
 
 
 def invariant_matmul_reference(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -85,8 +86,8 @@ def _check(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None) -> None:
 
 def _padded(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None) -> Tensor:
     rows = _rows(x_NC)
-    missing = _FEWEST_CPU_ROWS - len(rows) if x_NC.dtype in (torch.float32, torch.float64) else 0
-    if missing <= 0 or not len(rows):
+    missing = -len(rows) % _CPU_ROWS if x_NC.dtype in (torch.float32, torch.float64) else 0
+    if not missing:
         return F.linear(x_NC, weight_FC, bias_F)
     y_NF = F.linear(F.pad(rows, (0, 0, 0, missing)), weight_FC, bias_F)[: len(rows)]
     return y_NF.view(*x_NC.shape[:-1], len(weight_FC))
@@ -94,7 +95,7 @@ def _padded(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None) -> Tensor:
 
 # --- whether it holds -------------------------------------------------------------------------------------------------
 
-_PROBED_ROWS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 300)
+_PROBED_ROWS = (*range(1, 18), 31, 33, 63, 64, 65, 127, 128, 129, 300)
 
 
 def keeps_row_bits(dtype: torch.dtype, device: torch.device | str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -59,14 +60,31 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     torch.testing.assert_close(y, F.linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_few_rows_have_the_bits_of_many_on_a_cpu(dtype: torch.dtype) -> None:
-    x, weight, bias = make(64, dtype, 256, 512)
+    tensors = [t.requires_grad_() for t in make(64, dtype, 256, 512)]
+    x, weight, bias = tensors
     together = invariant_matmul(x, weight, bias)
-    for count in (1, 2, 3, 4, 5, 33):
-        assert torch.equal(invariant_matmul(x[7 : 7 + count], weight, bias), together[7 : 7 + count])
+    dy = torch.randn(together.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dx = torch.autograd.grad(together, x, dy)[0]
+    for count in (*range(1, 14), 33):
+        rows = slice(7, 7 + count)
+        leaf = x[rows].detach().requires_grad_()
+        y = invariant_matmul(leaf, weight, bias)
+        assert torch.equal(y, together[rows])
+        assert torch.equal(torch.autograd.grad(y, leaf, dy[rows])[0], dx[rows])
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_this_machine_keeps_the_bits(dtype: torch.dtype) -> None:
     assert keeps_row_bits(dtype, "cpu")
