@@ -32,6 +32,13 @@ def _kernel(x_ptr, y_ptr, rows, width, factor, flag, WIDE: tl.constexpr, LIKE: t
 
 
 @triton.jit
+def _product_kernel(x_ptr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.arange(0, WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    x = tl.load(x_ptr + places)
+    tl.store(x_ptr + places, tl.dot(x, x).to(x.dtype))
+
+
+@triton.jit
 def _broken_kernel(x_ptr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(x_ptr + tl.arange(0, WIDE), tl.zeros([WIDE, 2], dtype=tl.float32))
 
@@ -112,7 +119,8 @@ def test_the_source_of_a_kernel_includes_what_it_calls() -> None:
     assert _scale.src in aot._sources(_kernel)
 
 
-ROW = {"shared": 1000, "spills": 0, "matrix": 8, "async_copies": 4, "setmaxnreg": 0}
+ROW = {"shared": 1000, "spills": 0, "matrix": 8, "async_copies": 4, "setmaxnreg": 0, "warps": 4}
+PRODUCT = Launch(_product_kernel, (1,), {"x_ptr": meta(4, dtype=torch.bfloat16), "WIDE": 64}, CONFIG, {})
 
 
 @pytest.mark.parametrize(
@@ -129,12 +137,27 @@ ROW = {"shared": 1000, "spills": 0, "matrix": 8, "async_copies": 4, "setmaxnreg"
     ],
 )
 def test_limits(target: str, changes: dict[str, int], problem: str | None) -> None:
-    found = aot._problems({**ROW, **changes}, make_job(make_launch(), target, tensor_cores=True))
+    found = aot._problems({**ROW, **changes}, make_job(PRODUCT, target, tensor_cores=True))
     if problem is None:
         assert found == []
     else:
         assert len(found) == 1
         assert problem in found[0]
+
+
+def test_only_kernels_with_a_product_need_tensor_cores() -> None:
+    row = {**ROW, "matrix": 0, "async_copies": 0}
+    assert aot._problems(row, make_job(make_launch(), "sm_80", tensor_cores=True)) == []
+    assert aot._problems(row, make_job(PRODUCT, "sm_80", tensor_cores=False)) == []
+    assert aot.compile_job(make_job(PRODUCT, "sm_90", tensor_cores=True))["matrix"] > 0
+
+
+@pytest.mark.parametrize(("setmaxnreg", "warps", "good"), [(2, 12, True), (0, 12, False), (2, 4, False)])
+def test_warps_with_roles_are_noticed_when_they_are_gone(setmaxnreg: int, warps: int, good: bool) -> None:
+    row = {**ROW, "setmaxnreg": setmaxnreg, "warps": warps}
+    found = aot._problems(row, make_job(PRODUCT, warp_specialized=True))
+    assert (found == []) is good
+    assert "wait for one another" in aot._problems({**row, "serialised": True}, make_job(PRODUCT))[0]
 
 
 def test_a_table_that_is_out_of_date_fails(capsys: pytest.CaptureFixture[str]) -> None:
