@@ -314,6 +314,7 @@ def samples() -> Iterator[Sample]:
     yield from _sample_pair("gated_mlp", CLAMPED, torch.float16, 4096, 2880, 2880, bias=True)
     yield from _sample_pair("gated_mlp", "gelu", torch.float32, 4096, 2048, 5632)
     yield from _sample_pair("mlp", "gelu_tanh", torch.bfloat16, 4096, 1600, 6400, bias=True)
+    yield from _sample_pair("mlp", "gelu", torch.bfloat16, 4096, 768, 3072, bias=True)
     yield next(_sample_pair("gated_mlp", "silu", torch.bfloat16, 16, 4096, 14336))
     yield next(_sample_pair("mlp", "gelu", torch.float32, 4096, 768, 3072, bias=True))
 

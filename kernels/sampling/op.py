@@ -301,7 +301,7 @@ def _launch_adjust(
         "repetition_ptr": repetition_R,
         "presence_ptr": presence_R,
         "frequency_ptr": frequency_R,
-        "logits_stride": logits_RV.stride(0),
+        "logits_stride": work_RV.stride(0),
     }
     block = 16 if target_of(logits_RV).interpreted else 256
     launch(adjust_kernel, (len(logits_RV),), Config({"BLOCK": block}, 4, 1), arguments)

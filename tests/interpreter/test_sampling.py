@@ -141,6 +141,12 @@ def test_penalties_and_biases(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=bound, atol=bound)
     assert torch.equal(found[0], logits[0])
 
+    apart = torch.zeros(3, 64, dtype=dtype)
+    apart[:, :50] = logits
+    penalize(apart[:, :50], starts=starts, tokens_M=tokens, counts_M=counts, **parameters)
+    assert torch.equal(apart[:, :50], found)
+    assert not apart[:, 50:].any()
+
     biases = torch.randn(42, generator=generator)
     biases[3] = float("-inf")
     before = found.clone()

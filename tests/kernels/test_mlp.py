@@ -140,7 +140,7 @@ def test_joined_layers_have_biases_all_or_none() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 17, 64, 100, 128, 8192])
 def test_configurations_fit(rows: int, dtype: torch.dtype, target: Any) -> None:
     for (is_gated, _), tunable in TUNABLES.items():
-        config = tunable.pick(dtype, target, N=rows, C=4096, F=14336)
+        config = tunable.pick(dtype, target, N=rows, C=4096, F=14336, exact_erf=0)
         assert all(size & (size - 1) == 0 for size in config.blocks.values())
         assert all(config.blocks[name] >= 16 for name in ("ROWS", "COLUMNS", "BLOCK_C"))
         assert shared_estimate(config, dtype, 1 + is_gated) <= target.shared_bytes
