@@ -25,7 +25,7 @@ _ON_CPU: dict[str, tuple[str, str]] = {
     "mlp": ("torch, own backward", "keeps gate and up only"),
     "moe": ("torch, expert by expert", "products of the tokens that an expert has"),
     "newton_schulz": ("torch", "batched products"),
-    "paged_attention": ("torch SDPA", "request by request, on gathered keys"),
+    "paged_attention": ("Numba loops, torch SDPA", "single tokens without a copy; longer requests on gathered keys"),
     "quantized": ("torch", "packed products where this CPU has them"),
     "quantized_moe": ("torch, expert by expert", "as quantized; float8 and MXFP4 dequantized in pieces"),
     "rms_norm": ("torch, own backward", "keeps no fp32 activation"),
