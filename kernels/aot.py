@@ -302,15 +302,26 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         status |= _compare(wanted, done, stored)
     if options.write and not bad:
-        table = {"triton": triton.__version__, "rows": {row["key"]: row for row in done}}
-        TABLE.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+        _store(done)
     print(f"{len(done)} of {len(wanted)} launches compiled with triton {triton.__version__}, {len(bad)} bad")
     return status
 
 
 def _stored() -> dict[str, Any]:
-    empty: dict[str, Any] = {"triton": "", "rows": {}}
-    return json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else empty
+    """The committed table: the compiler's version, and the rows by key."""
+    if not TABLE.is_file():
+        return {"triton": "", "rows": {}}
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    table["rows"] = {key: {"key": key, **row} for key, row in table["rows"].items()}
+    return table
+
+
+def _store(rows: list[dict[str, Any]]) -> None:
+    """Write the table, a line for each row, so that a change of one kernel is a change of its lines."""
+    names = ("hash", "config", "shared", "registers", "spills", "matrix", "async_copies", "setmaxnreg", "warps")
+    lines = [f"{json.dumps(row['key'])}: {json.dumps({name: row[name] for name in names})}" for row in rows]
+    head = f'{{"triton": {json.dumps(triton.__version__)}, "rows": {{'
+    TABLE.write_text(head + "\n" + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
 def _must_compile(job: Job, rows: Mapping[str, Mapping[str, Any]]) -> bool:
