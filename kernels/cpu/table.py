@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from trine.kernels.cpu.compiled import available
 
-# By `benchmarks/cpu_decode.py`, medians over several runs of it on a machine that others used too: good to a tenth.
+# By `benchmarks/cpu_decode.py`, medians over several runs on a machine that others used too: good to a tenth for one
+# and two rows, to a fifth or so for more.
 MEASURED_ON = "one core of a Zen 5 server CPU (AVX512-BF16, VNNI), weights of 1024 x 2816, torch 2.13, numba 0.68"
 
 
