@@ -16,7 +16,7 @@ test: lint types ## lint, types and the fast tests; kernels in the interpreter a
 	$(BIN)/python -m trine.kernels.aot --check
 test-slow: $(VENV)/.develop $(VENV)/triton-3.6 ## the wide and long tests; kernels compiled for sm_90 with the oldest triton too
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m slow $(PYTEST_ARGS) tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -k every_pair $(PYTEST_ARGS) tests/kernels/test_attention_support.py
 	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m trine.kernels.aot --targets sm_90
 lint: $(VENV)/.develop ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
