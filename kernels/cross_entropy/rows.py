@@ -180,9 +180,9 @@ def cross_entropy_rows_kernel(
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
-def row_config(vocab_size: int, target: Target, bytes_each: int, each: int) -> Config:
+def row_config(vocab_size: int, target: Target, bytes_each: int, each: int, threads: int = 512) -> Config:
     """With `each` numbers for each thread, of up to 16 KiB in all; AMD's lanes come 64 to a warp."""
-    widest = 256 * each if target.is_amd else min(512 * each, 16384 // bytes_each)
+    widest = 256 * each if target.is_amd else min(threads * each, 16384 // bytes_each)
     block = min(widest, max(1024, next_power_of_2(vocab_size)))
     lanes = 64 if target.is_amd else 32
     return Config({"BLOCK_V": block}, num_warps=max(4, block // (lanes * each)))
@@ -192,7 +192,8 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     """Wide blocks, so that enough bytes are under way; half as wide where odd rows need an address for each number."""
     if target.interpreted:
         return Config({"BLOCK_V": 32})
-    return row_config(shape["V"], target, dtype.itemsize, 8 if shape["V"] % 16 else 16)
+    # 512 threads of 16 numbers spill with triton 3.6.
+    return row_config(shape["V"], target, dtype.itemsize, *((8, 512) if shape["V"] % 16 else (16, 256)))
 
 
 def row_candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:

@@ -127,7 +127,7 @@ _PROGRAMS_PER_SM = 4
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if target.interpreted:
         return Config({"ROWS": 4, "STAGES": 1, **blocks(shape)})
-    rows = max(1, min(32, _PROGRAM_NUMBERS // next_power_of_2(shape["exact_D"])))
+    rows = max(1, min(64 // dtype.itemsize, _PROGRAM_NUMBERS // next_power_of_2(shape["exact_D"])))
     # One more than the tiles under way; AMD's would wait in registers.
     stages = 1 if target.is_amd else 3 if dtype.itemsize == 2 else 2
     return Config({"ROWS": rows, "STAGES": stages, **blocks(shape)}, num_warps=4, num_stages=stages)
