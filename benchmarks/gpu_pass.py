@@ -3,10 +3,11 @@
     PYTHONPATH=.typing python -m trine.benchmarks.gpu_pass [--device cuda] [--minutes N] [--bench] [--tune] ...
 
 For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest are enough, Trine need not be
-installed (without typer, doctor is left out). In this order: `trine doctor`; a small model trained on both devices
-from the same weights and data, and generating on both; each file of tests/gpu; on a Hopper GPU the check of its own
-attention kernel, which is used from then on where it passes (kernels/tuned/verified.json); with `--bench` the kernel
-benchmark, whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
+installed (without typer, doctor is left out). First, beside each other: `trine doctor`; a small model trained on both
+devices from the same weights and data, and generating on both; tests/gpu, in `--jobs` processes; on a Hopper GPU the
+check of its own attention kernel, which is used from then on where it passes (kernels/tuned/verified.json). Then alone
+on the GPU: with `--bench` the kernel benchmark, whose results go to benchmarks/results/; with `--tune` the search for
+launch configurations.
 
 Every stage is a process of its own with a time limit, so that a kernel that hangs or breaks the device costs its stage
 and no other. With `--minutes` the whole ends in time, and what was not run is said. A table comes last; exit status 0
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,9 +36,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Its cases are those of the check of the Hopper kernel, which is a stage of its own.
 HOPPER = ROOT / "tests/gpu/test_hopper_attention.py"
-NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pytest")
+NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pytest", "xdist")
 # A stage that has less than this is not begun.
 _LEAST_SECONDS = 20
+# What a test of tests/gpu may take.
+TEST_SECONDS = 180
 _SHOWN_LINES = 40
 
 
@@ -93,14 +97,13 @@ def main() -> int:
         return error.exit_status
     budget, logs = Budget(options.minutes), Path(options.logs or tempfile.mkdtemp(prefix="gpu-pass-"))
     logs.mkdir(parents=True, exist_ok=True)
-    first, tests, last = _stages(device, options)
-    if options.only:
-        first, tests, last = ([s for s in group if options.only in s.name] for group in (first, tests, last))
-    rows = [row for stage in first for row in run(stage, budget, logs)]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for found in pool.map(lambda stage: run(stage, budget, logs), tests):
-            rows += found
-    rows += [row for stage in last for row in run(stage, budget, logs)]
+    together, alone = (
+        [stage for stage in group if not options.only or options.only in stage.name]
+        for group in _stages(device, options)
+    )
+    with ThreadPoolExecutor(max(1, len(together))) as pool:
+        rows = [row for found in pool.map(lambda stage: run(stage, budget, logs), together) for row in found]
+    rows += [row for stage in alone for row in run(stage, budget, logs)]
     print(f"\nlogs: {logs}")
     for row in rows:
         print(f"{ {True: 'ok  ', False: 'FAIL', None: '----'}[row.good] }  {row.check:<34}  {row.detail}")
@@ -113,7 +116,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="training steps on each device (default 50)")
     parser.add_argument("--minutes", type=float, default=0, help="end within so many minutes (default: no limit)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only stages whose name contains TEXT")
-    parser.add_argument("--jobs", type=int, default=1, help="test files at a time; they share the GPU (default 1)")
+    jobs = max(1, min(14, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--jobs", type=int, default=jobs, help=f"tests at a time; they share the GPU (default {jobs})")
+    parser.add_argument("--tests", default="", metavar="EXPRESSION", help="only tests that match, as pytest's -k")
+    parser.add_argument("--operations", default="", metavar="A,B", help="of --bench and --tune (default: all)")
     parser.add_argument("--bench", action="store_true", help="time the kernels and keep the results")
     parser.add_argument("--quick", action="store_true", help="bench and tune one shape per operation")
     parser.add_argument("--tune", action="store_true", help="search launch configurations for this GPU")
@@ -122,37 +128,45 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list[Stage], list[Stage]]:
-    """Before the tests, the tests, and after them."""
+def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list[Stage]]:
+    """What can run beside each other, and what needs the GPU alone."""
     module = [sys.executable, "-m"]
-    first = [
-        Stage(
-            "training and generation",
-            [*module, "trine.benchmarks.gpu_compare", device, str(options.steps)],
-            10,
-            _compared,
-        )
-    ]
+    compare = [*module, "trine.benchmarks.gpu_compare", device, str(options.steps)]
+    together = [Stage("training and generation", compare, 10, _compared)]
     if importlib.util.find_spec("typer") is None:
         print("trine doctor is left out: typer is not installed here")
     else:
-        first.insert(0, Stage("trine doctor", [*module, "trine.cli", "doctor", "--device", device], 3, show=True))
-    # One process for each file: an illegal access spoils a process for good. Without a GPU all tests are skipped.
-    files = sorted((ROOT / "tests/gpu").glob("test_*.py")) if device != "cpu" else [ROOT / "tests/gpu"]
-    pytest = [*module, "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = [Stage(str(file.relative_to(ROOT)), [*pytest, str(file)], 15, _tested) for file in files if file != HOPPER]
-    # After the tests, which so are those of its twin; before the bench, which so measures it.
-    hopper = [*module, "trine.kernels.attention.hopper_check", "--verify"]
-    last = [Stage("hopper attention check", hopper, 10, show=True)] if _is_hopper(device) else []
+        together.insert(0, Stage("trine doctor", [*module, "trine.cli", "doctor", "--device", device], 3, show=True))
+    together.append(Stage("tests/gpu", _pytest(options), 30, _tested))
+    if _is_hopper(device):
+        hopper = [*module, "trine.kernels.attention.hopper_check", "--verify"]
+        together.append(Stage("hopper attention check", hopper, 10, show=True))
+    alone = []
     kernels = [*module, "trine.benchmarks.kernels"]
-    settings: dict[str, object] = {"device": device, "quick": options.quick or device == "cpu"}
+    operations = [name for name in options.operations.split(",") if name]
+    quick = options.quick or device == "cpu"
+    settings: dict[str, object] = {"device": device, "quick": quick, "operations": operations}
     if options.bench:
         stem = _gpu_name(device).lower().replace(" ", "-")
         out = Path(options.results) / f"kernels-{stem}-{datetime.now(UTC):%Y-%m-%d}.json"
-        last.append(Stage("bench kernels", kernels, 30, _benched, show=True, settings={**settings, "out": str(out)}))
+        alone.append(Stage("bench kernels", kernels, 30, _benched, show=True, settings={**settings, "out": str(out)}))
     if options.tune:
-        last.append(Stage("tune kernels", kernels, 120, show=True, settings={**settings, "tune": True}))
-    return first, tests, last
+        alone.append(Stage("tune kernels", kernels, 120, show=True, settings={**settings, "tune": True}))
+    return together, alone
+
+
+def _pytest(options: argparse.Namespace) -> list[str]:
+    """The command for tests/gpu: its processes are replaced when a test breaks the device for them, or hangs."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "xdist.plugin"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        # Its other method waits for the call that hangs.
+        command += ["-p", "pytest_timeout", "--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
+    if options.tests:
+        command += ["-k", options.tests]
+    # Each process begins with a run of neighbours, which share compiled kernels.
+    command += ["-n", str(options.jobs), "--dist", "worksteal", "--max-worker-restart", "1000"]
+    # The check of the Hopper kernel is a stage of its own.
+    return [*command, "--ignore", str(HOPPER.relative_to(ROOT)), "tests/gpu"]
 
 
 def _is_hopper(device: str) -> bool:
@@ -195,7 +209,13 @@ def run(stage: Stage, budget: Budget, logs: Path) -> list[Row]:
 def _call(command: list[str], log: Path, limit: float) -> int | None:
     """The exit status, or None for a program that was stopped at the limit, with all that it started."""
     with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        # Other plugins of pytest on that machine are none of ours; and tests beside each other need no threads.
+        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        if "pytest" in command:
+            environment["OMP_NUM_THREADS"] = "1"
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             return process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -213,11 +233,20 @@ def _compared(_: str, output: str) -> list[Row]:
 
 
 def _tested(name: str, output: str) -> list[Row]:
-    """pytest's counts, and the names of failed tests."""
-    failed = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+\.py::\S+)", output, re.MULTILINE)
-    counts = re.findall(r"^(\d+ (?:passed|failed|skipped|error).*) in [\d.]+s", output, re.MULTILINE)
-    rows = [Row(name, not failed, counts[-1])] if counts else []
-    return rows + [Row(f"  {test}", False, "") for test in failed]
+    """Counts of each file, from the lines that pytest prints as tests end, and the names of failed tests."""
+    found = re.findall(
+        r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (\S+?\.py)::(.+?) *$", output, re.MULTILINE
+    )
+    rows = []
+    for file in sorted({file for _, file, _ in found}):
+        outcomes = {test: outcome for outcome, where, test in found if where == file if outcome != "PASSED"}
+        outcomes = {test: "PASSED" for _, where, test in found if where == file} | outcomes
+        counts = Counter(outcomes.values())
+        failed = [test for test, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
+        detail = ", ".join(f"{number} {outcome.lower()}" for outcome, number in sorted(counts.items()))
+        rows += [Row(file, not failed, detail), *(Row(f"  {test}", False, "") for test in sorted(failed))]
+    ended = re.search(r"^=+ (?!.*(?:test session|FAILURES|ERRORS|info|summary)).* in [\d.]+s.*$", output, re.MULTILINE)
+    return rows if ended or not rows else [Row(name, False, "not all tests ended"), *rows]
 
 
 def _benched(name: str, output: str) -> list[Row]:

@@ -12,14 +12,11 @@ once, untimed.
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import TimeoutError as NoAnswer
-from multiprocessing import get_context
-from multiprocessing.pool import Pool
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from torch import Tensor
 
 from trine.benchmarks.kernel_check import Expected, as_tuple, dtype_name, first_line
 from trine.benchmarks.kernel_problem import Case, Problem, all_cases
+from trine.benchmarks.kernel_warming import new_pool
 from trine.benchmarks.timing import Spread, Stopwatch
 from trine.engine import env
 from trine.engine.errors import UsageError
@@ -61,10 +59,6 @@ def tune(cases: list[Case], device: torch.device, dtype: torch.dtype, *, minutes
     return 0
 
 
-def _new_pool() -> Pool:
-    return get_context("spawn").Pool(max(1, min(8, (os.cpu_count() or 2) // 2)))
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A configuration to try, for one question of one pass of one case; travels to other processes."""
@@ -86,7 +80,7 @@ class Tuner:
         self.watch = Stopwatch(device, turn_seconds=0.01)
         self.answered: set[tuple[str, Any, torch.dtype]] = set()
         self.tried = self.failed = self.improved = 0
-        self.pool = _new_pool()
+        self.pool = new_pool()
 
     def tune(self, case: Case) -> None:
         """All kernels of a case."""
@@ -161,7 +155,7 @@ class Tuner:
             except NoAnswer:
                 reasons.append(f"no answer after {PATIENCE_SECONDS} s: it hangs, or its process died")
                 self.pool.terminate()
-                self.pool = _new_pool()
+                self.pool = new_pool()
         return reasons
 
     def _try(self, call: Pass, expected: list[Tensor], *, in_place: bool) -> str:

@@ -25,6 +25,7 @@ import torch
 
 from trine.benchmarks.kernel_check import Backward, Expected, as_tuple, dtype_name, first_line
 from trine.benchmarks.kernel_problem import Case, Cost, Problem, Results, all_cases
+from trine.benchmarks.kernel_warming import compile_beforehand
 from trine.benchmarks.timing import Ceilings, Spread, Stopwatch
 from trine.engine import env
 from trine.engine.errors import UsageError
@@ -91,6 +92,8 @@ class Bench:
             say(f"this machine is busy (load {env.load_average()[0]:.1f}): times may be far too long")
         begin, limit = time.monotonic(), 60 * self.settings.minutes
         self._write()
+        if self.device.type == "cuda":
+            compile_beforehand(cases, self.device, self.dtype)
         watch = Stopwatch(self.device, turn_seconds=0.01 if self.settings.quick else 0.03)
         ceilings = Ceilings(self.device, self.dtype)
         for call in (ceilings.copy, ceilings.product):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,31 @@ def deterministic() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before)
     torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(autouse=True)
+def one_large_test_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests with tensors of more than 2^31 numbers wait for each other, where several processes share the GPU."""
+    if "past_2_to_the_31" not in request.node.name:
+        yield
+        return
+    import torch
+
+    with open(Path(tempfile.gettempdir()) / f"trine-large-{os.getuid()}.lock", "w", encoding="utf-8") as file:
+        flock(file, LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End a test process whose device is broken: every test after would fail with it. pytest-xdist starts another."""
+    import torch
+
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{item.nodeid}: the device is broken for this process: {error}", flush=True)
+        os._exit(1)
