@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trine.engine.model.cache import CacheStep, KVCache
+from trine.engine.model.cache import Step
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Linear, RMSNorm, joined_linear, make_norm, records_gradients
 from trine.kernels.attention.op import Mask, attention
@@ -23,12 +23,11 @@ from trine.kernels.rope.op import rope, rope_heads
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every layer of one forward pass shares: the mask, the rotary tables, the cache and its step."""
+    """What every layer of one forward pass shares: the mask or the step of a cache, and the rotary tables."""
 
-    mask: Mask
+    mask: Mask | None
     rope_tables: tuple[Tensor, Tensor] | None
-    cache: KVCache | None
-    step: CacheStep | None
+    step: Step | None
 
 
 class Attention(nn.Module):
@@ -52,11 +51,13 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = None
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        q_BHTD, k_BKSD, v_BKSD = self._heads(x_BTC, context.rope_tables)
-        if context.cache is not None and context.step is not None:
-            k_BKSD, v_BKSD = context.cache.update(self.layer, k_BKSD, v_BKSD, context.step)
-        dropout_p = self.dropout if self.training else 0.0
-        o_BHTD = attention(q_BHTD, k_BKSD, v_BKSD, mask=context.mask, dropout_p=dropout_p)
+        q_BHTD, k_BKTD, v_BKTD = self._heads(x_BTC, context.rope_tables)
+        if context.step is not None:
+            o_BHTD = context.step.attend(self.layer, q_BHTD, k_BKTD, v_BKTD)
+        else:
+            assert context.mask is not None
+            dropout_p = self.dropout if self.training else 0.0
+            o_BHTD = attention(q_BHTD, k_BKTD, v_BKTD, mask=context.mask, dropout_p=dropout_p)
         return self.o_proj(o_BHTD.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x_BTC: Tensor, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

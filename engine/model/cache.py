@@ -1,8 +1,12 @@
-"""The key/value cache of the plain generator: one slot per position.
+"""What the model asks of a key/value cache, and the cache of the plain generator: one slot per position.
 
-Slot j of a row holds the key and value of the token at position j, so the rule "position p sees slots j <= p" is the
-whole mask. Ragged batches are padded on the right: pad all prompts to one length, run them, then set `lengths_B` to the
-true lengths. What the padding wrote lies beyond every visible slot until the next tokens overwrite it.
+A forward pass asks its cache for a `Step`, and every attention layer has the step store its keys and values and attend
+to what is visible: layers know nothing of how a cache lies in memory (`paged_cache.py` holds the other kind).
+
+In `KVCache` slot j of a row holds the key and value of the token at position j, so the rule "position p sees slots
+j <= p" is the whole mask. Ragged batches are padded on the right: pad all prompts to one length, run them, then set
+`lengths_B` to the true lengths. What the padding wrote lies beyond every visible slot until the next tokens overwrite
+it.
 
 Shapes: B rows, T new tokens, S slots in use, K key/value heads, D head dimension.
 """
@@ -10,27 +14,67 @@ Shapes: B rows, T new tokens, S slots in use, K key/value heads, D head dimensio
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trine.engine.errors import ContextLengthError
 from trine.engine.model.config import ModelConfig
-from trine.kernels.attention.op import Mask, make_mask
+from trine.kernels.attention.op import Mask, attention, make_mask
+
+
+class Step(Protocol):
+    """One forward pass over a cache: made once, used by every layer.
+
+    `positions_BT` (int64): the position of each new token. `num_slots`: one more than the last position.
+    """
+
+    @property
+    def positions_BT(self) -> Tensor: ...  # noqa: N802
+
+    @property
+    def num_slots(self) -> int: ...
+
+    def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        """Store the new keys and values of a layer; returns o_BHTD over all that is visible to the queries."""
+        ...
+
+    def finish(self) -> None:
+        """Called once, after the last layer."""
+        ...
+
+
+class Cache(Protocol):
+    """Where the keys and values of earlier tokens are."""
+
+    def plan(self, num_new: int, positions_BT: Tensor | None) -> Step:
+        """The step for `num_new` tokens a row, at `positions_BT` or else right after those held."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class CacheStep:
-    """Where one forward pass writes and what it may see; made once, used by every layer.
+    """Where one forward pass writes and what it may see.
 
     `start` is the first slot when all rows write the same run of slots, None when rows differ (then
     `positions_BT` says where). `num_slots` is how many slots are read.
     """
 
+    cache: KVCache
     positions_BT: Tensor
     start: int | None
     num_slots: int
     mask: Mask
+
+    def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        """See `Step`."""
+        k_BKSD, v_BKSD = self.cache.update(layer, k_BKTD, v_BKTD, self)
+        return attention(q_BHTD, k_BKSD, v_BKSD, mask=self.mask)
+
+    def finish(self) -> None:
+        """Count the tokens: every row now ends after its last new position."""
+        self.cache.lengths_B = self.positions_BT[:, -1].cpu() + 1
 
 
 class KVCache:
@@ -81,7 +125,7 @@ class KVCache:
             mask = make_mask(causal=False, num_keys=last + 1)
         else:
             mask = make_mask(causal=True, num_keys=last + 1, query_positions_BT=on_device)
-        return CacheStep(on_device, first if uniform else None, last + 1, mask)
+        return CacheStep(self, on_device, first if uniform else None, last + 1, mask)
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, step: CacheStep) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of one layer; returns views of all slots in use, [B, K, S, D]."""
@@ -99,7 +143,3 @@ class KVCache:
             k_BKSD.scatter_(2, index, k_BKTD)
             v_BKSD.scatter_(2, index, v_BKTD)
         return k_BKSD[:, :, : step.num_slots], v_BKSD[:, :, : step.num_slots]
-
-    def advance(self, step: CacheStep) -> None:
-        """Count the tokens of a finished forward pass: every row now ends after its last new position."""
-        self.lengths_B = step.positions_BT[:, -1].cpu() + 1

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trine.engine.errors import ContextLengthError
 from trine.engine.model.blocks import Block, Context
-from trine.engine.model.cache import KVCache
+from trine.engine.model.cache import Cache
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Embedding, Linear, make_norm
 from trine.engine.model.rotary import inverse_frequencies
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         segment_ids_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         compute_dtype: torch.dtype | None = None,
         checkpoint_activations: bool = False,
     ) -> Tensor:
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
             if segment_ids_BT is not None:
                 raise ValueError("segment_ids_BT and a cache cannot be used together; give one document per row")
             step = cache.plan(T, positions_BT)
-            positions_BT, mask, length = step.positions_BT, step.mask, step.num_slots
+            positions_BT, mask, length = step.positions_BT, None, step.num_slots
         else:
             mask = make_mask(causal=True, num_keys=T, segment_ids_BT=segment_ids_BT)
             length = T if positions_BT is None else 0
@@ -119,14 +119,14 @@ class Transformer(nn.Module):
         if self.config.rope is not None:
             frequencies = inverse_frequencies(self.config.rope, self.config.head_dim, ids_BT.device)
             tables = rope_tables(positions_BT, frequencies, dtype)
-        context = Context(mask, tables, cache, step)
+        context = Context(mask, tables, step)
         for layer in self.layers:
             if checkpoint_activations and torch.is_grad_enabled():
                 x_BTC = checkpoint(layer, x_BTC, context, use_reentrant=False)
             else:
                 x_BTC = layer(x_BTC, context)
-        if cache is not None and step is not None:
-            cache.advance(step)
+        if step is not None:
+            step.finish()
         return self.norm(x_BTC)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ def paged_attention(
     k_scale_PSK: Tensor | None = None,
     v_scale_PSK: Tensor | None = None,
     split_size: int | None = None,
+    tables_checked: bool = False,
 ) -> Tensor:
     """o_NHD in the dtype of q. No gradients.
 
@@ -66,12 +67,13 @@ def paged_attention(
     multiple of 64, for batch-invariant bits; None lets the kernel choose.
 
     Raises ValueError for what does not fit, by name. That table entries and lengths lie within the pool is checked on a
-    CPU, and on a GPU with TRINE_CHECK_KERNELS=1 (it waits for the device).
+    CPU, and on a GPU with TRINE_CHECK_KERNELS=1 (it waits for the device), unless `tables_checked` says that the caller
+    has called `check_tables` on them (once for all layers).
     """
     _check(q_NHD, k_cache_PSKD, v_cache_PSKD, block_table_RM, lengths_R, query_starts)
     _check_options(q_NHD, k_cache_PSKD, max_queries, max_length, window, softcap, sinks_H, split_size)
     _check_scales(q_NHD, k_cache_PSKD, k_scale_PSK, v_scale_PSK)
-    if CHECKING or not q_NHD.is_cuda:
+    if not tables_checked and (CHECKING or not q_NHD.is_cuda):
         check_tables(k_cache_PSKD, block_table_RM, lengths_R, query_starts, max_queries, max_length, len(q_NHD))
     scale = q_NHD.shape[2] ** -0.5 if scale is None else scale
     if uses_triton(q_NHD):
