@@ -5,6 +5,7 @@
     ├── CheckpointError          a folder is no checkpoint, is damaged, or is of an unknown family
     ├── DataError                text, shards or tokenizer files are missing, damaged or do not fit together
     ├── ContextLengthError       a sequence is longer than the model's context
+    ├── QueueFullError           a request came while too many are waiting
     └── NonFiniteError           a loss or gradient is not a number
 
 Every message names the value that was given and what to do about it, on one line.
@@ -37,6 +38,10 @@ class DataError(TrineError):
 
 class ContextLengthError(TrineError):
     """A sequence does not fit the model's context."""
+
+
+class QueueFullError(TrineError):
+    """Too many requests are waiting already; the same request can succeed later."""
 
 
 class NonFiniteError(TrineError):
