@@ -12,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from trine.engine.errors import ContextLengthError, UsageError
+from trine.engine.generate.logprobs import prompt_logprobs
 from trine.engine.generate.request import Completion, Request
-from trine.engine.generate.sampling import SamplingParams
+from trine.engine.generate.sampling import SamplingParams, check_ids
 from trine.engine.model.cache import KVCache
 from trine.engine.model.transformer import Transformer
+from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
 
 OnText = Callable[[int, int, str], None]
@@ -65,17 +68,6 @@ def generate(
     return [request.completion() for request in requests]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int]) -> list[int]:
-    """Ids of a prompt, never none; see `generate`."""
-    ids = tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
-    if ids:
-        return ids
-    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if start is None:
-        raise UsageError("the prompt is empty and the tokenizer names no bos or eos token to start from; give a prompt")
-    return [start]
-
-
 def _make_requests(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -101,6 +93,7 @@ def _make_requests(
         eos_ids = frozenset((tokenizer.eos_id,))
     requests = []
     for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
+        check_ids(wanted, tokenizer.vocab_size)
         ids = encode_prompt(tokenizer, prompt)
         wrong = [token_id for token_id in ids if not 0 <= token_id < tokenizer.vocab_size]
         if wrong:
@@ -142,6 +135,8 @@ def _run_batch(
     for row, request in enumerate(requests):
         ids_BT[row, : lengths[row]] = torch.tensor(request.prompt_ids)
     hidden_BTC = model(ids_BT.to(model.device), cache=cache, compute_dtype=compute_dtype)
+    for row, request in enumerate(requests):
+        _add_prompt_logprobs(model, request, hidden_BTC[row])
     hidden_BC = hidden_BTC[torch.arange(B), torch.tensor(lengths) - 1]
     while True:
         logits_BV = model.logits(hidden_BC)
@@ -157,3 +152,11 @@ def _run_batch(
         positions_B1 = torch.tensor([[min(request.last_position, num_slots - 1)] for request in requests])
         hidden_B1C = model(ids_B1.to(model.device), positions_BT=positions_B1, cache=cache, compute_dtype=compute_dtype)
         hidden_BC = hidden_B1C[:, 0]
+
+
+def _add_prompt_logprobs(model: Transformer, request: Request, hidden_TC: Tensor) -> None:
+    """Where the request asks for them; hidden states of the padded prompt."""
+    count, ids = request.params.prompt_logprobs, request.prompt_ids
+    if count is not None:
+        of_rest = prompt_logprobs(model, hidden_TC, ids[1:], count, vocab_size=request.vocab_size)
+        request.prompt_logprobs = (None, *of_rest)

@@ -159,6 +159,27 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
+    def chat_template(self) -> str | None:
+        """The text of the chat template that came with the tokenizer, if any; see `trine.engine.text.chat`."""
+        if "chat_template.jinja" in self._companions:
+            return self._companions["chat_template.jinja"]
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several named ones
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the special tokens by role (`bos_token`, `eos_token`, ...), as far as the tokenizer has them."""
+        ids = {role: self._special(role) for role in _ROLES}
+        return {role: str(self._parsing.id_to_token(token)) for role, token in ids.items() if token is not None}
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one id alone, special tokens included; U+FFFD where it is only a part of a character."""
+        return str(self._parsing.decode([token_id], skip_special_tokens=False))
+
+    @cached_property
     def _model(self) -> dict[str, Any]:
         model: dict[str, Any] = json.loads(self._definition)["model"]
         return model

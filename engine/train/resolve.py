@@ -19,10 +19,10 @@ from trine.engine.data.shards import read_manifest
 from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
-from trine.engine.generate.plain import encode_prompt
 from trine.engine.model.checkpoint import read_config, resolve_checkpoint
 from trine.engine.model.config import DropoutConfig, ModelConfig, RopeConfig, default_ffn_width
 from trine.engine.model.families.registry import config_to_hf
+from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
 from trine.engine.train.recipe import ModelSettings, Recipe

@@ -1,0 +1,24 @@
+"""From a prompt as a caller gives it to ids that a model can start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trine.engine.errors import UsageError
+from trine.engine.text.tokenizer import Tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
+    """Ids of a prompt, never none.
+
+    Texts get the special tokens that the tokenizer puts around a text (such as a beginning-of-text token) unless
+    `add_special_tokens` is off; ids are taken as they are. An empty prompt starts from the beginning-of-text token, or
+    else the end-of-text token, which stands between documents. Raises `UsageError` where there is neither.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens) if isinstance(prompt, str) else list(prompt)
+    if ids:
+        return ids
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if start is None:
+        raise UsageError("the prompt is empty and the tokenizer names no bos or eos token to start from; give a prompt")
+    return [start]
