@@ -1,8 +1,8 @@
 """One completion on its way: what was asked, what has come so far, and when it ends.
 
-A `Request` turns chosen ids into text. It ends at an end-of-sequence token or a stop string (`"stop"`), or when its
-budget of tokens is used up (`"length"`). The pieces it returns, joined, are the text of its `Completion`: nothing that
-was released is taken back, no character is cut in half, and no part of a stop string is shown.
+A `Request` turns chosen ids into text. It ends at an end-of-sequence token, a stop id or a stop string (`"stop"`), or
+when its budget of tokens is used up (`"length"`). The pieces it returns, joined, are the text of its `Completion`:
+nothing that was released is taken back, no character is cut in half, and no part of a stop string is shown.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trine.engine.generate.logprobs import TokenLogprobs, token_logprobs
 from trine.engine.generate.sampling import Sampler, SamplingParams, request_seed
 from trine.engine.generate.stop import StopMatcher
 from trine.engine.text.detokenize import IncrementalDecoder
@@ -27,11 +28,14 @@ class Completion:
     """What was generated for one prompt.
 
     Attributes:
-        text: without the end-of-sequence token, special tokens and the stop string.
+        text: without the end-of-sequence token, the stop id or string, and special tokens.
         token_ids: every generated id, the one that ended the text included.
-        finish_reason: "stop" (end-of-sequence or stop string) or "length" (max_tokens, or the end of the context).
+        finish_reason: "stop" (end-of-sequence, stop id or string) or "length" (max_tokens, or the end of the context).
         prompt_tokens, completion_tokens: their numbers.
         prompt_index, choice: which prompt of the call, and which of its `n` completions.
+        stop_reason: the stop id or string that ended the text, if one did.
+        logprobs: of every generated id, where `params.logprobs` asks for them.
+        prompt_logprobs: of every id of the prompt, None for the first; where `params.prompt_logprobs` asks for them.
     """
 
     text: str
@@ -41,6 +45,9 @@ class Completion:
     completion_tokens: int
     prompt_index: int
     choice: int
+    stop_reason: int | str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class Request:
@@ -68,19 +75,24 @@ class Request:
         self.prompt_ids = tuple(prompt_ids)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.budget = budget
         self.prompt_index = prompt_index
         self.choice = choice
-        self._eos_ids = frozenset() if params.ignore_eos else eos_ids
-        self._vocab_size = tokenizer.vocab_size
-        self._sampler = Sampler(
+        self.params = params
+        self._ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        self.vocab_size = tokenizer.vocab_size
+        self.sampler = Sampler(
             params,
             prompt_ids=prompt_ids,
-            vocab_size=self._vocab_size,
+            vocab_size=self.vocab_size,
             seed=request_seed(params, prompt_ids, choice),
+            ends=self._ends,
             device=device,
         )
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stop = StopMatcher(params.stop)
         self._pieces: list[str] = []
 
@@ -99,18 +111,29 @@ class Request:
 
         Rows of the embedding beyond the tokenizer's vocabulary (padding) have no text and are never chosen.
         """
+        logits_V = logits_V[: self.vocab_size]
+        token_id = self.sampler.next_token(logits_V)
+        if self.params.logprobs is not None:
+            self.logprobs += token_logprobs(logits_V[None], [token_id], self.params.logprobs)
+        return self.accept(token_id)
+
+    def accept(self, token_id: int) -> str:
+        """Take a chosen id and return the text that can be shown because of it."""
         assert self.finish_reason is None
-        token_id = self._sampler.next_token(logits_V[: self._vocab_size])
         self.token_ids.append(token_id)
-        if token_id in self._eos_ids:
+        if token_id in self._ends:
             self.finish_reason = "stop"
+            self.stop_reason = token_id if token_id in self.params.stop_ids else None
             return self._release(self._finish_text())
-        text = self._stop.push(self._decoder.push(token_id))
+        text = self._decoder.push(token_id)
+        if len(self.token_ids) > self.params.min_tokens:
+            text = self._stop.push(text)
         if not self._stop.stopped and len(self.token_ids) == self.budget:
             self.finish_reason = "length"
             text += self._finish_text()
         if self._stop.stopped:  # the last bytes may have completed a stop string too
             self.finish_reason = "stop"
+            self.stop_reason = self._stop.matched
         return self._release(text)
 
     def completion(self) -> Completion:
@@ -124,6 +147,9 @@ class Request:
             completion_tokens=len(self.token_ids),
             prompt_index=self.prompt_index,
             choice=self.choice,
+            stop_reason=self.stop_reason,
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _finish_text(self) -> str:

@@ -12,14 +12,19 @@ from collections.abc import Sequence
 class StopMatcher:
     """Releases pushed text up to the first stop string.
 
-    `push` returns what can be shown now; `stopped` turns true when a stop string was found, and then nothing more
-    comes. `flush` returns what was held back when the text ends without a stop string.
+    `push` returns what can be shown now; when a stop string was found, `stopped` turns true, `matched` is that string,
+    and nothing more comes. `flush` returns what was held back when the text ends without a stop string.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.matched is not None
 
     def push(self, text: str) -> str:
         """Add text; returns the part that no stop string can begin in any more."""
@@ -28,10 +33,10 @@ class StopMatcher:
         self._held += text
         starts = ((self._held.find(string), string) for string in self._stop)
         # The one that ends first is the one a reader of single characters would meet: token borders change nothing.
-        found = [(start + len(string), start) for start, string in starts if start >= 0]
+        found = [(start + len(string), start, string) for start, string in starts if start >= 0]
         if found:
-            self.stopped = True
-            released, self._held = self._held[: min(found)[1]], ""
+            _, start, self.matched = min(found)
+            released, self._held = self._held[:start], ""
             return released
         keep = self._possible_start()
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
