@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens each. With `prefix_caching` off no block is ever found again."""
+    """`num_blocks` blocks of `block_size` tokens each. `prefix_caching`: whether the scheduler shares by content."""
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
@@ -94,7 +94,7 @@ class BlockPool:
 
     def share(self, block: int, block_hash: bytes) -> None:
         """Let a full, computed block be found. Where another has the same content already, that one stays the one."""
-        if self.prefix_caching and self._hashes[block] is None and block_hash not in self._by_hash:
+        if self._hashes[block] is None and block_hash not in self._by_hash:
             self._hashes[block] = block_hash
             self._by_hash[block_hash] = block
 
@@ -119,6 +119,24 @@ class BlockPool:
             parent = hashes[-1] if hashes else hashlib.sha256(hashlib.sha256(salt).digest()).digest()
             content = array("q", tokens[index * size : (index + 1) * size]).tobytes()
             hashes.append(hashlib.sha256(parent + content).digest())
+
+    def audit(self, tables: Iterable[Sequence[int]]) -> None:
+        """Check the pool against all block tables there are; AssertionError names the first block that is wrong.
+
+        Costs time in the blocks there are: for tests, and for an engine that is idle.
+        """
+        holders = Counter(block for table in tables for block in table)
+        free = Counter([*self._empty, *self._kept])
+        for block in range(self.num_blocks):
+            held, counted, block_hash = holders[block], self._references[block], self._hashes[block]
+            assert counted == held, f"block {block} has {counted} references and {held} holders"
+            assert free[block] == (held == 0), f"block {block} is held by {held} and {free[block]} times free"
+            assert (block in self._kept) == (held == 0 and block_hash is not None), (
+                f"block {block} is in the wrong list"
+            )
+            assert block_hash is None or self._by_hash.get(block_hash) == block, f"block {block} is not under its hash"
+        assert len(self._by_hash) == sum(h is not None for h in self._hashes), "a hash leads to a block without it"
+        assert sum(holders.values()) == sum(holders[block] for block in range(self.num_blocks)), "unknown blocks"
 
     def _evict(self) -> int:
         block, _ = self._kept.popitem(last=False)

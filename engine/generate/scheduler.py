@@ -326,10 +326,10 @@ class Scheduler:
         if self._num_running == self.max_running:
             return False
         found: list[int] = []
-        if sequence.reads_cache:
+        if sequence.reads_cache and pool.prefix_caching:
             # The last token is always computed: its logits are what the sequence waits for.
             limit = (len(sequence.tokens) - 1) // pool.block_size
-            self._hash(sequence, sequence.num_known)
+            pool.extend_hashes(sequence.block_hashes, sequence.tokens, sequence.num_known, sequence.salt)
             found = pool.match(sequence.block_hashes[:limit])
         wanted = pool.blocks_for(len(sequence.tokens)) - len(found)
         # Every running sequence may need a block soon; without these the newcomer would be the next to lose its own.
@@ -390,14 +390,12 @@ class Scheduler:
 
     def _share(self, sequence: Sequence) -> None:
         """Offer the blocks that this step filled."""
+        if not self.pool.prefix_caching:
+            return
         ready = min(sequence.num_computed, sequence.num_known)
         full = ready // self.pool.block_size
         if full > sequence.num_shared:
-            self._hash(sequence, ready)
+            self.pool.extend_hashes(sequence.block_hashes, sequence.tokens, ready, sequence.salt)
             for index in range(sequence.num_shared, full):
                 self.pool.share(sequence.blocks[index], sequence.block_hashes[index])
             sequence.num_shared = full
-
-    def _hash(self, sequence: Sequence, num_tokens: int) -> None:
-        if self.pool.prefix_caching:
-            self.pool.extend_hashes(sequence.block_hashes, sequence.tokens, num_tokens, sequence.salt)
