@@ -68,6 +68,22 @@ def generate(
     return [request.completion() for request in requests]
 
 
+def end_ids(model: Transformer, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end a text: the model's, or the tokenizer's where the model names none.
+
+    Raises `UsageError` where the tokenizer has more ids than the model.
+    """
+    config = model.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model only {config.vocab_size}; "
+            "they do not belong together"
+        )
+    if config.eos_token_ids:
+        return frozenset(config.eos_token_ids)
+    return frozenset() if tokenizer.eos_id is None else frozenset((tokenizer.eos_id,))
+
+
 def _make_requests(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -82,15 +98,8 @@ def _make_requests(
         raise UsageError(
             f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for each or one for all"
         )
-    config = model.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} ids but the model only {config.vocab_size}; "
-            "they do not belong together"
-        )
-    eos_ids = frozenset(config.eos_token_ids)
-    if not eos_ids and tokenizer.eos_id is not None:
-        eos_ids = frozenset((tokenizer.eos_id,))
+    eos_ids = end_ids(model, tokenizer)
+    longest = model.config.max_positions
     requests = []
     for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
         check_ids(wanted, tokenizer.vocab_size)
@@ -100,11 +109,11 @@ def _make_requests(
             raise UsageError(
                 f"prompt {index + 1} holds id {wrong[0]}; the vocabulary ends at {tokenizer.vocab_size - 1}"
             )
-        room = config.max_positions - len(ids)
+        room = longest - len(ids)
         if room < 1:
             raise ContextLengthError(
-                f"prompt {index + 1} has {len(ids)} tokens but the model's context holds {config.max_positions}, the "
-                f"new tokens included; shorten it to {config.max_positions - 1} tokens or fewer"
+                f"prompt {index + 1} has {len(ids)} tokens but the model's context holds {longest}, the new tokens "
+                f"included; shorten it to {longest - 1} tokens or fewer"
             )
         requests += [
             Request(

@@ -1,0 +1,93 @@
+"""How many blocks the key/value cache gets: from what is free, so that nothing admitted later runs out of memory.
+
+The pools are allocated once, when the engine starts; a request is admitted only into blocks that exist. What a step
+needs besides (activations of `max_batch_tokens`, logits of the rows that sample) is set aside first: on a GPU it is
+measured by a forward pass of that size, on a CPU it is computed from the model's widths.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trine.engine.env import available_memory
+from trine.engine.errors import UsageError
+from trine.engine.log import format_bytes
+from trine.engine.model.config import ModelConfig
+from trine.engine.model.paged_cache import bytes_per_block
+from trine.engine.model.transformer import Transformer
+
+# The share of free memory that the cache takes: a host is shared with other programs, a GPU usually is not.
+CPU_SHARE = 0.5
+GPU_SHARE = 0.9
+
+
+def choose_num_blocks(
+    model: Transformer,
+    *,
+    block_size: int,
+    kv_dtype: torch.dtype,
+    kv_bytes: int,
+    max_batch_tokens: int,
+    max_running: int,
+    compute_dtype: torch.dtype,
+) -> tuple[int, str]:
+    """Blocks, and the reason in a few words. `kv_bytes` 0 chooses; no more than all sequences at once could fill.
+
+    Raises `UsageError` where not even one block fits, or where `kv_bytes` is more than is free.
+    """
+    config, device = model.config, model.device
+    each = bytes_per_block(config, block_size, kv_dtype)
+    if device.type == "cuda":
+        needed = _measure_step(model, max_batch_tokens, max_running, compute_dtype)
+        free, share = torch.cuda.mem_get_info(device)[0], GPU_SHARE
+    else:
+        needed = _estimate_step(config, max_batch_tokens, max_running, compute_dtype)
+        free, share = available_memory(), CPU_SHARE
+    room = max(0, free - needed)
+    if kv_bytes:
+        if kv_bytes > room:
+            raise UsageError(
+                f"kv_bytes = {format_bytes(kv_bytes)} but only {format_bytes(room)} of {device} are free beside a "
+                f"step's own {format_bytes(needed)}; give the cache less"
+            )
+        blocks, reason = kv_bytes // each, "as requested"
+    else:
+        blocks, reason = int(share * room) // each, f"{share:.0%} of the {format_bytes(room)} free"
+        most = max_running * -(-config.max_positions // block_size)
+        if blocks > most:
+            blocks, reason = most, f"all that {max_running} sequences of {config.max_positions} tokens can fill"
+    if blocks < 1:
+        raise UsageError(
+            f"the key/value cache has no room: a block of {block_size} tokens takes {format_bytes(each)}, "
+            f"{format_bytes(room)} of {device} are free; free memory or use a smaller model"
+        )
+    return blocks, reason
+
+
+def _estimate_step(config: ModelConfig, max_batch_tokens: int, max_running: int, dtype: torch.dtype) -> int:
+    """Bytes a step needs besides weights and cache, on the safe side: the widest layer's inputs and outputs."""
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    widths = 6 * config.width + 3 * config.ffn_width + 2 * heads
+    gathered = 2 * config.max_positions * config.num_kv_heads * config.head_dim
+    scores = config.num_heads * config.max_positions
+    activations = (max_batch_tokens * widths + gathered) * dtype.itemsize + 4 * max_batch_tokens * scores // 8
+    return activations + 3 * 4 * max_running * config.vocab_size
+
+
+@torch.inference_mode()
+def _measure_step(model: Transformer, max_batch_tokens: int, max_running: int, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass of the largest step takes at its peak, with a fifth to spare."""
+    device = model.device
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    length = min(max_batch_tokens, model.config.max_positions)
+    rows = -(-max_batch_tokens // length)
+    hidden_BTC = model(torch.zeros(rows, length, dtype=torch.int64, device=device), compute_dtype=dtype)
+    logits_RV = model.logits(hidden_BTC.flatten(0, 1)[:max_running])
+    logits_RV.log_softmax(-1)
+    torch.cuda.synchronize(device)
+    needed = torch.cuda.max_memory_allocated(device) - before
+    del hidden_BTC, logits_RV
+    torch.cuda.empty_cache()
+    return int(1.2 * needed)

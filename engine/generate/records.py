@@ -1,0 +1,130 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from trine.engine.errors import UsageError
+from trine.engine.generate.logprobs import TokenLogprobs
+from trine.engine.generate.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How an engine runs. Raises `UsageError` for impossible values, by name.
+
+    Attributes:
+        block_size: tokens of a cache block: 16, 32, 64, 128 or 256.
+        max_batch_tokens: tokens of one step, prefill and decoding together.
+        max_running: completions computed in turns; each holds its blocks.
+        max_waiting: completions in the queue; more are refused.
+        kv_bytes: size of the key/value cache; 0 takes it from what is free.
+        kv_dtype: None stores keys and values in the compute dtype; torch.int8, or torch.float8_e4m3fn on a GPU, takes
+            half or a quarter of the room, at some loss.
+        compute_dtype: of the activations; None takes the dtype of the parameters.
+        prefix_caching: find computed blocks again for prompts that begin alike (under the same salt).
+        cuda_graphs: record decoding steps once and replay them; on a GPU only.
+    """
+
+    block_size: int = 16
+    max_batch_tokens: int = 2048
+    max_running: int = 64
+    max_waiting: int = 1024
+    kv_bytes: int = 0
+    kv_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    prefix_caching: bool = True
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (16, 32, 64, 128, 256):
+            raise UsageError(f"block_size = {self.block_size}; it must be 16, 32, 64, 128 or 256")
+        if self.kv_bytes < 0:
+            raise UsageError(f"kv_bytes = {self.kv_bytes}; give a number of bytes, or 0 to choose from what is free")
+        known = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+        if self.kv_dtype not in known:
+            raise UsageError(f"kv_dtype = {self.kv_dtype}; use None (as computed), torch.int8 or torch.float8_e4m3fn")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One request: `params.n` completions of one prompt.
+
+    Attributes:
+        id: unique among those in the engine.
+        prompt_ids: at least one.
+        priority: lower goes first.
+        salt: requests share cached prefixes only under the same salt (one for each tenant).
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int = 0
+    salt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """What a step added to one completion.
+
+    Attributes:
+        text: new text; joined over the outputs of a choice, its whole text.
+        token_ids: new ids, the one that ended the text included.
+        logprobs: of each new id, where asked for.
+        finish_reason: "stop", "length" or "error" in the last output of a choice, None before.
+        stop_reason: the stop id or string that ended the text, if one did.
+        prompt_tokens, completion_tokens: of this choice so far.
+        cached_tokens: tokens of the prompt that were found in the cache.
+        prompt_logprobs: of each id of the prompt (None for the first), once, in the first output of a choice.
+        error: why the choice failed; it ended then, and no other did.
+    """
+
+    request_id: str
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Where an engine stands, and its totals since it started.
+
+    Attributes:
+        waiting, running: completions in the queue, and computed in turns.
+        kv_blocks_used, kv_blocks_total: blocks that somebody holds, and all; of `block_size` tokens each.
+        kv_bytes: size of the cache.
+        prefix_query_tokens, prefix_hit_tokens: prompt tokens of admitted completions, and those found in the cache.
+        preemptions: times a completion lost its blocks to others.
+        steps, step_seconds: steps with work, and the time they took.
+        schedule_seconds: the part of it that was spent on deciding what to compute.
+        prompt_tokens, generated_tokens: tokens of finished prefills, and tokens chosen.
+    """
+
+    waiting: int
+    running: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    kv_bytes: int
+    block_size: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    steps: int
+    step_seconds: float
+    schedule_seconds: float
+    prompt_tokens: int
+    generated_tokens: int
