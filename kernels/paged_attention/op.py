@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.attention import attend_single, can_attend
+from trine.kernels.cpu.invariant import attend_invariant, check_invariant
 from trine.kernels.hardware import CHECKING
 from trine.kernels.launch import ceil_div
 from trine.kernels.paged_attention.launcher import paged_attention_forward
@@ -64,14 +65,16 @@ def paged_attention(
     has the tokens query_starts[r] <= n < query_starts[r + 1]. `max_queries`, `max_length`: upper bounds of the tokens
     and keys of any request, known to the caller, so that no device is waited for. `window`: keys before its own that a
     token sees. `k_scale_PSK`, `v_scale_PSK`: fp32, for a quantized pool and only there. `split_size`: keys per split, a
-    multiple of 64, for batch-invariant bits; None lets the kernel choose.
+    multiple of 64, for batch-invariant bits; None lets the kernel choose. On a CPU any number selects the loops of
+    `cpu/invariant.py`, which need no splits.
 
-    Raises ValueError for what does not fit, by name. That table entries and lengths lie within the pool is checked on a
-    CPU, and on a GPU with TRINE_CHECK_KERNELS=1 (it waits for the device), unless `tables_checked` says that the caller
-    has called `check_tables` on them (once for all layers).
+    Raises ValueError for what does not fit, by name, and with `split_size` on a CPU where those loops cannot be used.
+    That table entries and lengths lie within the pool is checked on a CPU, and on a GPU with TRINE_CHECK_KERNELS=1 (it
+    waits for the device), unless `tables_checked` says that the caller has called `check_tables` on them (once for all
+    layers).
     """
     _check(q_NHD, k_cache_PSKD, v_cache_PSKD, block_table_RM, lengths_R, query_starts)
-    _check_options(q_NHD, k_cache_PSKD, max_queries, max_length, window, softcap, sinks_H, split_size)
+    check_options(q_NHD, max_queries, max_length, window, softcap, sinks_H, split_size)
     _check_scales(q_NHD, k_cache_PSKD, k_scale_PSK, v_scale_PSK)
     if not tables_checked and (CHECKING or not q_NHD.is_cuda):
         check_tables(k_cache_PSKD, block_table_RM, lengths_R, query_starts, max_queries, max_length, len(q_NHD))
@@ -86,18 +89,19 @@ def paged_attention(
         "block_table_RM": block_table_RM, "lengths_R": lengths_R, "scale": scale, "window": window, "softcap": softcap,
         "sinks_H": sinks_H, "k_scale_PSK": k_scale_PSK, "v_scale_PSK": v_scale_PSK,
     }  # fmt: skip
-    return _on_cpu(q_NHD, k_cache_PSKD, v_cache_PSKD, query_starts, options, compiled=split_size is None)
+    if split_size is not None:
+        check_invariant(q_NHD.dtype, k_cache_PSKD.dtype)
+        return attend_invariant(q_NHD, k_cache_PSKD, v_cache_PSKD, starts=query_starts.tolist(), **options)
+    return _on_cpu(q_NHD, k_cache_PSKD, v_cache_PSKD, query_starts, options)
 
 
-def _on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, query_starts: Tensor, options: dict[str, Any], *, compiled: bool
-) -> Tensor:
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, query_starts: Tensor, options: dict[str, Any]) -> Tensor:
     """Requests of one new token by compiled loops where they can be used (`cpu/attention.py`); the others by torch."""
     starts = query_starts.tolist()
     spans = {row: span for row, span in enumerate(pairwise(starts)) if span[0] < span[1]}
     single = {row: begin for row, (begin, end) in spans.items() if end - begin == 1}
     uncommon = options["softcap"] is not None or options["sinks_H"] is not None  # what torch's attention has not
-    if not single or not compiled or not can_attend(q, k) or (uncommon and len(single) < len(spans)):
+    if not single or not can_attend(q, k) or (uncommon and len(single) < len(spans)):
         single = {}
     if uncommon and not single:
         return paged_attention_reference(q, k, v, query_starts=query_starts, **options)
@@ -164,9 +168,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, star
         raise ValueError("q, the caches and block_table must be contiguous in their last dimension")
 
 
-def _check_options(
-    q: Tensor,
-    k: Tensor,
+def check_options(
+    q_NHD: Tensor,
     max_queries: int,
     max_length: int,
     window: int | None,
@@ -174,20 +177,23 @@ def _check_options(
     sinks: Tensor | None,
     split_size: int | None,
 ) -> None:
+    """Raises ValueError for numbers that cannot be, and for q that the kernel does not take."""
     if window is not None and window < 0:
         raise ValueError(f"window is {window}; give the number of keys before a token's own, or None")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None")
-    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(f"sinks_H has shape {tuple(sinks.shape)}; expected ({q.shape[1]},)")
+    if sinks is not None and tuple(sinks.shape) != (q_NHD.shape[1],):
+        raise ValueError(f"sinks_H has shape {tuple(sinks.shape)}; expected ({q_NHD.shape[1]},)")
     if split_size is not None and (split_size < 64 or split_size % 64):
         raise ValueError(f"split_size is {split_size}; it must be a positive multiple of 64, or None")
     if max_queries < 0 or max_length < max_queries:
         raise ValueError(f"max_queries {max_queries} and max_length {max_length} do not fit: keys include the queries'")
-    if uses_triton(q) and (q.shape[2] > MAX_HEAD_DIM or q.dtype not in (torch.float32, torch.bfloat16, torch.float16)):
+    if uses_triton(q_NHD) and (
+        q_NHD.shape[2] > MAX_HEAD_DIM or q_NHD.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+    ):
         raise ValueError(
-            f"head size {q.shape[2]} in {q.dtype} is not supported by the kernel; at most {MAX_HEAD_DIM}, in float32, "
-            "bfloat16 or float16"
+            f"head size {q_NHD.shape[2]} in {q_NHD.dtype} is not supported by the kernel; at most {MAX_HEAD_DIM}, in "
+            "float32, bfloat16 or float16"
         )
 
 
