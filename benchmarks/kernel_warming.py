@@ -50,7 +50,7 @@ def _run_once(job: tuple[int, str, torch.dtype]) -> None:
     try:
         problem = all_cases()[place].problem(torch.device(device), dtype)
         expected = Expected(problem)
-    except (RuntimeError, ValueError):
+    except Exception:
         return
     for forward in (problem.ours, *problem.variants.values(), *(problem.peers or {"formula": problem.plain}).values()):
         try:
@@ -60,6 +60,6 @@ def _run_once(job: tuple[int, str, torch.dtype]) -> None:
             torch.cuda.synchronize()
         except Exception:  # noqa: S112 - whatever compilers and drivers raise; see `compile_beforehand`
             continue
-    del problem, expected
+    del problem, expected, forward
     gc.collect()
     torch.cuda.empty_cache()

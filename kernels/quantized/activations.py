@@ -70,7 +70,8 @@ def quantize_reference(
         )
         # An empty row has nothing to find the largest of.
         largest = parts.abs().amax(dim=-1) if width else x.new_zeros(*x.shape[:-1], parts.shape[-2])
-        scale = (largest / LIMITS[kind]).clamp(min=SMALLEST_SCALE) + (parts * 0).sum(dim=-1)
+        # By a tensor: on a GPU torch multiplies with the reciprocal of a number, which rounds otherwise.
+        scale = (largest / torch.full_like(largest, LIMITS[kind])).clamp(min=SMALLEST_SCALE) + (parts * 0).sum(dim=-1)
     spread = scale.repeat_interleave(BLOCK, -1)[..., :width] if blocks else scale
     return QuantizedRows(_round(x / spread, kind), scale, x_MK.dtype)
 

@@ -12,6 +12,7 @@ import pytest
 
 # cuBLAS reads this when it starts; without it torch refuses matrix products in its deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+LARGE = ("past_2_to_the_31", "mixtral", "gpt_oss", "goal_shape")
 HERE = Path(__file__).parent
 # Torch says these once in each process, where nothing is wrong: a backward whose first operation is a product, and that
 # the search for waits finds most of them only. All other warnings are errors.
@@ -47,15 +48,17 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_large_test_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests with tensors of more than 2^31 numbers wait for each other, where several processes share the GPU."""
-    if "past_2_to_the_31" not in request.node.name:
-        yield
-        return
+    """Tests with tensors of many GiB wait for each other, where several processes share the GPU; none keeps much."""
     import torch
 
-    with open(Path(tempfile.gettempdir()) / f"trine-large-{os.getuid()}.lock", "w", encoding="utf-8") as file:
-        flock(file, LOCK_EX)
+    if not any(name in request.node.name for name in LARGE):
         yield
+    else:
+        with open(Path(tempfile.gettempdir()) / f"trine-large-{os.getuid()}.lock", "w", encoding="utf-8") as file:
+            flock(file, LOCK_EX)
+            yield
+            torch.cuda.empty_cache()
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**30:
         torch.cuda.empty_cache()
 
 

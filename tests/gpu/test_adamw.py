@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.adamw.op import STATE_DTYPES, AdamW, adamw_reference
+from trine.kernels.adamw.checks import STATE_DTYPES
+from trine.kernels.adamw.formula import adamw_reference
+from trine.kernels.adamw.optimizer import AdamW
 from trine.kernels.adamw.rounding import FOR_PARAMETER, draws, round_stochastically
 from trine.kernels.adamw.states import RATIO, decode
 from trine.kernels.gradient_norm import gradient_norm

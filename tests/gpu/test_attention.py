@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from trine.kernels.attention.mask import Mask
 from trine.kernels.attention.op import attention, attention_packed, attention_with_lse, make_mask
 from trine.kernels.attention.reference import attend
 
-# Error over the root mean square of the exact values: (largest, mean).
+# Error over the root mean square of the exact values: (largest, mean). Where one is exceeded, twice the error of the
+# plain formula in the same dtype is allowed: a few large numbers or steep curves can make all of it inexact.
 BOUNDS = {torch.float32: (1e-3, 2e-5), torch.bfloat16: (2e-1, 1e-2), torch.float16: (3e-2, 2e-3)}
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 HALF = torch.bfloat16
@@ -32,14 +34,23 @@ def qkv(B: int, H: int, K: int, T: int, D: int, dtype: torch.dtype = HALF, S: in
     return [make(*size, dtype=dtype, seed=i).transpose(1, 2) for i, size in enumerate(sizes)]
 
 
-def check(found: Tensor, exact: Tensor, dtype: torch.dtype, what: str) -> None:
-    exact = exact.detach()
-    largest, mean = BOUNDS[dtype]
-    size = float(exact.square().mean().sqrt()) + 1e-30
-    error = (found.detach().double() - exact).abs()
+def errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(largest, mean) error over the root mean square of the exact values."""
+    error = (found.detach().double() - exact.detach()).abs()
+    size = float(exact.detach().square().mean().sqrt()) + 1e-30
+    return float(error.max()) / size, float(error.mean()) / size
+
+
+def check(
+    found: Tensor, exact: Tensor, dtype: torch.dtype, what: str, plain: Callable[[], Tensor] | None = None
+) -> None:
+    """`plain`: the same by the plain formula in `dtype`."""
     assert torch.isfinite(found).all(), what
-    assert float(error.max()) <= largest * size, f"{what}: largest error {float(error.max()) / size:.2e}"
-    assert float(error.mean()) <= mean * size, f"{what}: mean error {float(error.mean()) / size:.2e}"
+    mine, allowed = errors(found, exact), BOUNDS[dtype]
+    if plain is not None and any(error > bound for error, bound in zip(mine, allowed, strict=True)):
+        allowed = tuple(max(b, 2 * e) for b, e in zip(allowed, errors(plain(), exact), strict=True))
+    assert mine[0] <= allowed[0], f"{what}: largest error {mine[0]:.2e}, allowed are {allowed[0]:.2e}"
+    assert mine[1] <= allowed[1], f"{what}: mean error {mine[1]:.2e}, allowed are {allowed[1]:.2e}"
 
 
 def compare(
@@ -59,16 +70,14 @@ def compare(
         mine: dict[str, Any] = {name: x[heads].detach().double().requires_grad_() for name, x in learned.items()}
         slopes = options.get("alibi_slopes_H")
         rest = {name: x for name, x in options.items() if name != "alibi_slopes_H"}
-        expected, expected_lse = attend(
-            exact[0],
-            exact[1],
-            exact[2],
+        formula = partial(
+            attend,
             visible_BTS=visible_BTS,
             alibi_slopes_H=None if slopes is None else slopes[heads],
             position_BT=position_BT,
-            **mine,
             **rest,
         )
+        expected, expected_lse = formula(*exact, **mine)
         check(o[:, heads], expected, dtype, "o")
         seen = torch.isfinite(expected_lse)
         assert torch.equal(torch.isfinite(lse[:, heads]), seen)
@@ -79,8 +88,22 @@ def compare(
             *(g[:, place, None] for g in gradients[1:3]),
             *(g[heads] for g in gradients[3:]),
         ]
-        for name, one, two in zip(("dq", "dk", "dv", *mine), found, wanted, strict=True):
-            check(one, two, dtype, name)
+        plain = lru_cache(partial(_plain_gradients, formula, [*exact, *mine.values()], tuple(mine), do[:, heads]))
+        for at, (name, one, two) in enumerate(zip(("dq", "dk", "dv", *mine), found, wanted, strict=True)):
+            check(one, two, dtype, name, partial(_nth, plain, at))
+
+
+def _plain_gradients(
+    formula: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor], names: tuple[str, ...], do: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients by the plain formula in the dtype of `do`; `tensors` are q, k, v and those named."""
+    leaves = [x.detach().to(do.dtype).requires_grad_() for x in tensors]
+    o, _ = formula(*leaves[:3], **dict(zip(names, leaves[3:], strict=True)))
+    return torch.autograd.grad(o, leaves, do)
+
+
+def _nth(tensors: Callable[[], tuple[Tensor, ...]], place: int) -> Tensor:
+    return tensors()[place]
 
 
 def causal_mask(T: int) -> Tensor:
@@ -274,8 +297,7 @@ def test_memory_grows_with_the_length() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        o = attention(*leaves, mask=make_mask(causal=True, num_keys=T))
-        torch.autograd.grad(o.sum(), leaves)
+        torch.autograd.grad(attention(*leaves, mask=make_mask(causal=True, num_keys=T)).sum(), leaves)
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[2] <= 2.1 * peaks[1]
     assert peaks[2] < 16384 * 16384

@@ -65,6 +65,7 @@ def check(found: list[Tensor | None], exact: list[Tensor | None], dtype: torch.d
         if a is None or b is None:
             continue
         size = float(b.square().mean().sqrt())
+        a, b = a.detach(), b.detach()
         error = (a.double() - b).abs()
         assert float(error.max()) <= largest * size, f"result {place}: largest error {float(error.max()) / size:.2e}"
         assert float(error.mean()) <= mean * size, f"result {place}: mean error {float(error.mean()) / size:.2e}"

@@ -77,7 +77,7 @@ def gradients(model: Transformer, device: torch.device, *, packed: bool, **optio
     kwargs = {"segment_ids_BT": segment_ids_BT.to(device), "positions_BT": positions_BT.to(device)} if packed else {}
     hidden = model(ids(4, 48).to(device), **kwargs, **options)
     hidden.float().square().mean().backward()
-    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])

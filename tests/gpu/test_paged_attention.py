@@ -11,7 +11,8 @@ from torch import Tensor
 from trine.kernels.paged_attention.op import paged_attention
 from trine.kernels.paged_attention.reference import paged_attention_reference
 
-# Largest error over the root mean square of the exact values: an average over hundreds of values, rounded once.
+# Largest error over the root mean square of the exact values, beyond the rounding of the result itself (a query that
+# sees few keys has results far larger than that). With a soft cap scores err by roundings of the cap.
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 MIXED = ((1, 3000), (512, 2048), (300, 300), (1, 17), (77, 4000), (0, 0), (1, 1))
@@ -61,9 +62,11 @@ def check(arguments: dict[str, Any]) -> None:
         if arguments[name].dtype == arguments["q_NHD"].dtype:
             wide[name] = arguments[name].double()
     exact = paged_attention_reference(**wide)
+    dtype = arguments["q_NHD"].dtype
     size = float(exact.square().mean().sqrt())
-    error = float((found.double() - exact).abs().max()) / size
-    assert error <= BOUNDS[arguments["q_NHD"].dtype], f"largest error {error:.2e}"
+    rounding = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * (arguments.get("softcap") or 0.0)
+    error = float(((found.double() - exact).abs() - rounding * exact.abs()).max()) / size
+    assert error <= BOUNDS[dtype], f"largest error {error:.2e}"
 
 
 @DTYPES

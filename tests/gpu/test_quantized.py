@@ -18,7 +18,7 @@ from trine.kernels.quantized.registered import MANY_ROWS
 from trine.kernels.quantized.scaled_weight import ScaledWeight, scaled_weight
 from trine.kernels.rms_norm import rms_norm
 
-# Error over the root mean square of the exact values: (largest, mean).
+# Error over the root mean square of the exact values: (largest, mean); beyond the rounding of the result itself.
 BOUNDS = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (6e-2, 5e-3), torch.float16: (1e-2, 1e-3)}
 DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 FLOAT8 = torch.float8_e4m3fn
@@ -65,7 +65,8 @@ def check(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     size = float(exact.square().mean().sqrt())
     error = (found.double() - exact).abs()
-    assert float(error.max()) <= largest * size, f"largest error {float(error.max()) / size:.2e}"
+    above = float((error - torch.finfo(dtype).eps * exact.abs()).max())
+    assert above <= largest * size, f"largest error {above / size:.2e}"
     assert float(error.mean()) <= mean * size, f"mean error {float(error.mean()) / size:.2e}"
 
 
