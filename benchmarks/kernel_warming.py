@@ -23,9 +23,9 @@ from trine.engine.log import say
 PATIENCE_SECONDS = 120
 
 
-def new_pool(processes: int = 0) -> Pool:
-    """Processes that each have their own context on the GPU; default half the cores, and at most 8."""
-    return get_context("spawn").Pool(processes or max(1, min(8, (os.cpu_count() or 2) // 2)))
+def new_pool(most: int = 12) -> Pool:
+    """Processes that each have a context of their own on the GPU: as many as there are cores to spare."""
+    return get_context("spawn").Pool(max(1, min(most, (os.cpu_count() or 2) - 2)))
 
 
 def compile_beforehand(cases: list[Case], device: torch.device, dtype: torch.dtype) -> None:
@@ -33,7 +33,7 @@ def compile_beforehand(cases: list[Case], device: torch.device, dtype: torch.dty
     begin = time.monotonic()
     every = all_cases()
     jobs = [(every.index(case), str(device), dtype) for case in cases]
-    pool = new_pool(max(1, min(len(jobs), 12, (os.cpu_count() or 2) - 2)))
+    pool = new_pool(min(12, len(jobs)))
     try:
         answers = pool.imap_unordered(_run_once, jobs)
         for _ in jobs:

@@ -94,7 +94,7 @@ class Bench:
         self._write()
         if self.device.type == "cuda":
             compile_beforehand(cases, self.device, self.dtype)
-        watch = Stopwatch(self.device, turn_seconds=0.01 if self.settings.quick else 0.03)
+        watch = Stopwatch(self.device, turn_seconds=0.01 if self.settings.quick or self.device.type == "cuda" else 0.03)
         ceilings = Ceilings(self.device, self.dtype)
         for call in (ceilings.copy, ceilings.product):
             watch.warm_up(call)
