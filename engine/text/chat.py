@@ -79,7 +79,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class _Generation(Extension):
     """`{% generation %}`: the mark is for training; here its body is rendered as it is."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  (the base class wants a set)
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Read up to the end of the block."""

@@ -1,0 +1,116 @@
+"""The engine process: `python -m trine.serve.engine_process SOCKET`, started by the API process and by nobody else.
+
+It loads what `Start` names and lends the batching engine to the loop in `trine.serve.worker`, messages turned into the
+engine's own types and back.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from trine.engine.env import set_threads
+from trine.engine.generate.engine import Engine
+from trine.engine.generate.load import load_for_inference
+from trine.engine.generate.logprobs import TokenLogprobs
+from trine.engine.generate.records import EngineConfig, GenerationRequest, Output
+from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.checkpoint import resolve_checkpoint
+from trine.serve.messages import Delta, Logprob, Ready, Sampling, Start, Stats, Submit
+from trine.serve.worker import connect, work
+
+
+class RealEngine:
+    """`trine.engine.generate.engine.Engine`, in messages."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, request: Submit) -> None:
+        """As `Engine.add`."""
+        self._engine.add(
+            GenerationRequest(
+                id=request.id,
+                prompt_ids=tuple(request.prompt_ids),
+                params=to_params(request.sampling),
+                priority=request.priority,
+                salt=request.salt,
+            )
+        )
+
+    def abort(self, request_id: str) -> None:
+        """As `Engine.abort`."""
+        self._engine.abort(request_id)
+
+    def step(self) -> list[Delta]:
+        """As `Engine.step`."""
+        return [_to_delta(output) for output in self._engine.step()]
+
+    @property
+    def has_work(self) -> bool:
+        """As `Engine.has_work`."""
+        return self._engine.has_work
+
+    def stats(self) -> Stats:
+        """What the metrics show of `Engine.stats`."""
+        stats = self._engine.stats()
+        return Stats(**{name: getattr(stats, name) for name in Stats.__struct_fields__})
+
+
+def to_params(sampling: Sampling) -> SamplingParams:
+    """The engine's own type; it has the same fields."""
+    return SamplingParams(**{name: getattr(sampling, name) for name in Sampling.__struct_fields__})
+
+
+def load(start: Start) -> tuple[RealEngine, Ready]:
+    """The model on its device and the engine around it."""
+    set_threads(start.threads)
+    folder = resolve_checkpoint(Path(start.checkpoint))
+    model, tokenizer = load_for_inference(folder, dtype=start.dtype, device=start.device)
+    given = {name: getattr(start, name) for name in ("max_running", "max_waiting", "max_batch_tokens", "block_size")}
+    config = EngineConfig(
+        kv_bytes=start.kv_bytes,
+        prefix_caching=start.prefix_caching,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    engine = Engine(model, tokenizer, config)
+    ready = Ready(
+        folder=str(folder),
+        vocab_size=tokenizer.vocab_size,
+        context_len=model.config.max_positions,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    return RealEngine(engine), ready
+
+
+def _to_delta(output: Output) -> Delta:
+    return Delta(
+        id=output.request_id,
+        choice=output.choice,
+        text=output.text,
+        token_ids=list(output.token_ids),
+        logprobs=[_to_logprob(entry) for entry in output.logprobs],
+        finish_reason=output.finish_reason,
+        stop_reason=output.stop_reason,
+        prompt_tokens=output.prompt_tokens,
+        completion_tokens=output.completion_tokens,
+        cached_tokens=output.cached_tokens,
+        prompt_logprobs=None
+        if output.prompt_logprobs is None
+        else [None if entry is None else _to_logprob(entry) for entry in output.prompt_logprobs],
+        error=output.error,
+    )
+
+
+def _to_logprob(entry: TokenLogprobs) -> Logprob:
+    return Logprob(entry.id, entry.logprob, entry.rank, list(entry.top))
+
+
+def main() -> int:
+    """Serve the API process until it stops us or goes away."""
+    return work(connect(sys.argv[1]), load)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

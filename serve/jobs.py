@@ -1,0 +1,200 @@
+"""From a request's body to what the engine is asked: ids, sampling parameters, one `Submit` for each prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from trine.engine.errors import UsageError
+from trine.engine.text.prompt import encode_prompt
+from trine.serve.errors import bad_request, too_long
+from trine.serve.messages import Guide, Sampling, Submit
+from trine.serve.schemas import ChatBody, CompletionBody, GenerationBody
+from trine.serve.service import Loaded
+
+# Longer texts are encoded by a thread, so that other requests are not kept waiting.
+INLINE_CHARACTERS = 4096
+DEFAULT_COMPLETION_TOKENS = 16
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one HTTP request asks of the engine. `texts` are the prompts as text, where they were given so."""
+
+    id: str
+    body: GenerationBody
+    requests: tuple[Submit, ...]
+    texts: tuple[str | None, ...]
+
+    @property
+    def n(self) -> int:
+        """Choices of each prompt."""
+        return self.body.n or 1
+
+
+def prompts_of(body: CompletionBody) -> list[str | list[int]]:
+    """The four forms of `prompt` as one list."""
+    prompt: Any = body.prompt
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+
+
+async def completion_job(body: CompletionBody, loaded: Loaded) -> Job:
+    """The job of a completions request. Raises `ApiError` 400."""
+    prompts = prompts_of(body)
+    add_special_tokens = body.add_special_tokens is not False
+    ids = [await _in_time(len(prompt), partial(_encode, loaded, prompt, add_special_tokens)) for prompt in prompts]
+    # The prompt alone is asked for with one token that is then left out.
+    wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    asked_of_prompt = [
+        count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None
+    ]
+    return _job(
+        "cmpl",
+        body,
+        loaded,
+        ids,
+        texts=[prompt if isinstance(prompt, str) else None for prompt in prompts],
+        max_tokens=wanted,
+        logprobs=body.logprobs,
+        prompt_logprobs=max(asked_of_prompt, default=None),
+        param="prompt",
+    )
+
+
+async def chat_job(body: ChatBody, loaded: Loaded) -> Job:
+    """The job of a chat request. Raises `ApiError` 400, also where the model has no chat template."""
+    template = loaded.template
+    if template is None:
+        raise bad_request(
+            "this model has no chat template, so it cannot chat; use /v1/completions, or put a chat_template.jinja "
+            "beside its tokenizer.json",
+            "messages",
+            code="no_chat_template",
+        )
+    messages = [message.for_template() for message in body.messages]
+
+    def render() -> list[int]:
+        try:
+            text = template.render(messages, add_generation_prompt=body.add_generation_prompt is not False)
+        except UsageError as error:
+            raise bad_request(str(error), "messages") from None
+        return _encode(loaded, text, False, param="messages")
+
+    ids = await _in_time(sum(len(message["content"]) for message in messages), render)
+    return _job(
+        "chatcmpl",
+        body,
+        loaded,
+        [ids],
+        texts=[None],
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+        param="messages",
+    )
+
+
+def _job(
+    prefix: str,
+    body: GenerationBody,
+    loaded: Loaded,
+    prompts: Sequence[list[int]],
+    *,
+    texts: Sequence[str | None],
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    param: str,
+) -> Job:
+    guide = guide_of(body)
+    job_id = f"{prefix}-{uuid.uuid4().hex}"
+    requests = []
+    for index, ids in enumerate(prompts):
+        room = loaded.context_len - len(ids)
+        if room < 1:
+            raise too_long(len(ids), loaded.context_len, param)
+        limit = room if max_tokens is None else min(max_tokens, room)
+        requests.append(
+            Submit(
+                id=f"{job_id}-{index}",
+                prompt_ids=ids,
+                sampling=sampling_of(body, limit, logprobs=logprobs, prompt_logprobs=prompt_logprobs),
+                priority=body.priority or 0,
+                salt=body.cache_salt or "",
+                guide=guide,
+            )
+        )
+    return Job(id=job_id, body=body, requests=tuple(requests), texts=tuple(texts))
+
+
+def sampling_of(
+    body: GenerationBody, max_tokens: int, *, logprobs: int | None, prompt_logprobs: int | None
+) -> Sampling:
+    """The sampling parameters of a body; what is not given has OpenAI's default."""
+    given = {
+        "temperature": body.temperature,
+        "top_k": body.top_k,
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "stop": None if body.stop is None else tuple(body.stop),
+        "stop_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+        "min_tokens": None if body.min_tokens is None else min(body.min_tokens, max_tokens),
+        "n": body.n,
+        "logit_bias": None if body.logit_bias is None else tuple(body.logit_bias.items()),
+        "allowed_ids": None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        "banned_ids": None if body.banned_token_ids is None else tuple(body.banned_token_ids),
+        "skip_special_tokens": body.skip_special_tokens,
+    }
+    return Sampling(
+        max_tokens=max_tokens,
+        seed=body.seed,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    )
+
+
+def guide_of(body: GenerationBody) -> Guide | None:
+    """What the text must match, if anything."""
+    wanted, outputs = body.response_format, body.structured_outputs
+    if wanted is not None and wanted.type == "json_object":
+        return Guide("json_object", "")
+    if wanted is not None and wanted.json_schema is not None:
+        return Guide("json_schema", json.dumps(wanted.json_schema.schema_))
+    if outputs is None:
+        return None
+    if outputs.json_ is not None:
+        return Guide("json_schema", json.dumps(outputs.json_))
+    if outputs.choice is not None:
+        return Guide("choice", json.dumps(outputs.choice))
+    if outputs.regex is not None:
+        return Guide("regex", outputs.regex)
+    assert outputs.grammar is not None
+    return Guide("grammar", outputs.grammar)
+
+
+def _encode(loaded: Loaded, prompt: str | list[int], add_special_tokens: bool, *, param: str = "prompt") -> list[int]:
+    size = loaded.tokenizer.vocab_size
+    if not isinstance(prompt, str):
+        wrong = [token for token in prompt if not 0 <= token < size]
+        if wrong:
+            raise bad_request(f"{param} holds token id {wrong[0]}; the vocabulary ends at {size - 1}", param)
+    try:
+        return encode_prompt(loaded.tokenizer, prompt, add_special_tokens=add_special_tokens)
+    except UsageError as error:
+        raise bad_request(str(error), param) from None
+
+
+async def _in_time(size: int, encode: Callable[[], T]) -> T:
+    """Call `encode` here where it is short work, else in a thread."""
+    return encode() if size <= INLINE_CHARACTERS else await asyncio.to_thread(encode)

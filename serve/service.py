@@ -1,0 +1,108 @@
+"""What all routes share: the engine's link, the loaded tokenizer, how much is on its way, and whether it is ending."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trine.engine.log import say
+from trine.serve.call import Call
+from trine.serve.errors import ApiError, server_full, unavailable
+from trine.serve.link import RETRY_AFTER_DEATH, EngineLink
+from trine.serve.logprobs import TokenNames
+from trine.serve.metrics import Metrics
+from trine.serve.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trine.engine.text.chat import ChatTemplate
+    from trine.engine.text.tokenizer import Tokenizer
+
+RETRY_WHILE_LOADING = 5
+RETRY_WHILE_ENDING = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """The model as the API process knows it."""
+
+    tokenizer: Tokenizer
+    names: TokenNames
+    template: ChatTemplate | None
+    context_len: int
+    created: int
+
+
+class Service:
+    """One server's state."""
+
+    def __init__(self, settings: ServerSettings, engine_command: Sequence[str]) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.link = EngineLink(engine_command, on_delta=self.metrics.observe)
+        self.in_flight = 0
+        self.ending = False
+        self._loaded: Loaded | None = None
+
+    def load(self, tokenizer: Tokenizer, template: ChatTemplate | None, context_len: int) -> None:
+        """The engine is ready; from now on requests are taken."""
+        names = TokenNames(tokenizer)
+        self._loaded = Loaded(
+            tokenizer=tokenizer, names=names, template=template, context_len=context_len, created=int(time.time())
+        )
+
+    def why_not_ready(self) -> ApiError | None:
+        """503 while nothing can be taken, with the reason."""
+        if self.link.failure is not None:
+            return unavailable(self.link.failure, "engine_died", RETRY_AFTER_DEATH)
+        if self.ending:
+            return unavailable("the server is shutting down", "shutting_down", RETRY_WHILE_ENDING)
+        if self._loaded is None:
+            return unavailable("the model is loading", "loading", RETRY_WHILE_LOADING)
+        return None
+
+    def require(self) -> Loaded:
+        """The model. Raises `ApiError` 503 while nothing can be taken."""
+        error = self.why_not_ready()
+        if error is not None:
+            raise error
+        assert self._loaded is not None
+        return self._loaded
+
+    def model_name(self, asked: str | None) -> str:
+        """The name to answer with. Raises `ApiError` 404 for a model that is not served here."""
+        names = self.settings.names
+        if asked is None:
+            return names[0]
+        if asked not in names:
+            served = ", ".join(names)
+            raise ApiError(
+                404,
+                f"there is no model {asked!r} here; this server has {served}",
+                param="model",
+                code="model_not_found",
+            )
+        return asked
+
+    def admit(self, completions: int) -> None:
+        """Count completions in, before anything is done for them. Raises `ApiError` 429 where they are too many."""
+        limit = self.settings.max_in_flight
+        if completions > limit:
+            raise ApiError(
+                400, f"one request asks for {completions} completions; this server takes {limit} at once", param="n"
+            )
+        if self.in_flight + completions > limit:
+            raise server_full(limit)
+        self.in_flight += completions
+
+    def leave(self, completions: int) -> None:
+        """Count them out."""
+        self.in_flight -= completions
+
+    def log(self, call: Call, request_id: str, user: str | None, outcome: str) -> None:
+        """One line for a request that has ended, where the operator wants them."""
+        if self.settings.log_requests:
+            by = f" user {user}" if user else ""
+            say(f"{request_id}{by}: {outcome}, {time.monotonic() - call.started:.3f} s")
