@@ -6,6 +6,10 @@ walked through in blocks, once for each statistic and once for the result. All b
 cache while the rows at work fit there: at most four on a multiprocessor, on an H200 35 MB of 32 Ki bf16 numbers each,
 of 64 Ki 69 MB, which is somewhat more than the cache.
 
+The bits of a row do not depend on how many rows there are, nor on its place among them: the configuration follows from
+the width alone, one compiled kernel serves every number of rows (`do_not_specialize`), and x begins at a multiple of 16
+bytes always, for what a thread loads at a time, and so the order of a sum, follows from that.
+
 Bytes per row of C numbers of b bytes: 2 C b, with a residual 4 C b; 4 or 8 more for the statistics.
 """
 
@@ -43,7 +47,7 @@ def _load_sum(x_ptr, residual_ptr, places, inside, LIKE: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, num_rows, width, eps,
     CENTRED: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -132,6 +136,12 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
 FORWARD = Tunable("norm_forward", _rule, _candidates)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous, its first number at a multiple of 16 bytes; tensors without memory are taken to be so."""
+    x = x.contiguous()
+    return x if x.is_meta or x.data_ptr() % 16 == 0 else x.clone()
+
+
 def launch_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -146,14 +156,14 @@ def launch_forward(
 
     Centred: LayerNorm; otherwise RMSNorm, whose mean counts as 0 and is returned empty.
     """
-    x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    x = _aligned(x)
+    residual = None if residual is None else _aligned(residual)
     width = x.shape[-1]
     num_rows = x.numel() // max(1, width)
     y = x.new_empty(x.shape, dtype=result_dtype(x.dtype))
     total = torch.empty_like(y) if residual is not None else y.new_empty(0)
     mean_N, rstd_N = (x.new_empty(size, dtype=torch.float32) for size in (num_rows if centred else 0, num_rows))
-    config = FORWARD.pick(x.dtype, target_of(x), N=num_rows, exact_C=width)
+    config = FORWARD.pick(x.dtype, target_of(x), exact_C=width)
     arguments: dict[str, Any] = {
         "x_ptr": x,
         "residual_ptr": residual,

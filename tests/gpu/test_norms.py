@@ -125,6 +125,25 @@ def test_two_runs_give_the_same_bits(shape: tuple[int, int], norm: str, dtype: t
         assert torch.equal(a, b)
 
 
+@DTYPES
+@NORMS
+@pytest.mark.parametrize("width", [64, 128, 768, 999, 1600, 4096, 8200, 16384, 20000, 65536])
+def test_a_row_has_the_same_bits_alone_and_among_others(width: int, norm: str, dtype: torch.dtype) -> None:
+    num_rows = 300
+    x, r = (make(num_rows, width, seed=seed).to(dtype) for seed in (0, 1))
+    params = [v.detach() for v in vectors(norm, width, dtype)]
+    together = added(norm, x, r, *params)
+    assert torch.equal(normed(norm, together[1], *params), together[0])
+    for count in (1, 2, 3, 5, 16, 17, 32, 100):
+        for first in (0, 1, 7, num_rows - count):
+            rows = slice(first, first + count)
+            parts = added(norm, x[rows], r[rows], *params)
+            assert all(torch.equal(part, whole[rows]) for part, whole in zip(parts, together, strict=True))
+    # Rows that begin anywhere in memory.
+    far = torch.empty(100 * width + 1, dtype=dtype, device="cuda")[1:].view(100, width).copy_(together[1][:100])
+    assert torch.equal(normed(norm, far, *params), together[0][:100])
+
+
 @NORMS
 def test_strided_rows(norm: str) -> None:
     x, r = (make(512, 3, 256, seed=seed)[:, 1, ::2] for seed in (0, 1))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
+from trine.kernels.launch import recording
 from trine.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_reference
 from trine.kernels.norm import backward, forward
 from trine.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from trine.kernels.samples import meta
 from trine.kernels.target import COMPILED, INTERPRETER, Target
 
 TARGETS = pytest.mark.parametrize("target", [*COMPILED.values(), INTERPRETER], ids=lambda target: target.arch)
@@ -53,6 +58,45 @@ def test_adding_first_gives_the_same_bits(dtype: torch.dtype) -> None:
     assert torch.equal(add_rms_norm(x, r, w, 1e-6)[0], rms_norm(x + r, w, 1e-6))
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [5, 64, 100, 1001, 40000])
+def test_a_row_has_the_same_bits_alone_and_among_others(width: int, dtype: torch.dtype) -> None:
+    x, w, b = make(120, width, dtype=dtype), make(width, seed=1, dtype=dtype), make(width, seed=2, dtype=dtype)
+    leaf = x.clone().requires_grad_()
+    for norm in (lambda rows: rms_norm(rows, w, 1e-6), lambda rows: layer_norm(rows, w, b, 1e-6)):
+        together = norm(x)
+        assert torch.equal(norm(leaf), together)
+        for count in (1, 2, 3, 4, 7, 16, 33):
+            for first in (0, 1, 120 - count):
+                assert torch.equal(norm(x[first : first + count]), together[first : first + count])
+
+
+@TARGETS
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_compiled_kernel_serves_every_number_of_rows(width: int, target: Target) -> None:
+    """The same configuration and the same arguments that choose the code, so a row has the same bits in each."""
+    seen = set()
+    for num_rows in (1, 2, 16, 33, 8192):
+        x, weight = meta(num_rows, width, dtype=torch.bfloat16), meta(width)
+        with recording(target) as launches:
+            forward.launch_forward(x, x, weight, weight, 1e-5, centred=True)
+        (only,) = launches
+        kernel = only.kernel if isinstance(only.kernel, JITFunction) else None
+        free = {"num_rows"} if kernel is None else {p.name for p in kernel.params if p.do_not_specialize}
+        numbers = {n: v for n, v in only.arguments.items() if not isinstance(v, torch.Tensor) and n not in free}
+        seen.add((only.config.num_warps, only.config.num_stages, tuple(sorted(numbers.items()))))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
@@ -86,7 +130,7 @@ def test_a_bias_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_configurations(dtype: torch.dtype, target: Target) -> None:
     for width in WIDTHS:
-        config = forward.FORWARD.pick(dtype, target, N=8192, exact_C=width)
+        config = forward.FORWARD.pick(dtype, target, exact_C=width)
         rows, block = config.blocks.get("ROWS"), config.blocks["BLOCK_C"]
         assert block & (block - 1) == 0
         # A row is whole or walked through.
