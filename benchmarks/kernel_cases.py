@@ -16,6 +16,7 @@ from trine.kernels.attention import hopper
 from trine.kernels.attention.op import attention, make_mask
 from trine.kernels.attention.reference import attend
 from trine.kernels.hardware import device_name
+from trine.kernels.invariant.op import invariant_matmul, invariant_matmul_reference
 from trine.kernels.mlp.op import gated_mlp, gated_mlp_reference, mlp, mlp_reference
 from trine.kernels.moe.op import moe_mlp, moe_mlp_reference
 from trine.kernels.verified import is_verified
@@ -173,5 +174,33 @@ def moe_mlp_case(new: Inputs, N: int, C: int, F: int, E: int, top: int) -> Probl
         backward=Cost(2 * flops, 2 * moved),
         cut=(x[:ROWS], weights[:ROWS], gate, up, down),
         exact=lambda x, *rest: moe_mlp_reference(x, ids[:ROWS], *rest, activation="silu"),
+        part=lambda x: x[:ROWS],
+    )
+
+
+@cases(
+    "invariant_matmul",
+    gpu=[
+        {"N": 8192, "C": 8192, "F": 8192},
+        {"N": 16, "C": 8192, "F": 8192},
+        {"N": 1, "C": 8192, "F": 8192},
+    ],
+    cpu=[{"N": 128, "C": 256, "F": 256}, {"N": 3, "C": 256, "F": 256}],
+)
+def invariant_matmul_case(new: Inputs, N: int, C: int, F: int) -> Problem:
+    """A linear layer whose bits do not depend on the batch; against products whose bits do."""
+    x, weight = new.normal(N, C), new.normal(F, C, scale=C**-0.5)
+    flops, moved = 2.0 * N * C * F, new.itemsize * (N * C + C * F + N * F)
+    # As many rows as a decoding step has need no gradients.
+    trains = N > 64
+    return Problem(
+        ours=lambda: invariant_matmul(x, weight),
+        plain=lambda: invariant_matmul_reference(x, weight),
+        peers={"cuBLAS": lambda: torch.nn.functional.linear(x, weight)} if new.on_gpu else {},
+        leaves=(x, weight) if trains else (),
+        forward=Cost(flops, moved),
+        backward=Cost(2 * flops, 2 * moved) if trains else None,
+        cut=(x[:ROWS], weight),
+        exact=invariant_matmul_reference,
         part=lambda x: x[:ROWS],
     )

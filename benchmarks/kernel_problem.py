@@ -81,9 +81,9 @@ class Inputs:
         x = torch.randn(shape, device=self.device, generator=self.generator).mul_(scale)
         return x.to(dtype or self.dtype).requires_grad_(grad)
 
-    def integers(self, high: int, *shape: int) -> Tensor:
-        """int64 below `high`."""
-        return torch.randint(high, shape, device=self.device, generator=self.generator)
+    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """From 0 to below `high`."""
+        return torch.randint(high, shape, device=self.device, generator=self.generator, dtype=dtype)
 
 
 Build = Callable[..., Problem]
@@ -110,7 +110,13 @@ class Case:
 
 
 CASES: list[Case] = []
-_MODULES = ("kernel_cases", "kernel_cases_training", "kernel_cases_rows", "kernel_cases_inference")
+_MODULES = (
+    "kernel_cases",
+    "kernel_cases_training",
+    "kernel_cases_rows",
+    "kernel_cases_inference",
+    "kernel_cases_quantized",
+)
 
 
 def all_cases() -> list[Case]:

@@ -93,7 +93,14 @@ class AsOnGpu(Inputs):
 
 
 # What torch has for GPUs only.
-GPU_PEERS = {"cuDNN", "cuDNN, repeated", "flash, by sequences"}
+GPU_PEERS = {
+    "cuDNN",
+    "cuDNN, repeated",
+    "cuDNN, no pages",
+    "flash, by sequences",
+    "torch int4",
+    "_scaled_mm, blocks",
+}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -106,7 +113,7 @@ def test_every_peer_computes_the_same(case: Case, monkeypatch: pytest.MonkeyPatc
     for name, forward in problem.peers.items():
         if name in GPU_PEERS:
             continue
-        trains = name != "flex_attention"  # it has no backward on a CPU
+        trains = not name.startswith("flex_attention")  # it has no backward on a CPU
         for leaf in problem.leaves:
             leaf.requires_grad_(trains)
         results = as_tuple(forward())
@@ -114,8 +121,9 @@ def test_every_peer_computes_the_same(case: Case, monkeypatch: pytest.MonkeyPatc
             assert expected.errors(results, None)[0] < 2e-4
             continue
         error, gradient_error = expected.errors(results, expected.backward(results))
-        # cuBLAS multiplies what int8 rounds.
-        assert error < (0.1 if case.sizes.get("kind") == "int8" else 2e-4), name
+        # cuBLAS multiplies what codes round.
+        rounds = name == "cuBLAS" and str(case.sizes.get("kind")).startswith(("int8", "fp8"))
+        assert error < (0.2 if rounds else 2e-4), name
         assert (gradient_error or 0.0) < 2e-4, name
 
 

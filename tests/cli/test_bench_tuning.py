@@ -54,7 +54,7 @@ def test_tuning_keeps_the_fastest_configuration_that_is_right(
 ) -> None:
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(kernel_tuning, "_new_pool", lambda: None)
+    monkeypatch.setattr(kernel_tuning, "new_pool", lambda: None)
     tuning.forget()
 
     clock = Clock(CPU)
