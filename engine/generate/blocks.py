@@ -60,6 +60,10 @@ class BlockPool:
         """How many hold the block."""
         return self._references[block]
 
+    def is_shared(self, block: int) -> bool:
+        """Whether others hold the block or can find it, so that its holder must not write to it."""
+        return self._references[block] > 1 or self._hashes[block] is not None
+
     def hash_of(self, block: int) -> bytes | None:
         """The hash under which the block can be found, if it can."""
         return self._hashes[block]

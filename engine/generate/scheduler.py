@@ -124,22 +124,24 @@ class Scheduler:
         self._enqueue(sequence)
 
     def fork(self, source: Sequence, *, choice: int, id: str) -> Sequence:  # noqa: A002
-        """A new sequence with the computed tokens of a running one, for another choice of its request.
+        """A new sequence with the prompt of a running one, for another choice of its request.
 
-        It shares the blocks; the caller appends the first token of its own. Where `max_running` leaves no place it
-        waits as if it had been preempted. To be called between `commit` and the next `schedule`.
+        It shares the prompt's blocks; the caller appends the first token of its own. Where `max_running` leaves no
+        place it waits as if it had been preempted. To be called after the `commit` of the prompt's last chunk and
+        before the next `schedule`.
         """
-        if source.state is not State.RUNNING or source.num_computed == 0 or self._plan is not None:
+        num_tokens = source.num_prompt
+        if source.state is not State.RUNNING or source.num_computed < num_tokens or self._plan is not None:
             raise ValueError(f"sequence {source.id} is {source.state.value} and cannot be forked now")
         if id in self._by_request[source.request_id]:
             raise ValueError(f"sequence id {id} is in use")
-        full_blocks = source.num_computed // self.pool.block_size
+        full_blocks = num_tokens // self.pool.block_size
         fork = Sequence(
             id=id,
             request_id=source.request_id,
             choice=choice,
-            tokens=source.tokens[: source.num_computed],
-            num_prompt=source.num_prompt,
+            tokens=source.tokens[:num_tokens],
+            num_prompt=num_tokens,
             max_total_tokens=source.max_total_tokens,
             priority=source.priority,
             salt=source.salt,
@@ -153,8 +155,8 @@ class Scheduler:
         if self._num_running == self.max_running:
             self._enqueue(fork)
             return fork
-        fork.num_computed = source.num_computed
-        fork.blocks = source.blocks[: self.pool.blocks_for(fork.num_computed)]
+        fork.num_computed = num_tokens
+        fork.blocks = source.blocks[: self.pool.blocks_for(num_tokens)]
         fork.num_shared = min(source.num_shared, full_blocks)
         self.pool.hold(fork.blocks)
         self._run(fork)
@@ -268,10 +270,10 @@ class Scheduler:
     def _lacking(self, sequence: Sequence) -> int:
         """Blocks to allocate before the token after the computed ones can be written."""
         index = sequence.num_computed // self.pool.block_size
-        return int(index == len(sequence.blocks) or self.pool.references(sequence.blocks[index]) > 1)
+        return int(index == len(sequence.blocks) or self.pool.is_shared(sequence.blocks[index]))
 
     def _grow(self, sequence: Sequence, plan: Plan) -> None:
-        """A block for the token after the computed ones: a new one, or a copy of one that others hold too."""
+        """A block for the token after the computed ones: a new one, or a copy of one that others may read."""
         index = sequence.num_computed // self.pool.block_size
         (block,) = self.pool.allocate(1)
         if index == len(sequence.blocks):
