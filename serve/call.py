@@ -54,7 +54,8 @@ class Call:
         if self._error is not None or key not in self._open:
             return
         if delta.finish_reason == "error":
-            self.fail(ApiError(500, delta.error or "the engine failed on this request", code="generation_failed"))
+            self._open.discard(key)
+            self._end(ApiError(500, delta.error or "the engine failed on this request", code="generation_failed"))
             return
         if delta.finish_reason is not None:
             self._open.discard(key)
@@ -63,19 +64,14 @@ class Call:
         self._waiting_tokens += len(delta.token_ids)
         if self._max_waiting is not None and self._waiting_tokens > self._max_waiting:
             limit = self._max_waiting
-            self.fail(ApiError(500, f"the client left more than {limit} tokens unread", code="client_too_slow"))
+            self._end(ApiError(500, f"the client left more than {limit} tokens unread", code="client_too_slow"))
             return
         self._news.set()
 
     def fail(self, error: ApiError) -> None:
-        """End the call: what waits is dropped, what is left is aborted, and `take` raises."""
-        if self.done or self._error is not None:
-            return
-        self._error = error
-        self._waiting.clear()
-        self._waiting_tokens = 0
-        self._abort_open()
-        self._news.set()
+        """End the call, unless it is done: what waits is dropped, what is left is aborted, and `take` raises."""
+        if not self.done and self._error is None:
+            self._end(error)
 
     async def take(self, timeout: float | None = None) -> list[Delta]:
         """Wait for news: at most one delta per choice; none after `timeout` seconds. Raises the call's `ApiError`."""
@@ -97,6 +93,13 @@ class Call:
     def close(self) -> None:
         """Nobody waits any more: abort what is not finished."""
         self._abort_open()
+
+    def _end(self, error: ApiError) -> None:
+        self._error = error
+        self._waiting.clear()
+        self._waiting_tokens = 0
+        self._abort_open()
+        self._news.set()
 
     def _abort_open(self) -> None:
         for request_id in dict.fromkeys(request_id for request_id, _ in sorted(self._open)):

@@ -7,6 +7,7 @@ engine's own types and back.
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from trine.engine.env import set_threads
@@ -15,6 +16,7 @@ from trine.engine.generate.load import load_for_inference
 from trine.engine.generate.logprobs import TokenLogprobs
 from trine.engine.generate.records import EngineConfig, GenerationRequest, Output
 from trine.engine.generate.sampling import SamplingParams
+from trine.engine.log import format_duration, say
 from trine.engine.model.checkpoint import resolve_checkpoint
 from trine.serve.messages import Delta, Logprob, Ready, Sampling, Start, Stats, Submit
 from trine.serve.worker import connect, work
@@ -74,6 +76,7 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         **{name: value for name, value in given.items() if value is not None},
     )
     engine = Engine(model, tokenizer, config)
+    _warm_up(engine, model.config.max_positions)
     ready = Ready(
         folder=str(folder),
         vocab_size=tokenizer.vocab_size,
@@ -82,6 +85,18 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         dtype=str(model.dtype).removeprefix("torch."),
     )
     return RealEngine(engine), ready
+
+
+def _warm_up(engine: Engine, context_len: int) -> None:
+    """A few tokens, alone and side by side: what is compiled or allocated at first use is so before anybody waits."""
+    began = time.monotonic()
+    new_tokens = min(3, context_len - 1)
+    for n in (1, 3):
+        params = SamplingParams(max_tokens=new_tokens, n=n, seed=0, ignore_eos=True)
+        engine.add(GenerationRequest(id="warm-up", prompt_ids=(0,), params=params, salt="warm-up"))
+        while engine.has_work:
+            engine.step()
+    say(f"warmed up in {format_duration(time.monotonic() - began)}")
 
 
 def _to_delta(output: Output) -> Delta:

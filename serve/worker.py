@@ -11,9 +11,12 @@ The loop knows an engine by the four things in `Computes`; `trine.serve.engine_p
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -42,6 +45,8 @@ from trine.serve.messages import (
 )
 
 INBOX_MESSAGES = 1024
+# How long a step may still take when the API process is gone.
+ORPHAN_SECONDS = 5.0
 
 
 class Computes(Protocol):
@@ -154,4 +159,7 @@ def _read(connection: socket.socket, inbox: queue.Queue[ToEngine | None]) -> Non
                 inbox.put(unpack_to_engine(stream.read(body_length(header))))
         except (ProtocolError, OSError) as error:
             say(f"the engine process stops: {error}")
-        inbox.put(None)
+    with contextlib.suppress(queue.Full):
+        inbox.put(None, timeout=ORPHAN_SECONDS)
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(1)  # still here: a step does not end, and nobody waits for it
