@@ -113,6 +113,7 @@ CASES: list[Case] = []
 _MODULES = (
     "kernel_cases",
     "kernel_cases_training",
+    "kernel_cases_vocabulary",
     "kernel_cases_rows",
     "kernel_cases_inference",
     "kernel_cases_quantized",
