@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -176,7 +177,7 @@ def _listen(settings: ServerSettings) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        raise TrineError(f"cannot listen on {where}: {error.strerror}; give another --host or --port") from None
+        raise TrineError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}; give another --host or --port") from None
 
 
 def _address(host: str, listener: socket.socket) -> str:
