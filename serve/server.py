@@ -176,8 +176,9 @@ def _listen(settings: ServerSettings) -> socket.socket:
     try:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         where = f"{settings.host}:{settings.port}"
-        raise TrineError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}; give another --host or --port") from None
+        raise TrineError(f"cannot listen on {where}: {reason}; give another --host or --port") from None
 
 
 def _address(host: str, listener: socket.socket) -> str:
