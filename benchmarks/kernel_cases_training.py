@@ -10,7 +10,8 @@ from torch import Tensor
 
 from trine.benchmarks.kernel_peers import compiled
 from trine.benchmarks.kernel_problem import Cost, Inputs, Problem, cases, liger
-from trine.kernels.adamw.op import AdamW, adamw_reference
+from trine.kernels.adamw.formula import adamw_reference
+from trine.kernels.adamw.optimizer import AdamW
 from trine.kernels.cross_entropy.logits import cross_entropy
 from trine.kernels.cross_entropy.op import linear_cross_entropy
 from trine.kernels.cross_entropy.reference import cross_entropy_reference, linear_cross_entropy_reference

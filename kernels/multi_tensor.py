@@ -53,6 +53,32 @@ def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: 
     return host.to(device, non_blocking=True)
 
 
+def kept_upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`upload`, kept for later calls with the same numbers: nothing travels then. It must not be written to.
+
+    Each stream has its own copies: what one stream uploads, another could read too early or after it was freed. Raises
+    RuntimeError while a CUDA graph is captured, which would keep the numbers of this call.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a table of addresses cannot be part of a CUDA graph: a replay would use the addresses of its capture; "
+                "call this operation outside of the graph"
+            )
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _kept_upload(tuple(values), dtype, device, stream)
+
+
+@lru_cache(maxsize=64)
+def _kept_upload(
+    values: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int
+) -> Tensor:
+    # Kept tensors must serve training even where the first call comes from inference.
+    with torch.inference_mode(False):
+        return upload(values, dtype, device)
+
+
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     """Where the numbers of each tensor begin (0 on the meta device)."""
     return [tensor.data_ptr() for tensor in tensors]

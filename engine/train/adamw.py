@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.train.recipe import OptimSettings
-from trine.kernels.adamw import op
+from trine.kernels.adamw import optimizer
 
 
 class AdamW:
@@ -24,7 +24,7 @@ class AdamW:
         self, decay: Mapping[str, Tensor], no_decay: Mapping[str, Tensor], settings: OptimSettings, *, seed: int
     ) -> None:
         self._names = [*decay, *no_decay]
-        self._adamw = op.AdamW(
+        self._adamw = optimizer.AdamW(
             [*decay.values(), *no_decay.values()],
             betas=settings.betas,
             eps=settings.eps,

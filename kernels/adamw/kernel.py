@@ -3,17 +3,18 @@
 A chunk is ROWS groups of 2048 numbers (see `rounding.py`), worked on in eight parts of [ROWS, 256]: a row of a part is
 one block of 8-bit states, and the eight draws of a lane go to its eight parts. bf16 is read and written as 16-bit
 integers, because rounding is done here.
+
+The kernel finds its tensors by tables on the device: `addresses` int64, a row of T each for w, g, m, v and with 8-bit
+states the scales of m and v; by tensor its weight decay, fp32, and its number, int32, which the draws depend on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from trine.kernels.adamw.formula import Step, formula_of
 from trine.kernels.adamw.rounding import (
     FOR_MOMENTS,
     FOR_PARAMETER,
@@ -28,7 +29,7 @@ from trine.kernels.adamw.rounding import (
 )
 from trine.kernels.adamw.states import FIRST, SECOND, decode_levels, encode_levels
 from trine.kernels.launch import launch
-from trine.kernels.multi_tensor import chunks_of
+from trine.kernels.multi_tensor import addresses, chunks_of, kept_upload
 from trine.kernels.target import Target, target_of
 from trine.kernels.tuning import Config, Shape, Tunable
 
@@ -217,64 +218,36 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
 ADAMW = Tunable("adamw", _rule, _candidates)
 
 
-@dataclass(frozen=True)
-class Formula:
-    """The numbers of one update; `rest` is 1 - beta, `step` lr / (1 - beta1^t), `root` 1 / sqrt(1 - beta2^t)."""
-
-    lr: float
-    step: float
-    root: float
-    beta1: float
-    beta2: float
-    rest1: float
-    rest2: float
-    eps: float
+def launch_adamw(step: Step) -> None:
+    """Update parameters and moments in place: one launch for each pair of dtypes of parameter and gradient."""
+    for indices in step.groups():
+        _launch_group(step, indices)
 
 
-@dataclass(frozen=True)
-class Tables:
-    """What a launch reads from the device.
-
-    `addresses` int64 [6 T] (4 T with fp32 states); by tensor its weight decay, fp32, and its number, int32, which the
-    draws depend on.
-    """
-
-    addresses: Tensor
-    decays_T: Tensor
-    numbers_T: Tensor
-
-
-def launch_adamw(
-    tables: Tables,
-    sizes: tuple[int, ...],
-    formula: Formula,
-    *,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    eight_bit: bool,
-    stochastic: bool,
-    scale: Tensor | None,
-    seed: int,
-    update: int,
-) -> None:
-    """Update tensors of these sizes; `dtypes` of the parameters and the gradients."""
-    device = tables.addresses.device
-    target = target_of(tables.addresses)
-    config = ADAMW.pick(dtypes[0], target, N=sum(sizes), exact_states=1 if eight_bit else 4)
+def _launch_group(step: Step, indices: list[int]) -> None:
+    parameters = [step.parameters[i] for i in indices]
+    # Kept alive until the launch is in the stream.
+    gradients = [step.gradients[i].contiguous() for i in indices]
+    states = [[tensors[i] for i in indices] for tensors in step.states]
+    places = [address for tensors in (parameters, gradients, *states) for address in addresses(tensors)]
+    sizes = tuple(parameter.numel() for parameter in parameters)
+    device, dtype = parameters[0].device, parameters[0].dtype
+    config = ADAMW.pick(dtype, target_of(parameters[0]), N=sum(sizes), exact_states=1 if step.eight_bit else 4)
     chunks = chunks_of(sizes, config.blocks["ROWS"] * GROUP, device)
     arguments = {
-        "addresses_ptr": tables.addresses,
+        "addresses_ptr": kept_upload(places, torch.int64, device),
         "sizes_ptr": chunks.sizes_T,
         "pieces_ptr": chunks.pieces_K2,
-        "decays_ptr": tables.decays_T,
-        "numbers_ptr": tables.numbers_T,
-        "scale_ptr": scale,
+        "decays_ptr": kept_upload([step.weight_decays[i] for i in indices], torch.float32, device),
+        "numbers_ptr": kept_upload(indices, torch.int32, device),
+        "scale_ptr": step.grad_scale,
         "num_tensors": len(sizes),
-        **vars(formula),
-        "seed": seed,
-        "update": update,
-        "PARAMETER_BF16": dtypes[0] == torch.bfloat16,
-        "GRADIENT_BF16": dtypes[1] == torch.bfloat16,
-        "EIGHT_BIT": eight_bit,
-        "STOCHASTIC": stochastic and dtypes[0] == torch.bfloat16,
+        **vars(formula_of(step.lr, step.betas, step.eps, step.update)),
+        "seed": step.seed,
+        "update": step.update,
+        "PARAMETER_BF16": dtype == torch.bfloat16,
+        "GRADIENT_BF16": gradients[0].dtype == torch.bfloat16,
+        "EIGHT_BIT": step.eight_bit,
+        "STOCHASTIC": step.stochastic_rounding and dtype == torch.bfloat16,
     }
     launch(adamw_kernel, (chunks.num_chunks,), config, arguments)

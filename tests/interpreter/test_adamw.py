@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.adamw.op import AdamW, adamw_reference
+from trine.kernels import multi_tensor
+from trine.kernels.adamw.formula import adamw_reference
+from trine.kernels.adamw.op import adamw, adamw_step
+from trine.kernels.adamw.optimizer import AdamW
 from trine.kernels.adamw.rounding import FOR_MOMENTS, FOR_PARAMETER, GROUP, draws, round_stochastically
-from trine.kernels.adamw.states import RATIO, decode, encode_first, encode_second
+from trine.kernels.adamw.states import RATIO, decode, empty_states, encode_first, encode_second
 
 DTYPES = [torch.float32, torch.bfloat16]
 PARAMETERS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,3 +166,131 @@ def test_a_missing_gradient_is_refused_before_launch() -> None:
     with pytest.raises(ValueError, match=r"parameter 0, of shape \(2,\), has no gradient"):
         AdamW([weights], weight_decay=0.0, **FORMULA).step(LR, update=1)
     assert torch.equal(weights, torch.ones(2))
+
+
+# An operation is checked by running it a dozen times: few programs.
+SMALL = ((5,), (2, 129), (0, 3))
+# Dtypes of parameters and gradients, and whether the moments have 8 bits.
+VARIANTS = pytest.mark.parametrize(
+    ("dtype", "gradient_dtype", "eight_bit"), list(itertools.product(DTYPES, DTYPES, (False, True))), ids=str
+)
+
+
+def lists(dtype: torch.dtype, gradient_dtype: torch.dtype, eight_bit: bool, shapes: Any = SHAPES) -> list[list[Tensor]]:
+    """Parameters, gradients, both moments and their scales: the first six arguments of the operation."""
+    parameters, gradients = make(0, dtype, shapes), make(1, gradient_dtype, shapes)
+    if eight_bit:
+        states = [empty_states(w.numel(), w.device) for w in parameters]
+        return [parameters, gradients, *([state[place] for state in states] for place in range(4))]
+    return [
+        parameters,
+        gradients,
+        *([torch.zeros_like(w, dtype=torch.float32) for w in parameters] for _ in range(2)),
+        [],
+        [],
+    ]
+
+
+def rest(number: int, *, stochastic: bool = True) -> tuple[Any, ...]:
+    """What follows the lists: decays, scale, lr, betas, eps, update, seed, rounding."""
+    return ([DECAY] * number, torch.tensor(0.5), torch.tensor(LR), *FORMULA["betas"], FORMULA["eps"], 2, 3, stochastic)
+
+
+def updated(lists: list[list[Tensor]]) -> list[Tensor]:
+    """Everything that an update writes."""
+    return [tensor for place, tensors in enumerate(lists) if place != 1 for tensor in tensors]
+
+
+@VARIANTS
+def test_registration(dtype: torch.dtype, gradient_dtype: torch.dtype, eight_bit: bool) -> None:
+    torch.library.opcheck(adamw_step, (*lists(dtype, gradient_dtype, eight_bit, SMALL), *rest(3)))
+
+
+def test_registration_of_odd_lists() -> None:
+    torch.library.opcheck(adamw_step, (*lists(*DTYPES[::-1], False, SHAPES[2:]), *rest(1, stochastic=False)))
+    torch.library.opcheck(adamw_step, ([], [], [], [], [], [], *rest(0)))
+    torch.library.opcheck(adamw_step, (*lists(*DTYPES, True, ((0,),)), *rest(1)))
+    mixed = [one + two for one, two in zip(lists(*DTYPES, True, SMALL), lists(*DTYPES[::-1], True, SMALL), strict=True)]
+    torch.library.opcheck(adamw_step, (*mixed, *rest(6)))
+    askew = [make(place, torch.float32, ((4, 9),))[0].flatten()[3:] for place in range(4)]
+    strided = make(1, torch.float32, ((33, 2),))[0][:, 1]
+    torch.library.opcheck(adamw_step, ([askew[0]], [strided], [askew[1]], [askew[2].abs()], [], [], *rest(1)))
+
+
+@VARIANTS
+def test_the_registered_operation_has_the_bits_of_the_plain_call(
+    dtype: torch.dtype, gradient_dtype: torch.dtype, eight_bit: bool
+) -> None:
+    one, two = (lists(dtype, gradient_dtype, eight_bit) for _ in range(2))
+    adamw_step(*one, *rest(3))
+    adamw(
+        *two[:4], first_scales=two[4], second_scales=two[5], lr=LR, weight_decay=DECAY, update=2, seed=3,
+        grad_scale=torch.tensor(0.5), **FORMULA,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(updated(one), updated(two), strict=True))
+    assert not torch.equal(one[0][0], make(0, dtype)[0])
+
+
+@PARAMETERS
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_compiles_whole_and_once(dtype: torch.dtype, eight_bit: bool) -> None:
+    """The first update is compiled with its numbers; the second for numbers that change."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    results = []
+    for compiled in (False, True):
+        options: dict[str, Any] = {**FORMULA, "state_dtype": torch.int8 if eight_bit else torch.float32, "seed": 3}
+        optimizer = AdamW(make(0, dtype, SMALL), weight_decay=[DECAY, 0.0, DECAY], **options)
+
+        def step(gradients: list[Tensor], scale: Tensor, lr: float, update: int, to: AdamW = optimizer) -> None:
+            to.step(lr, update=update, gradients=gradients, grad_scale=scale)
+
+        call = torch.compile(step, fullgraph=True, backend=backend) if compiled else step
+        for update in range(1, 4):
+            call(make(update, dtype, SMALL), torch.tensor(1 / update), LR / update, update)
+        moments = [*optimizer.first_moments, *optimizer.second_moments]
+        results.append([*optimizer.parameters, *moments, *optimizer.first_scales, *optimizer.second_scales])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert [graph.count("trine.adamw.default") for graph in graphs] == [1, 1]
+
+
+def test_compiles_whole_with_gradients_of_parameters_and_with_none() -> None:
+    found = []
+    for compiled in (False, True):
+        weights = [torch.nn.Parameter(w) for w in make(0, torch.float32, ((5,), (0, 3), (7, 3)))]
+        optimizer, empty = AdamW(weights, weight_decay=DECAY, **FORMULA), AdamW([], weight_decay=DECAY, **FORMULA)
+        for place, w in enumerate(weights):
+            w.grad = make(place, torch.float32, (tuple(w.shape),))[0]
+
+        def step(update: int, both: tuple[AdamW, AdamW] = (optimizer, empty)) -> None:
+            for one in both:
+                one.step(LR, update=update)
+
+        (torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step)(1)
+        found.append(weights)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_addresses_travel_only_where_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[int] = []
+    original = multi_tensor.upload
+
+    def upload(values: Any, *rest: Any) -> Tensor:
+        uploads.append(len(values))
+        return original(values, *rest)
+
+    multi_tensor._kept_upload.cache_clear()
+    monkeypatch.setattr(multi_tensor, "upload", upload)
+    optimizer = AdamW(make(0, torch.float32), weight_decay=DECAY, **FORMULA)
+    gradients = make(1, torch.float32)
+    for update, expected in ((1, [12, 3, 3]), (2, []), (3, [12]), (4, [])):
+        if update == 3:
+            gradients = [*gradients[:2], gradients[2].clone()]
+        optimizer.step(LR, update=update, gradients=gradients)
+        assert sorted(uploads, reverse=True) == expected, update
+        uploads.clear()

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.adamw import op
+from trine.kernels.adamw import plain
+from trine.kernels.adamw.checks import STATE_DTYPES
+from trine.kernels.adamw.formula import adamw_reference
 from trine.kernels.adamw.kernel import ADAMW
-from trine.kernels.adamw.op import AdamW, adamw_reference
+from trine.kernels.adamw.op import adamw, adamw_step
+from trine.kernels.adamw.optimizer import AdamW
 from trine.kernels.adamw.rounding import GROUP, draws, philox, round_stochastically
 from trine.kernels.adamw.states import BLOCK, RATIO, decode, empty_states, encode_first, encode_second
 from trine.kernels.target import COMPILED, INTERPRETER
@@ -150,7 +153,7 @@ def test_fp32_is_the_formula_and_has_the_bits_of_torchs_kernel() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("state", op.STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
 def test_a_gradient_scale_is_that_of_the_gradients(state: torch.dtype, dtype: torch.dtype) -> None:
     one, two = (AdamW([make(40, dtype=dtype)], **OPTIONS, state_dtype=state) for _ in range(2))
     gradient = make(40, seed=1, dtype=dtype)
@@ -161,7 +164,7 @@ def test_a_gradient_scale_is_that_of_the_gradients(state: torch.dtype, dtype: to
     assert torch.equal(gradient, make(40, seed=1, dtype=dtype))
 
 
-@pytest.mark.parametrize("state", op.STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
 def test_bits_repeat_and_depend_on_the_seed(state: torch.dtype) -> None:
     found = []
     for seed in (5, 5, 6):
@@ -176,7 +179,7 @@ def test_bits_repeat_and_depend_on_the_seed(state: torch.dtype) -> None:
 def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for piece in (GROUP, 2**18):
-        monkeypatch.setattr(op, "_PIECE", piece)
+        monkeypatch.setattr(plain, "PIECE", piece)
         parameters = [make(2 * GROUP + 300, dtype=torch.bfloat16)]
         optimizer = run(parameters, 2, state_dtype=torch.int8)
         results.append([*parameters, *optimizer.first_moments, *optimizer.second_scales])
@@ -201,7 +204,7 @@ def test_8_bit_states_train_as_well_as_fp32() -> None:
     """Least squares with noisy gradients: the end is as near the optimum."""
     losses = {}
     target, curvature = make(2000, seed=3), torch.exp2(torch.linspace(-6, 0, 2000))
-    for state in op.STATE_DTYPES:
+    for state in STATE_DTYPES:
         weights = torch.zeros(2000)
         optimizer = AdamW([weights], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, state_dtype=state)
         for update in range(1, 301):
@@ -278,3 +281,97 @@ def test_configurations(target: Any) -> None:
             candidates = ADAMW.candidates({"N": 10**9, "exact_states": states}, dtype, target)
             assert len(candidates) > 5
             assert all(c.blocks["ROWS"] & (c.blocks["ROWS"] - 1) == 0 for c in candidates)
+
+
+def arguments(dtype: torch.dtype, *, eight_bit: bool = False) -> dict[str, Any]:
+    """An update of three tensors, one of them empty, by name."""
+    parameters = [make(*shape, seed=place, dtype=dtype) for place, shape in enumerate(((3, 5), (GROUP + 7,), (0, 2)))]
+    lists = {"first_moments": [torch.zeros(w.shape) for w in parameters]}
+    lists["second_moments"] = [m.clone() for m in lists["first_moments"]]
+    if eight_bit:
+        states = [empty_states(w.numel(), CPU) for w in parameters]
+        names = ("first_moments", "second_moments", "first_scales", "second_scales")
+        lists = {name: [state[place] for state in states] for place, name in enumerate(names)}
+    gradients = [make(*w.shape, seed=9 + place, dtype=dtype) for place, w in enumerate(parameters)]
+    return {"parameters": parameters, "gradients": gradients, **lists, "lr": 1e-2, "update": 3, "seed": 5, **OPTIONS}
+
+
+def registered(named: dict[str, Any], lr: Tensor | None = None) -> tuple[Any, ...]:
+    """The same as arguments of the registered operation."""
+    lists = [named.get(name, []) for name in ("parameters", "gradients", "first_moments", "second_moments")]
+    lists += [named.get(name, []) for name in ("first_scales", "second_scales")]
+    lr = torch.tensor(named["lr"], dtype=torch.float64) if lr is None else lr
+    decays = [named["weight_decay"]] * len(lists[0])
+    return *lists, decays, None, lr, *named["betas"], named["eps"], named["update"], named["seed"], True
+
+
+VARIANTS = pytest.mark.parametrize(
+    ("dtype", "eight_bit"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=str,
+)
+
+
+@VARIANTS
+def test_the_registered_operation_compiles_whole_with_the_bits_of_the_plain_call(
+    dtype: torch.dtype, eight_bit: bool
+) -> None:
+    torch._dynamo.reset()
+    torch.library.opcheck(adamw_step, registered(arguments(dtype, eight_bit=eight_bit)))
+
+    def function(named: dict[str, Any]) -> None:
+        adamw(**named)
+
+    plain, direct, whole = (arguments(dtype, eight_bit=eight_bit) for _ in range(3))
+    function(plain)
+    adamw_step(*registered(direct))
+    torch.compile(function, fullgraph=True, backend="aot_eager")(whole)
+    for name in ("parameters", "first_moments", "second_moments", *(("first_scales", "second_scales") * eight_bit)):
+        for one, two, three in zip(plain[name], direct[name], whole[name], strict=True):
+            assert torch.equal(one, two)
+            assert torch.equal(one, three)
+    assert not torch.equal(plain["parameters"][0], arguments(dtype)["parameters"][0])
+
+
+def test_the_function_does_what_the_optimizer_does() -> None:
+    named = arguments(torch.bfloat16, eight_bit=True) | {"update": 1}
+    optimizer = AdamW([w.clone() for w in named["parameters"]], **OPTIONS, seed=5, state_dtype=torch.int8)
+    optimizer.step(1e-2, update=1, gradients=named["gradients"])
+    adamw(**named)
+    for ours, theirs in (("parameters", optimizer.parameters), ("second_scales", optimizer.second_scales)):
+        assert all(torch.equal(a, b) for a, b in zip(named[ours], theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("eight_bit", "changes", "message"),
+    [
+        (False, {"first_moments": []}, "the first moment is given 0 times for 3 parameters"),
+        (True, {"second_scales": []}, "the scale of the second moment is given 0 times for 3 parameters"),
+        (True, {"first_scales": [], "second_scales": []}, r"moment of parameter 0 is torch.int8 .* \(without scales; "),
+        (
+            False,
+            {"first_scales": [torch.zeros(1)] * 3},
+            r"is torch.float32 \(3, 5\) on cpu; expected torch.int8 \(15,\)",
+        ),
+        (False, {"second_moments": [torch.zeros(5, 3).t()] * 3}, r"parameter 0 has strides \(1, 3\); make it contig"),
+        (False, {"update": 0}, "update is 0; updates are counted from 1"),
+        (False, {"seed": 2**63}, "seed is 9223372036854775808"),
+        (False, {"weight_decay": [0.1]}, "1 weight decays for 3 parameters"),
+        (False, {"gradients": [torch.zeros(3, 5)]}, "1 gradients for 3 parameters"),
+        (False, {"grad_scale": torch.zeros(1, device="meta")}, "grad_scale is on meta, the parameters on cpu"),
+    ],
+    ids=["moments", "scales", "codes", "fp32", "strides", "update", "seed", "decays", "gradients", "scale"],
+)
+def test_lists_that_do_not_fit_are_refused_and_not_changed(
+    eight_bit: bool, changes: dict[str, Any], message: str
+) -> None:
+    named = arguments(torch.float32, eight_bit=eight_bit)
+    with pytest.raises(ValueError, match=message):
+        adamw(**{**named, **changes})
+    for w, start in zip(named["parameters"], arguments(torch.float32)["parameters"], strict=True):
+        assert torch.equal(w, start)
+
+
+def test_a_learning_rate_that_the_host_would_wait_for_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lr is \(\) on meta; expected one number on the CPU"):
+        adamw_step(*registered(arguments(torch.float32), torch.zeros((), device="meta")))
