@@ -26,7 +26,7 @@ from trine.engine.generate.plain import end_ids
 from trine.engine.generate.plan import Plan
 from trine.engine.generate.records import EngineConfig, EngineStats, GenerationRequest, Output
 from trine.engine.generate.request import Request
-from trine.engine.generate.runner import Runner
+from trine.engine.generate.runner import Computed, Runner
 from trine.engine.generate.sampling import check_ids
 from trine.engine.generate.scheduler import Scheduler
 from trine.engine.generate.sequence import Sequence
@@ -97,6 +97,7 @@ class Engine:
             max_running=config.max_running,
             max_tokens=model.config.max_positions,
             compute_dtype=compute_dtype,
+            cuda_graphs=config.cuda_graphs,
         )
         self._kv_bytes = cache.num_bytes
         self._entries: dict[str, _Entry] = {}
@@ -107,6 +108,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any completion is under way."""
         return self._scheduler.has_work
+
+    @property
+    def num_graphs(self) -> int:
+        """Decoding steps that were captured; 0 where graphs are off or there is no GPU."""
+        return 0 if self._runner.graphs is None else self._runner.graphs.num_captured
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; it changes nothing where it raises.
@@ -151,12 +157,12 @@ class Engine:
             self._scheduler.commit(plan)
             return []
         try:
-            hidden_NC = self._runner.forward(plan)
+            computed = self._runner.forward(plan)
         except BaseException:
             self._scheduler.drop(plan)
             self._runner.reset()
             raise
-        outputs = self._advance(plan, hidden_NC)
+        outputs = self._advance(plan, computed)
         self._steps += 1
         self._schedule_seconds += scheduled - started
         self._step_seconds += time.perf_counter() - started
@@ -184,9 +190,9 @@ class Engine:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def _advance(self, plan: Plan, hidden_NC: Tensor) -> list[Output]:
+    def _advance(self, plan: Plan, computed: Computed) -> list[Output]:
         """Choose a token wherever a chunk reaches the end of its sequence; commit the plan; end what is done."""
-        self._collect_prompt_logprobs(plan, hidden_NC)
+        self._collect_prompt_logprobs(plan, computed.hidden_NC)
         sampling, rows, last = [], [], -1
         for chunk in plan.chunks:
             last += chunk.count
@@ -196,7 +202,7 @@ class Engine:
         if not rows:
             self._scheduler.commit(plan)
             return []
-        logits_RV = self._runner.logits(hidden_NC, rows)[:, : self.tokenizer.vocab_size]
+        logits_RV = self._runner.logits(computed, rows)[:, : self.tokenizer.vocab_size]
         owners = [(row, source, number) for row, source in enumerate(sampling) for number in self._numbers(source)]
         if len(owners) > len(rows):
             logits_RV = logits_RV[[row for row, _, _ in owners]]

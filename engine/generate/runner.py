@@ -9,17 +9,30 @@ Shapes: N tokens of R chunks, C width, V vocabulary, S slots of a block, M entri
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trine.engine.generate.graphs import Array, DecodeGraphs
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.sequence import Sequence
 from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.transformer import Transformer
 from trine.kernels.hardware import CHECKING
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Hidden states [N, C] of all tokens of a step, and their logits where a graph has made them along the way.
+
+    On a GPU the next step may overwrite both.
+    """
+
+    hidden_NC: Tensor
+    logits_NV: Tensor | None = None
 
 
 class Runner:
@@ -31,28 +44,56 @@ class Runner:
         max_running: sequences that hold blocks at one time, at most.
         max_tokens: tokens a sequence can have.
         compute_dtype: of the activations.
+        cuda_graphs: capture decoding steps, on a GPU.
     """
 
     def __init__(
-        self, model: Transformer, cache: PagedCache, *, max_running: int, max_tokens: int, compute_dtype: torch.dtype
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        *,
+        max_running: int,
+        max_tokens: int,
+        compute_dtype: torch.dtype,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.cache = cache
         self.compute_dtype = compute_dtype
         self._tables = BlockTables(max_running, -(-max_tokens // cache.block_size))
+        self.graphs: DecodeGraphs | None = None
+        if cuda_graphs and cache.device.type == "cuda":
+            self.graphs = DecodeGraphs(self._decode, cache, max_rows=max_running, max_tokens=max_tokens)
 
-    def forward(self, plan: Plan) -> Tensor:
-        """Copy the plan's blocks, compute its tokens; returns the hidden states [N, C] after the final norm."""
+    def forward(self, plan: Plan) -> Computed:
+        """Copy the plan's blocks and compute its tokens."""
         for sequence in plan.preempted:
             self.release(sequence)
         self.cache.copy_blocks(plan.copies)
-        ids_N, step = self.make_step(plan.chunks)
-        self.cache.step = step
-        return self.model(ids_N[None], cache=self.cache, compute_dtype=self.compute_dtype)[0]  # type: ignore[no-any-return]
+        arrays = self._arrays(plan.chunks)
+        if self.graphs is not None and len(arrays.ids) == len(plan.chunks):
+            return Computed(*self.graphs.run(arrays.ids, arrays.positions, arrays.slots, arrays.table, arrays.lengths))
+        ids_N, step = self._step(arrays)
+        return Computed(self._hidden(ids_N[None], step))
 
-    def make_step(self, chunks: SequenceOf[Chunk]) -> tuple[Tensor, PagedStep]:
-        """Token ids [N] and the step of these chunks, on the device of the cache."""
-        size, device = self.cache.block_size, self.cache.device
+    def logits(self, computed: Computed, rows: SequenceOf[int]) -> Tensor:
+        """fp32 logits [R, V] of some rows of a step."""
+        source_N = computed.hidden_NC if computed.logits_NV is None else computed.logits_NV
+        if len(rows) < len(source_N):
+            source_N = source_N[torch.tensor(rows).to(source_N.device, non_blocking=True)]
+        return source_N if computed.logits_NV is not None else self.model.logits(source_N)
+
+    def _hidden(self, ids_1N: Tensor, step: PagedStep) -> Tensor:
+        self.cache.step = step
+        return self.model(ids_1N, cache=self.cache, compute_dtype=self.compute_dtype)[0]  # type: ignore[no-any-return]
+
+    def _decode(self, ids_1R: Tensor, step: PagedStep) -> tuple[Tensor, Tensor]:
+        hidden_RC = self._hidden(ids_1R, step)
+        return hidden_RC, self.model.logits(hidden_RC)
+
+    def _arrays(self, chunks: SequenceOf[Chunk]) -> _Arrays:
+        """A plan's chunks as arrays, end to end."""
+        size = self.cache.block_size
         ids = np.fromiter((token for chunk in chunks for token in chunk.token_ids), np.int64)
         counts = np.array([chunk.count for chunk in chunks], np.int64)
         starts = np.array([chunk.start for chunk in chunks], np.int64)
@@ -61,27 +102,28 @@ class Runner:
         positions = np.arange(len(ids)) - np.repeat(ends[:-1] - starts, counts)
         table = self._tables.rows([chunk.sequence for chunk in chunks], starts // size)
         slots = table[rows_N, positions // size].astype(np.int64) * size + positions % size
-        lengths = (starts + counts).astype(np.int32)
-        to_device = (torch.from_numpy(x).to(device, non_blocking=True) for x in (ids, positions, slots))
-        ids_N, positions_N, slots_N = to_device
+        return _Arrays(ids, positions, slots, table, (starts + counts).astype(np.int32), ends, int(counts.max()))
+
+    def _step(self, arrays: _Arrays) -> tuple[Tensor, PagedStep]:
+        """Token ids [N] and the step, on the device of the cache."""
+        device = self.cache.device
+
+        def on_device(x: Array) -> Tensor:
+            return torch.from_numpy(x).to(device, non_blocking=True)
+
         step = PagedStep(
             cache=self.cache,
-            positions_BT=positions_N[None],
-            slots_N=slots_N,
-            block_table_RM=torch.from_numpy(table).to(device, non_blocking=True),
-            lengths_R=torch.from_numpy(lengths).to(device, non_blocking=True),
-            query_starts=torch.from_numpy(ends).to(device, non_blocking=True),
-            max_queries=int(counts.max()),
-            num_slots=int(lengths.max()),
+            positions_BT=on_device(arrays.positions)[None],
+            slots_N=on_device(arrays.slots),
+            block_table_RM=on_device(arrays.table),
+            lengths_R=on_device(arrays.lengths),
+            query_starts=on_device(arrays.ends),
+            max_queries=arrays.longest_chunk,
+            num_slots=int(arrays.lengths.max()),
         )
         if CHECKING or device.type == "cpu":
             step.check()
-        return ids_N, step
-
-    def logits(self, hidden_NC: Tensor, rows: SequenceOf[int]) -> Tensor:
-        """fp32 logits [R, V] of some rows of the hidden states."""
-        index_R = torch.tensor(rows).to(hidden_NC.device, non_blocking=True)
-        return self.model.logits(hidden_NC[index_R])
+        return on_device(arrays.ids), step
 
     def release(self, sequence: Sequence) -> None:
         """The sequence lost its blocks, or ended."""
@@ -92,6 +134,19 @@ class Runner:
         self._tables.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """ids, positions, slots [N]; table [R, M]; lengths [R], ends [R + 1]: as of `PagedStep`."""
+
+    ids: Array
+    positions: Array
+    slots: Array
+    table: Array
+    lengths: Array
+    ends: Array
+    longest_chunk: int
+
+
 class BlockTables:
     """The block tables of the running sequences as rows of one array: int32 [max_running, max_blocks]."""
 
@@ -100,7 +155,7 @@ class BlockTables:
         self._free = list(range(max_running - 1, -1, -1))
         self._row_of: dict[Sequence, int] = {}
 
-    def rows(self, sequences: SequenceOf[Sequence], first_changed: np.ndarray) -> np.ndarray:
+    def rows(self, sequences: SequenceOf[Sequence], first_changed: Array) -> Array:
         """Their rows, [R, M], a copy. Entries before `first_changed` [R] are as they were at the last call."""
         rows = []
         for sequence, first in zip(sequences, first_changed.tolist(), strict=True):
