@@ -18,7 +18,10 @@ _ON_CPU: dict[str, tuple[str, str]] = {
     "adamw": ("torch, fused", "one call for all parameters; 8-bit states in plain torch"),
     "cross_entropy": ("torch, in chunks", "never holds all logits; gradients made on the way"),
     "gradient_norm": ("torch, foreach", "one call for all gradients"),
-    "invariant": ("torch, rows in fours", "fp32 row bits depend on the number of rows otherwise"),
+    "invariant": (
+        "torch, fixed pieces of rows",
+        "row bits depend on the number of rows otherwise; attention in Numba loops",
+    ),
     "kv_write": ("torch", "the separate operations, written into the slots"),
     "layer_norm": ("torch, own backward", "sums weight gradients in fp32"),
     "lora": ("torch, adapter by adapter", "products of the tokens that an adapter has"),

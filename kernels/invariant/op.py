@@ -6,9 +6,12 @@ So a token decoded alone, in any batch, within a prompt or in a training step ge
 choose the order of a sum by shape. The three products are one kernel (`kernel.py`, with why the bits hold and the
 costs; tiles in `configs.py`); the bits of dW repeat, and are those of its rows in their order.
 
-On a CPU torch multiplies, fp32 and fp64 in multiples of four rows, with zeros below: fewer than four have other bits,
-and so have the last one to three of each thread's share (of 5 to 7 and 9 to 11 rows with two threads, of any number in
-fp64; MKL 2024.2). bf16 has the same bits at every size. Whether a machine keeps to that, `keeps_row_bits` finds out.
+On a CPU torch multiplies, always the same number of rows at a time, with zeros below the last: then every product of a
+layer is the same call, and in one call all rows are treated alike. Other numbers take other paths with other sums, and
+which ones differs between CPUs: on one, fewer than 4 rows in fp32 and the last few of each thread's share; on another
+(AMX), fewer than 16 in fp32 and whole batches against parts in bf16. How many rows is a compromise of one token decoded
+alone, which pays for all of them, and long batches (`_CPU_ROWS`). Whether a machine keeps to that, `keeps_row_bits`
+finds out.
 
 Source: He et al., "Defeating Nondeterminism in LLM Inference" (Thinking Machines, 2025) for what batch-invariance is
 and why split K breaks it.
@@ -33,8 +36,9 @@ from trine.kernels.launch import ceil_div, launch, result_dtype, rounded
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import Target, target_of, uses_triton
 
-# Torch's fp32 product on a CPU takes other paths for what is left of the rows after groups of this many.
-_CPU_ROWS = 4
+# Rows that are multiplied at a time on a CPU. Measured on one core with AMX and weights of 768 x 3072: 32 rows of fp32
+# take 4.8 times as long as one and reach half the speed of long batches; 64 rows of bf16 1.5 times, and half.
+_CPU_ROWS = {torch.float32: 32, torch.float64: 32, torch.bfloat16: 64, torch.float16: 64}
 
 
 def invariant_matmul_reference(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None = None) -> Tensor:
@@ -56,10 +60,11 @@ def invariant_matmul(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None = No
     weight_FC = weight_FC.to(x_NC.dtype)
     bias_F = None if bias_F is None else bias_F.to(x_NC.dtype)
     if not uses_triton(x_NC):
-        return _padded(x_NC, weight_FC, bias_F)
+        y_NF: Tensor = _InPieces.apply(_rows(x_NC), weight_FC, bias_F)  # type: ignore[no-untyped-call]
+        return y_NF.view(*x_NC.shape[:-1], len(weight_FC))
     if x_NC.dtype not in HALF_AND_SINGLE:
         raise ValueError(f"x_NC is {x_NC.dtype}; the kernel supports float32, bfloat16 and float16")
-    y_NF: Tensor = invariant_product(_rows(x_NC), weight_FC, bias_F, False, False)
+    y_NF = invariant_product(_rows(x_NC), weight_FC, bias_F, False, False)
     return y_NF.view(*x_NC.shape[:-1], len(weight_FC))
 
 
@@ -84,13 +89,37 @@ def _check(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None) -> None:
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
 
-def _padded(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None) -> Tensor:
-    rows = _rows(x_NC)
-    missing = -len(rows) % _CPU_ROWS if x_NC.dtype in (torch.float32, torch.float64) else 0
-    if not missing:
+def _in_pieces(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None) -> Tensor:
+    """The product, `_CPU_ROWS` rows at a time."""
+    N, rows = len(x_NC), _CPU_ROWS.get(x_NC.dtype, 32)
+    x_NC = x_NC.contiguous()
+    if rows == N:
         return F.linear(x_NC, weight_FC, bias_F)
-    y_NF = F.linear(F.pad(rows, (0, 0, 0, missing)), weight_FC, bias_F)[: len(rows)]
-    return y_NF.view(*x_NC.shape[:-1], len(weight_FC))
+    y_NF = x_NC.new_empty(N, len(weight_FC))
+    for first in range(0, N, rows):
+        part_nC = x_NC[first : first + rows]
+        count = len(part_nC)
+        if count < rows:
+            part_nC = F.pad(part_nC, (0, 0, 0, rows - count))
+        y_NF[first : first + count] = F.linear(part_nC, weight_FC, bias_F)[:count]
+    return y_NF
+
+
+class _InPieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_NC, weight_FC)
+        return _in_pieces(x_NC, weight_FC, bias_F)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_NC, weight_FC = ctx.saved_tensors
+        (dy_NF,) = grads
+        dx_NC = _in_pieces(dy_NF, weight_FC.T, None) if ctx.needs_input_grad[0] else None
+        dweight_FC = dy_NF.T @ x_NC if ctx.needs_input_grad[1] else None
+        work = torch.promote_types(dy_NF.dtype, torch.float32)
+        dbias_F = dy_NF.sum(dim=0, dtype=work).to(dy_NF.dtype) if ctx.needs_input_grad[2] else None
+        return dx_NC, dweight_FC, dbias_F
 
 
 # --- whether it holds -------------------------------------------------------------------------------------------------
