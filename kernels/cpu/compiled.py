@@ -125,10 +125,13 @@ def use_torch_threads() -> int:
     """
     import numba
 
-    num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+    wanted = torch.get_num_threads()
+    num_threads = min(wanted, int(numba.config.NUMBA_NUM_THREADS))
     if num_threads > 1:
         has_openmp()
     numba.set_num_threads(num_threads)
+    if torch.get_num_threads() != wanted:  # starting its threads, Numba has set OpenMP's number, which is torch's too
+        torch.set_num_threads(wanted)
     return num_threads
 
 
