@@ -112,3 +112,18 @@ def test_candidates_run_in_other_processes() -> None:
     tuner.pool.terminate()
     # The first ran, and then waited for a GPU that is not there.
     assert [reason.partition(":")[0] for reason in reasons] == ["AssertionError", "IndexError"]
+
+
+def test_candidates_may_round_results_but_not_codes_and_tokens() -> None:
+    """Of float8 a rounding is large, and torch cannot even take the largest of them."""
+    close, codes, tokens = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 112.0]), torch.tensor([3, 128255])
+    kernel_tuning._compare((close + 1e-7,), [close])
+    kernel_tuning._compare((codes.to(torch.float8_e4m3fn),), [codes.to(torch.float8_e4m3fn)])
+    kernel_tuning._compare((tokens.clone(),), [tokens])
+    for found, expected in (
+        (close + 1e-4, close),
+        (tokens + 1, tokens),
+        (codes.to(torch.int8) - 1, codes.to(torch.int8)),
+    ):
+        with pytest.raises(ValueError, match="other numbers than the rule's"):
+            kernel_tuning._compare((found,), [expected])
