@@ -8,7 +8,10 @@ the output does not depend on it, only the number of steps. Source: Saxena 2023 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+
+SIZE = array("q").itemsize
 
 
 def propose(
@@ -28,19 +31,14 @@ def propose(
             f"max_tokens = {max_tokens}, shortest = {shortest} and window = {window} must be at least 1, and longest = "
             f"{longest} at least shortest"
         )
-    recent = list(tokens[-window:])
-    end = len(recent)
-    best_length, best = 0, 0
-    # From the newest place backwards: the first of a length is the newest, and only a longer one is better.
-    for place in range(end - 1, 0, -1):
-        length = 0
-        while length < min(longest, place) and recent[place - 1 - length] == recent[end - 1 - length]:
-            length += 1
-        if length > best_length:
-            best_length, best = length, place
-            if length == longest:
-                break
-    if best_length < shortest:
-        return []
-    period = end - best
-    return [recent[best + index % period] for index in range(max_tokens)]
+    # Bytes are searched at the speed of the machine; a hit counts where it begins with a token.
+    data = array("q", tokens[-window:]).tobytes()
+    for length in range(min(longest, len(data) // SIZE), shortest - 1, -1):
+        ending = data[-length * SIZE :]
+        at = data.rfind(ending, 0, len(data) - SIZE)
+        while at % SIZE and at > 0:
+            at = data.rfind(ending, 0, at + len(ending) - 1)
+        if at >= 0:
+            following = array("q", data[at + len(ending) :])
+            return [following[index % len(following)] for index in range(max_tokens)]
+    return []
