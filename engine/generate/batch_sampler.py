@@ -23,13 +23,15 @@ from trine.engine.generate.sampling import Sampler, check_choice, check_finite
 from trine.kernels.sampling.op import add_bias, penalize, sample
 
 Choice = int | TrineError
+# True where an id may come next; None: everywhere; an error: why it cannot be known.
+Allowed = Tensor | TrineError | None
 
 
-def choose(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Tensor | None]) -> list[Choice]:
+def choose(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> list[Choice]:
     """One id or error a row, from fp32 logits [R, V] (left unchanged).
 
     A row is chosen among the ids that are true in its `allowed_RV` (bool [V], on the device of the logits), where
-    there is one. What is chosen is counted by its sampler.
+    there is one; an error there is handed on. What is chosen is counted by its sampler.
     """
     if logits_RV.is_cuda:
         return _choose_on_gpu(logits_RV, samplers, allowed_RV)
@@ -37,19 +39,22 @@ def choose(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[
     best, top = best_R.tolist(), logits_RV.gather(1, best_R[:, None])[:, 0].tolist()
     choices: list[Choice] = []
     for row, sampler in enumerate(samplers):
+        allowed_V = allowed_RV[row]
         try:
-            if sampler.params.greedy and not sampler.adjusts and allowed_RV[row] is None:
+            if isinstance(allowed_V, TrineError):
+                choices.append(allowed_V)
+            elif sampler.params.greedy and not sampler.adjusts and allowed_V is None:
                 check_finite(math.isfinite(top[row]))
                 sampler.count(best[row])
                 choices.append(best[row])
             else:
-                choices.append(sampler.next_token(logits_RV[row], allowed_RV[row]))
+                choices.append(sampler.next_token(logits_RV[row], allowed_V))
         except TrineError as error:
             choices.append(error)
     return choices
 
 
-def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Tensor | None]) -> list[Choice]:
+def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> list[Choice]:
     device = logits_RV.device
     params = [sampler.params for sampler in samplers]
     adjusted_RV = logits_RV
@@ -57,7 +62,7 @@ def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: S
         adjusted_RV = logits_RV.clone()
         _adjust(adjusted_RV, samplers)
     for row, allowed_V in enumerate(allowed_RV):
-        if allowed_V is not None:
+        if isinstance(allowed_V, Tensor):
             adjusted_RV = adjusted_RV.clone() if adjusted_RV is logits_RV else adjusted_RV
             adjusted_RV[row].masked_fill_(~allowed_V, -math.inf)
     uniforms = [0.0 if sampler.params.greedy else sampler.uniform() for sampler in samplers]
@@ -72,6 +77,10 @@ def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: S
     tokens = tokens_R.tolist()
     choices: list[Choice] = []
     for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
+        allowed_V = allowed_RV[row]
+        if isinstance(allowed_V, TrineError):
+            choices.append(allowed_V)
+            continue
         if token >= 0:
             sampler.count(token)
             choices.append(token)

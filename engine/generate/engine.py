@@ -12,39 +12,48 @@ failure of one completion ends that completion alone.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trine.engine.errors import ContextLengthError, TrineError, UsageError
-from trine.engine.generate import batch_sampler
+from trine.engine.errors import ContextLengthError, UsageError
 from trine.engine.generate.blocks import BlockPool
-from trine.engine.generate.logprobs import TokenLogprobs, prompt_logprobs, token_logprobs
+from trine.engine.generate.logprobs import TokenLogprobs, prompt_logprobs
+from trine.engine.generate.lookup import propose
 from trine.engine.generate.memory import choose_num_blocks
 from trine.engine.generate.plain import end_ids
-from trine.engine.generate.plan import Plan
+from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.records import EngineConfig, EngineStats, GenerationRequest, Output
 from trine.engine.generate.request import Request
 from trine.engine.generate.runner import Computed, Runner
 from trine.engine.generate.sampling import check_ids
 from trine.engine.generate.scheduler import Scheduler
 from trine.engine.generate.sequence import Sequence
+from trine.engine.generate.turns import Turn, run_turns
 from trine.engine.log import format_bytes, say
 from trine.engine.model.paged_cache import PagedCache
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from trine.engine.generate.grammar import GrammarCompiler, Matcher
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "GenerationRequest", "Output"]
 
 
 @dataclass(slots=True)
 class _Entry:
-    """A request in the engine: its choices that are under way, by number, and its prompt's log-probabilities."""
+    """A request in the engine: its choices that are under way, by number, and its prompt's log-probabilities.
+
+    `matcher`: its grammar, at the start of a text. `forked`: its prompt is computed, and all choices are under way.
+    """
 
     request: GenerationRequest
     sequences: dict[int, Sequence] = field(default_factory=dict)
     choices: dict[int, Request] = field(default_factory=dict)
+    matcher: Matcher | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     forked: bool = False
 
@@ -100,8 +109,10 @@ class Engine:
             cuda_graphs=config.cuda_graphs,
         )
         self._kv_bytes = cache.num_bytes
+        self._grammars: GrammarCompiler | None = None
         self._entries: dict[str, _Entry] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._drafted_tokens = self._accepted_tokens = 0
         self._step_seconds = self._schedule_seconds = 0.0
 
     @property
@@ -118,7 +129,8 @@ class Engine:
         """Queue a request; it changes nothing where it raises.
 
         Raises:
-            UsageError: the id is in use, the prompt is empty, or an id lies outside the vocabulary.
+            UsageError: the id is in use, the prompt is empty, an id lies outside the vocabulary, or the grammar cannot
+                be used.
             ContextLengthError: the prompt leaves no room for a token, in the model's context or in the cache.
             QueueFullError: too many are waiting.
         """
@@ -127,7 +139,8 @@ class Engine:
         self._check_prompt(request)
         check_ids(request.params, self.tokenizer.vocab_size)
         ids, params = list(request.prompt_ids), request.params
-        completion = self._new_choice(request, 0)
+        matcher = self._matcher(request)
+        completion = self._new_choice(request, 0, matcher)
         sequence = Sequence(
             id=f"{request.id}/0",
             request_id=request.id,
@@ -139,7 +152,9 @@ class Engine:
             reads_cache=params.prompt_logprobs is None,
         )
         self._scheduler.add(sequence)
-        self._entries[request.id] = _Entry(request, {0: sequence}, {0: completion}, forked=params.n == 1)
+        self._entries[request.id] = _Entry(
+            request, {0: sequence}, {0: completion}, matcher=matcher, forked=params.n == 1
+        )
 
     def abort(self, request_id: str) -> None:
         """Forget a request: nothing of it is computed or returned any more. Unknown ids are passed over."""
@@ -151,6 +166,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Compute one step; returns what each completion gained by it (none, where only prompts went on)."""
         started = time.perf_counter()
+        self._guess()
         plan = self._scheduler.schedule()
         scheduled = time.perf_counter()
         if not plan.chunks:
@@ -186,46 +202,54 @@ class Engine:
             schedule_seconds=self._schedule_seconds,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
-    def _advance(self, plan: Plan, computed: Computed) -> list[Output]:
-        """Choose a token wherever a chunk reaches the end of its sequence; commit the plan; end what is done."""
-        self._collect_prompt_logprobs(plan, computed.hidden_NC)
-        sampling, rows, last = [], [], -1
-        for chunk in plan.chunks:
-            last += chunk.count
-            if chunk.samples:
-                sampling.append(chunk.sequence)
-                rows.append(last)
-        if not rows:
-            self._scheduler.commit(plan)
-            return []
-        logits_RV = self._runner.logits(computed, rows)[:, : self.tokenizer.vocab_size]
-        owners = [(row, source, number) for row, source in enumerate(sampling) for number in self._numbers(source)]
-        if len(owners) > len(rows):
-            logits_RV = logits_RV[[row for row, _, _ in owners]]
-        completions = [self._entries[source.request_id].choices[number] for _, source, number in owners]
-        choices = batch_sampler.choose(logits_RV, [one.sampler for one in completions], [None] * len(owners))
-        logprobs = _logprobs(logits_RV, completions, choices)
-        self._scheduler.commit(plan)
-        for _, source, number in owners:
-            self._fork_if_new(source, number)
-        return [
-            self._deliver(self._entries[source.request_id], number, choice, found)
-            for (_, source, number), choice, found in zip(owners, choices, logprobs, strict=True)
-        ]
+    def _guess(self) -> None:
+        """Give the sequences that decode a draft each, where few are under way and rows of a step cost little."""
+        scheduler, count = self._scheduler, self.config.speculate
+        if not count or scheduler.num_waiting or scheduler.num_running > self.config.speculate_max_running:
+            return
+        for entry in self._entries.values():
+            for sequence in entry.sequences.values():
+                if sequence.num_uncomputed == 1:
+                    sequence.draft = propose(sequence.tokens, max_tokens=count)
 
-    def _numbers(self, sequence: Sequence) -> list[int]:
-        """The choices whose next token a row of the sequence gives: its own, and at the end of a prompt the others."""
+    def _advance(self, plan: Plan, computed: Computed) -> list[Output]:
+        """Choose tokens wherever a chunk reaches the end of its sequence; commit the plan; end what is done."""
+        self._collect_prompt_logprobs(plan, computed.hidden_NC)
+        turns, rows, end = [], [], 0
+        for chunk in plan.chunks:
+            end += chunk.count
+            if chunk.samples:
+                turns += self._turns(chunk, len(rows))
+                rows += range(end - chunk.num_draft - 1, end)
+        if turns:
+            run_turns(turns, self._runner.logits(computed, rows)[:, : self.tokenizer.vocab_size])
+        accepted = {turn.source: turn.accepted for turn in turns}
+        for chunk in plan.chunks:
+            chunk.accepted = accepted.get(chunk.sequence, 0)
+            self._drafted_tokens += chunk.num_draft
+            self._accepted_tokens += chunk.accepted
+        self._scheduler.commit(plan)
+        for turn in turns:
+            self._fork_if_new(turn.source, turn.number)
+        return [self._deliver(turn) for turn in turns]
+
+    def _turns(self, chunk: Chunk, row: int) -> list[Turn]:
+        """The turns that begin at the row of a chunk: its own, and at the end of a prompt those of all choices."""
+        sequence = chunk.sequence
         entry = self._entries[sequence.request_id]
-        if entry.forked:
-            return [sequence.choice]
-        entry.forked = True
-        numbers = range(entry.request.params.n)
-        entry.choices |= {number: self._new_choice(entry.request, number) for number in numbers[1:]}
-        return list(numbers)
+        numbers = [sequence.choice]
+        if not entry.forked:
+            entry.forked = True
+            numbers = list(range(entry.request.params.n))
+            entry.choices |= {number: self._new_choice(entry.request, number, entry.matcher) for number in numbers[1:]}
+        draft = list(sequence.draft) if chunk.num_draft else []
+        return [Turn(sequence, number, entry.choices[number], row, draft) for number in numbers]
 
     def _fork_if_new(self, source: Sequence, number: int) -> None:
         """A sequence for another choice, sharing the computed prompt; to be called before any choice may end."""
@@ -233,37 +257,30 @@ class Engine:
         if number not in sequences:
             sequences[number] = self._scheduler.fork(source, choice=number, id=f"{source.request_id}/{number}")
 
-    def _deliver(
-        self, entry: _Entry, number: int, choice: batch_sampler.Choice, logprobs: TokenLogprobs | None
-    ) -> Output:
-        """Give a chosen token, or an error, to its completion."""
-        sequence, completion = entry.sequences[number], entry.choices[number]
-        ids: tuple[int, ...] = ()
-        text, error = "", None
-        if isinstance(choice, TrineError):
-            error = str(choice)
-        else:
-            ids, text = (choice,), completion.accept(choice)
-            sequence.tokens.append(choice)
-            self._generated_tokens += 1
+    def _deliver(self, turn: Turn) -> Output:
+        """Give its sequence the tokens of a turn, and say what the completion gained."""
+        entry, completion = self._entries[turn.source.request_id], turn.completion
+        sequence = entry.sequences[turn.number]
+        sequence.tokens += turn.token_ids
+        self._generated_tokens += len(turn.token_ids)
         wants_prompt = entry.request.params.prompt_logprobs is not None
-        is_first = len(completion.token_ids) == len(ids)
-        finish_reason = completion.finish_reason if error is None else "error"
+        is_first = len(completion.token_ids) == len(turn.token_ids)
+        finish_reason = completion.finish_reason if turn.error is None else "error"
         if finish_reason is not None:
-            self._end(entry, number)
+            self._end(entry, turn.number)
         return Output(
             request_id=entry.request.id,
-            choice=number,
-            text=text,
-            token_ids=ids,
+            choice=turn.number,
+            text="".join(turn.texts),
+            token_ids=tuple(turn.token_ids),
             prompt_tokens=len(completion.prompt_ids),
             completion_tokens=len(completion.token_ids),
             cached_tokens=sequence.num_cached or 0,
-            logprobs=() if logprobs is None else (logprobs,),
+            logprobs=tuple(turn.logprobs),
             finish_reason=finish_reason,
             stop_reason=completion.stop_reason,
             prompt_logprobs=(None, *entry.prompt_logprobs) if wants_prompt and is_first else None,
-            error=error,
+            error=turn.error,
         )
 
     def _end(self, entry: _Entry, number: int) -> None:
@@ -295,7 +312,17 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def _new_choice(self, request: GenerationRequest, number: int) -> Request:
+    def _matcher(self, request: GenerationRequest) -> Matcher | None:
+        """The request's grammar, compiled. Raises `UsageError` where it cannot be used."""
+        if request.grammar is None:
+            return None
+        if self._grammars is None:
+            from trine.engine.generate.grammar import GrammarCompiler
+
+            self._grammars = GrammarCompiler(self.tokenizer, self._eos_ids)
+        return self._grammars.matcher(request.grammar)
+
+    def _new_choice(self, request: GenerationRequest, number: int, matcher: Matcher | None) -> Request:
         room = self._model.config.max_positions - len(request.prompt_ids)
         return Request(
             request.prompt_ids,
@@ -304,6 +331,7 @@ class Engine:
             budget=min(request.params.max_tokens, room),
             eos_ids=self._eos_ids,
             choice=number,
+            matcher=None if matcher is None else matcher.copy(),
         )
 
     def _check_prompt(self, request: GenerationRequest) -> None:
@@ -318,20 +346,3 @@ class Engine:
                 f"the prompt has {len(ids)} tokens but the model's context holds {longest}, the new tokens included; "
                 f"shorten it to {longest - 1} tokens or fewer"
             )
-
-
-def _logprobs(
-    logits_RV: Tensor, completions: list[Request], choices: list[batch_sampler.Choice]
-) -> list[TokenLogprobs | None]:
-    """Of the chosen ids, for the rows that ask for them; all such rows at once."""
-    found: list[TokenLogprobs | None] = [None] * len(choices)
-    wanted = [
-        (row, choice, completion.params.logprobs)
-        for row, (completion, choice) in enumerate(zip(completions, choices, strict=True))
-        if completion.params.logprobs is not None and not isinstance(choice, TrineError)
-    ]
-    if wanted:
-        rows, ids, counts = zip(*wanted, strict=True)
-        for (row, _, count), one in zip(wanted, token_logprobs(logits_RV[list(rows)], ids, max(counts)), strict=True):
-            found[row] = replace(one, top=one.top[:count])
-    return found

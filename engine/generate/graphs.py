@@ -58,7 +58,7 @@ class DecodeGraphs:
         self._cache = cache
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._captured: dict[tuple[int, int], Captured] = {}
-        self._memory: tuple[int, int] | None = None
+        self._memory = torch.cuda.graph_pool_handle()
 
     @property
     def num_captured(self) -> int:
@@ -114,7 +114,7 @@ class DecodeGraphs:
             num_slots=longest,
         )
         # What a kernel does when it is first used (compiling, choosing) cannot be captured.
-        stream = torch.cuda.Stream(device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -124,5 +124,4 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
             hidden_RC, logits_RV = self._compute(ids_R[None], step)
-        self._memory = graph.pool()
         return Captured(graph, ids_R, step, hidden_RC, logits_RV)

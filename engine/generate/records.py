@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from trine.engine.errors import UsageError
 from trine.engine.generate.logprobs import TokenLogprobs
 from trine.engine.generate.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from trine.engine.generate.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -29,6 +32,9 @@ class EngineConfig:
         compute_dtype: of the activations; None takes the dtype of the parameters.
         prefix_caching: find computed blocks again for prompts that begin alike (under the same salt).
         cuda_graphs: record decoding steps once and replay them; on a GPU only.
+        speculate: tokens that are guessed (`lookup.py`) and verified together in a step; 0 is off. What is generated
+            stays the same.
+        speculate_max_running: no guesses where more completions are under way, or any wait: then they cost others time.
     """
 
     block_size: int = 16
@@ -40,12 +46,17 @@ class EngineConfig:
     compute_dtype: torch.dtype | None = None
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    speculate: int = 0
+    speculate_max_running: int = 4
 
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32, 64, 128, 256):
             raise UsageError(f"block_size = {self.block_size}; it must be 16, 32, 64, 128 or 256")
         if self.kv_bytes < 0:
             raise UsageError(f"kv_bytes = {self.kv_bytes}; give a number of bytes, or 0 to choose from what is free")
+        for name in ("speculate", "speculate_max_running"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} = {getattr(self, name)}; it must be 0 or more")
         known = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
         if self.kv_dtype not in known:
             raise UsageError(f"kv_dtype = {self.kv_dtype}; use None (as computed), torch.int8 or torch.float8_e4m3fn")
@@ -60,6 +71,7 @@ class GenerationRequest:
         prompt_ids: at least one.
         priority: lower goes first.
         salt: requests share cached prefixes only under the same salt (one for each tenant).
+        grammar: what the text must match.
     """
 
     id: str
@@ -67,6 +79,7 @@ class GenerationRequest:
     params: SamplingParams
     priority: int = 0
     salt: str = ""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +124,8 @@ class EngineStats:
         preemptions: times a completion lost its blocks to others.
         steps, step_seconds: steps with work, and the time they took.
         schedule_seconds: the part of it that was spent on deciding what to compute.
-        prompt_tokens, generated_tokens: tokens of finished prefills, and tokens chosen.
+        prompt_tokens, generated_tokens: tokens of prompts that were computed, and tokens chosen.
+        drafted_tokens, accepted_tokens: guessed tokens that were verified, and those that stood.
     """
 
     waiting: int
@@ -128,3 +142,5 @@ class EngineStats:
     schedule_seconds: float
     prompt_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from trine.engine.generate.sampling import Sampler, SamplingParams, request_seed
 from trine.engine.generate.stop import StopMatcher
 from trine.engine.text.detokenize import IncrementalDecoder
 from trine.engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from trine.engine.generate.grammar import Matcher
 
 FinishReason = Literal["stop", "length"]
 
@@ -58,6 +61,7 @@ class Request:
         params: how to choose, and when to stop.
         budget: at most so many new tokens (`max_tokens`, or less where the context ends first).
         eos_ids: ids that end the text unless `params.ignore_eos`.
+        matcher: the grammar that the text must match, at its start.
     """
 
     def __init__(
@@ -71,7 +75,9 @@ class Request:
         prompt_index: int = 0,
         choice: int = 0,
         device: torch.device | str = "cpu",
+        matcher: Matcher | None = None,
     ) -> None:
+        self.matcher = matcher
         self.prompt_ids = tuple(prompt_ids)
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -135,6 +141,18 @@ class Request:
             self.finish_reason = "stop"
             self.stop_reason = self._stop.matched
         return self._release(text)
+
+    def follow(self, token_id: int) -> str:
+        """Tell the grammar, if there is one, of an accepted id; ends the text where it is complete, and returns what
+        can be shown because of that. Raises `UsageError` where the grammar cannot be followed.
+        """
+        if self.matcher is None or self.finish_reason is not None:
+            return ""
+        self.matcher.accept(token_id)
+        if not self.matcher.finished:
+            return ""
+        self.finish_reason = "stop"
+        return self._release(self._finish_text())
 
     def completion(self) -> Completion:
         """The finished completion."""
