@@ -59,16 +59,19 @@ def write_kv(
     _check(qkv_NE, k_cache_PSKD, v_cache_PSKD, slots_N, num_heads)
     _check_parts(qkv_NE, k_cache_PSKD, cos_NR, sin_NR, q_norm_weight, k_norm_weight)
     _check_scales(qkv_NE, k_cache_PSKD, k_scale_PSK, v_scale_PSK)
-    if CHECKING or not qkv_NE.is_cuda:
-        check_slots(k_cache_PSKD, slots_N)
     if cos_NR is None or sin_NR is None:
         cos_NR = sin_NR = qkv_NE.new_empty(len(qkv_NE), 0)
     arguments = (
         qkv_NE, k_cache_PSKD, v_cache_PSKD, slots_N, cos_NR, sin_NR, q_norm_weight, k_norm_weight, k_scale_PSK,
         v_scale_PSK, num_heads, interleaved, eps, unit_offset,
     )  # fmt: skip
-    q_NHD: Tensor = kv_write(*arguments) if uses_triton(qkv_NE) else write_kv_reference(*arguments)
-    return q_NHD
+    # How many tokens are kept, and the check of the slots, depend on the slots' values: a compiler cannot trace either,
+    # so a compiled caller takes the registered operation on a CPU too.
+    if uses_triton(qkv_NE) or torch.compiler.is_compiling():
+        q_NHD: Tensor = kv_write(*arguments)
+        return q_NHD
+    check_slots(k_cache_PSKD, slots_N)
+    return write_kv_reference(*arguments)
 
 
 def write_kv_reference(
@@ -269,8 +272,11 @@ def kv_write(
     eps: float,
     unit_offset: bool,
 ) -> Tensor:
-    """The registered operation: q_NHD, contiguous; writes the caches and their scales."""
-    return _launch(
+    """The registered operation: q_NHD, contiguous and no view of qkv; writes caches and scales. Slots are checked."""
+    if CHECKING or not qkv_NE.is_cuda:
+        check_slots(k_cache_PSKD, slots_N)
+    run = _launch if uses_triton(qkv_NE) else write_kv_reference
+    return run(
         qkv_NE, k_cache_PSKD, v_cache_PSKD, slots_N, cos_NR, sin_NR, q_norm_weight, k_norm_weight, k_scale_PSK,
         v_scale_PSK, num_heads, interleaved, eps, unit_offset,
     )  # fmt: skip

@@ -181,3 +181,14 @@ def test_the_cpu_path_is_the_same(compare: Any) -> None:
 def test_registration() -> None:
     for cache in (None, torch.int8):
         torch.library.opcheck(kv_write, tuple(with_norms(make(torch.float32, cache=cache)).values()))
+
+
+@pytest.mark.parametrize("cache", [None, torch.int8], ids=str)
+def test_compiles_whole(cache: torch.dtype | None) -> None:
+    torch._dynamo.reset()
+    inputs = with_norms(make(torch.float32, cache=cache))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(inputs), ours(inputs), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="two tokens have one slot"):
+        compiled(inputs | {"slots": torch.full_like(SLOTS, 3)})

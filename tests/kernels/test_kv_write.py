@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.kv_write.op import WRITE, quantize, write_kv
+from trine.kernels.kv_write.op import WRITE, kv_write, quantize, write_kv
 from trine.kernels.paged_attention.op import paged_attention
 from trine.kernels.rms_norm import rms_norm
 from trine.kernels.rope.op import rope, rope_tables
@@ -137,3 +137,56 @@ def test_few_tokens_get_many_programs(target: str) -> None:
         WRITE.pick(torch.bfloat16, COMPILED[target], N=n, exact_D=128, exact_R=64).blocks["ROWS"] for n in (48, 10**6)
     )
     assert few < many
+
+
+def given(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of the registered operation."""
+    lists = [arguments[name] for name in ("qkv_NE", "k_cache_PSKD", "v_cache_PSKD", "slots_N")]
+    none = torch.empty(len(lists[0]), 0)
+    tables = [none if arguments[name] is None else arguments[name] for name in ("cos_NR", "sin_NR")]
+    names = ("q_norm_weight", "k_norm_weight", "k_scale_PSK", "v_scale_PSK")
+    return *lists, *tables, *(arguments.get(name) for name in names), arguments["num_heads"], False, 1e-6, False
+
+
+# One token, neither turned nor normalised: what is returned must still be no part of what was given.
+ALONE = {"qkv_NE": torch.ones(1, 64), "slots_N": torch.tensor([7]), "cos_NR": None, "sin_NR": None}
+QUANTIZED = {name: torch.zeros(2, 16, 2, 8).char() for name in ("k_cache_PSKD", "v_cache_PSKD")}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "turned": {},
+    "normed": {name: torch.linspace(0.5, 1.5, 8) for name in ("q_norm_weight", "k_norm_weight")},
+    "quantized": {**QUANTIZED, "k_scale_PSK": torch.zeros(2, 16, 2), "v_scale_PSK": torch.zeros(2, 16, 2)},
+    "alone": ALONE,
+    "empty": {**ALONE, "qkv_NE": torch.ones(0, 64), "slots_N": torch.zeros(0, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_compiles_whole_with_the_bits_of_the_plain_call(name: str) -> None:
+    torch._dynamo.reset()
+    plain, whole = (
+        {key: x.detach().clone() if isinstance(x, Tensor) else x for key, x in make(**VARIANTS[name]).items()}
+        for _ in range(2)
+    )
+    torch.library.opcheck(kv_write, given(make(**VARIANTS[name])))
+    compiled = torch.compile(lambda named: write_kv(**named), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(whole), write_kv(**plain))
+    for key, x in plain.items():
+        if isinstance(x, Tensor):
+            assert torch.equal(x, whole[key]), key
+    assert name == "empty" or plain["k_cache_PSKD"].any()
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [([0, 32, 1], "slot 32 is outside the pool of 32 slots"), ([4, 1, 4], "two tokens have one slot")],
+)
+def test_slots_are_checked_in_a_compiled_call_too(slots: list[int], message: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda named: write_kv(**named), fullgraph=True, backend="aot_eager")
+    arguments = make(slots_N=torch.tensor([0, 2, 1]))
+    assert torch.equal(compiled(arguments), write_kv(**arguments))
+    arguments = make(slots_N=torch.tensor(slots))
+    with pytest.raises(ValueError, match=message):
+        compiled(arguments)
+    assert not arguments["k_cache_PSKD"].any()
