@@ -1,0 +1,104 @@
+"""Products with weights of 4- and 8-bit codes, and dequantizing them. Imports Numba (see `compiled.py`).
+
+A weight is laid out as in `codes.py`: tiles of 16 outputs, whose codes at one place of K lie side by side. So a vector
+holds 16 outputs, their sums never have to be added across it, and scales and zero points are vectors too.
+
+`weight` is (words, scales, zeros, shape): words int32, scales in stored numbers, zeros int8 or empty, all flat, and
+shape (N, K, words of a chunk, chunks of a group). A chunk is the numbers of a row that are summed before the scale
+comes in: a group, or a part of one. `shifts` has as many numbers as a word codes. X is K filled up, C chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from trine.kernels.cpu.compiled import parallel, serial
+from trine.kernels.cpu.lanes_loops import (
+    LANES,
+    add_codes,
+    add_scaled,
+    load_lanes,
+    load_words,
+    no_sums,
+    store_codes,
+    store_lanes,
+)
+
+
+@serial
+def multiply_tile(weight: Any, tile: Any, shifts: Any, x_MX: Any, rows: Any, y_MN: Any) -> None:
+    """y[rows] of the 16 outputs of a tile."""
+    words, scales, zeros, shape = weight
+    chunk_words, per_group = shape[2], shape[3]
+    C = x_MX.shape[1] // (chunk_words * len(shifts))
+    totals = no_sums(rows)
+    for c in range(C):
+        first = (tile * C + c) * chunk_words
+        k = c * chunk_words * len(shifts)
+        group = (tile * (C // per_group) + c // per_group) * LANES
+        sums = no_sums(rows)
+        if zeros.shape[0] > 0:
+            origin = load_lanes(zeros, group)
+            for j in range(chunk_words):
+                loaded = load_words(words, (first + j) * LANES)
+                sums = add_codes(sums, loaded, shifts, origin, x_MX, k + j * len(shifts), rows)
+        else:
+            for j in range(chunk_words):
+                loaded = load_words(words, (first + j) * LANES)
+                sums = add_codes(sums, loaded, shifts, None, x_MX, k + j * len(shifts), rows)
+        totals = add_scaled(totals, sums, scales, group)
+    store_lanes(totals, y_MN, rows, tile * LANES)
+
+
+@parallel
+def multiply_codes(weight: Any, shifts: Any, x_MX: Any, bias_N: Any, y_MN: Any) -> None:
+    """y = x w^T + bias in fp32; the bias may be empty. Rows of x by eights, fours, twos and one."""
+    words, scales, zeros, shape = weight
+    M, N = x_MX.shape[0], shape[0]
+    num_tiles = (N + LANES - 1) // LANES
+    whole = y_MN if N % LANES == 0 else np.empty((M, num_tiles * LANES), np.float32)
+    for unit in prange(num_tiles):
+        weight = (words, scales, zeros, shape)  # threads are not given tuples of tuples
+        # One type each, or everything is compiled once for every type.
+        tile: Any = np.int64(unit)
+        m: Any = np.int64(0)
+        while M - m >= 8:
+            rows = (m, m + 1, m + 2, m + 3, m + 4, m + 5, m + 6, m + 7)
+            multiply_tile(weight, tile, shifts, x_MX, rows, whole)
+            m += 8
+        if M - m >= 4:
+            multiply_tile(weight, tile, shifts, x_MX, (m, m + 1, m + 2, m + 3), whole)
+            m += 4
+        if M - m >= 2:
+            multiply_tile(weight, tile, shifts, x_MX, (m, m + 1), whole)
+            m += 2
+        if M - m == 1:
+            multiply_tile(weight, tile, shifts, x_MX, (m,), whole)
+    if N % LANES or bias_N.shape[0] > 0:
+        for m in range(M):
+            for n in range(N):
+                y_MN[m, n] = whole[m, n] + bias_N[n] if bias_N.shape[0] > 0 else whole[m, n]
+
+
+@parallel
+def dequantize_codes(weight: Any, shifts: Any, first_tile: int, num_tiles: int, w_XN: Any) -> None:
+    """w[k, n] = (q - z) s of the outputs of some tiles, the first ones of w; K filled up to whole chunks."""
+    words, scales, zeros, shape = weight
+    chunk_words, per_group = shape[2], shape[3]
+    C = w_XN.shape[0] // (chunk_words * len(shifts))
+    for c in prange(C):
+        for t in range(num_tiles):
+            tile = first_tile + t
+            first = (tile * C + c) * chunk_words
+            group = (tile * (C // per_group) + c // per_group) * LANES
+            scale = load_lanes(scales, group)
+            for j in range(chunk_words):
+                loaded = load_words(words, (first + j) * LANES)
+                k = (c * chunk_words + j) * len(shifts)
+                if zeros.shape[0] > 0:
+                    store_codes(loaded, shifts, load_lanes(zeros, group), scale, w_XN, k, t * LANES)
+                else:
+                    store_codes(loaded, shifts, None, scale, w_XN, k, t * LANES)
