@@ -85,15 +85,23 @@ def _product(
     left_places,
     right_places,
     right_stride,
+    right_inside,
     depth,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sum over k of left[:, k] right[k, :]; left moves by 1 with k, right by `right_stride`; BLOCK_K divides depth."""
+    """Sum over k of left[:, k] right[k, :]; left moves by 1 with k, right by `right_stride`; BLOCK_K divides depth.
+
+    `right_inside`: what of right is read, or None for all of it.
+    """
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for _ in range(0, depth, BLOCK_K):
-        total = dot(tl.load(left_ptr + left_places), tl.load(right_ptr + right_places), total)
+        if right_inside is None:
+            right = tl.load(right_ptr + right_places)
+        else:
+            right = tl.load(right_ptr + right_places, mask=right_inside, other=0.0)
+        total = dot(tl.load(left_ptr + left_places), right, total)
         left_ptr += BLOCK_K
         right_ptr += BLOCK_K * right_stride
     return total
@@ -132,7 +140,7 @@ def symmetric_kernel(
     total = _product(
         x_ptr + row.to(tl.int64) * depth, x_ptr + column.to(tl.int64) * depth,
         rows[:, None] * depth + inner[None, :], columns[None, :] * depth + inner[:, None],
-        1, depth, TILE, TILE, BLOCK_K,
+        1, None, depth, TILE, TILE, BLOCK_K,
     )  # fmt: skip
     here = row.to(tl.int64) * num_rows + column
     inside = (lanes < num_rows - row)[:, None] & (lanes < num_rows - column)[None, :]
@@ -172,16 +180,17 @@ def apply_kernel(
     result_ptr += batch * num_rows * num_columns
     inner, row_lanes, column_lanes = tl.arange(0, BLOCK_K), tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     rows = tl.minimum(row_lanes, num_rows - 1 - row)
-    columns = tl.minimum(column_lanes, num_columns - 1 - column)
+    # Not clamped as rows are: places that do not follow each other are loaded one by one.
+    inside_columns = (column_lanes < num_columns - column)[None, :]
     total = _product(
         p_ptr + row.to(tl.int64) * num_rows, x_ptr + column,
-        rows[:, None] * num_rows + inner[None, :], inner[:, None] * num_columns + columns[None, :],
-        num_columns, num_rows, ROWS, COLUMNS, BLOCK_K,
+        rows[:, None] * num_rows + inner[None, :], inner[:, None] * num_columns + column_lanes[None, :],
+        num_columns, inside_columns, num_rows, ROWS, COLUMNS, BLOCK_K,
     )  # fmt: skip
     here = row.to(tl.int64) * num_columns + column
-    x = tl.load(x_ptr + here + rows[:, None] * num_columns + columns[None, :]).to(tl.float32)
-    inside = (row_lanes < num_rows - row)[:, None] & (column_lanes < num_columns - column)[None, :]
-    value = (a * x + total).to(result_ptr.dtype.element_ty)
+    inside = (row_lanes < num_rows - row)[:, None] & inside_columns
+    x = tl.load(x_ptr + here + row_lanes[:, None] * num_columns + column_lanes[None, :], mask=inside, other=0.0)
+    value = (a * x.to(tl.float32) + total).to(result_ptr.dtype.element_ty)
     tl.store(result_ptr + here + row_lanes[:, None] * num_columns + column_lanes[None, :], value, mask=inside)
 
 
