@@ -6,7 +6,8 @@ tokenizer, by the llguidance library: a matcher walks the tree of all tokens' by
 taken exactly where its bytes can still become a match, wherever the borders of tokens lie.
 
 An end-of-sequence token may be taken where the text is a match, and nothing else where it cannot go on; special tokens
-otherwise only where a context-free grammar names them. Grammars come from strangers: their size, the work to compile
+otherwise only where a context-free grammar names them. (A tokenizer that drops the space in front of a text, as
+Llama 2's does, drops it from a match too.) Grammars come from strangers: their size, the work to compile
 them and the work of each step are bounded, and whatever goes beyond fails its own request.
 
 A mask is int32 [W], W = ceil(V / 32) for V ids: token t may come where bit t % 32 of word t // 32 is 1, as
@@ -95,7 +96,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(token_id for token_id in eos_ids if token_id < tokenizer.vocab_size)
-        self._library: LLTokenizer | None = None  # takes half a second for a large vocabulary; made when needed
+        self._library: LLTokenizer | None = None  # takes a second for a large vocabulary; made when needed
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
     def matcher(self, grammar: Grammar) -> Matcher:

@@ -270,6 +270,32 @@ def test_a_vocabulary_of_characters_has_grammars_too() -> None:
     assert matcher.finished
 
 
+def test_a_vocabulary_with_byte_fallback_spells_what_it_has_no_token_for() -> None:
+    names = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "é", "▁a", "值a"]
+    model = tokenizers.models.BPE(
+        vocab={name: index for index, name in enumerate(names)}, merges=[], byte_fallback=True
+    )
+    library = tokenizers.Tokenizer(model)
+    parts = tokenizers.decoders
+    library.decoder = parts.Sequence(
+        [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens(["<s>", "</s>"])
+    tokenizer = Tokenizer(library.to_str(), settings={"eos_token": "</s>"})
+    compiler = GrammarCompiler(tokenizer, frozenset((1,)))
+    choices = ["a 值a", "aé", "值 €"]
+    generator = torch.Generator().manual_seed(3)
+    texts = set()
+    for _ in range(30):
+        matcher, ids = compiler.matcher(Grammar("choice", json.dumps(choices))), []
+        while not matcher.finished:
+            allowed_V = unpack(matcher.mask(), tokenizer.vocab_size)
+            ids.append(int(torch.multinomial(allowed_V.float(), 1, generator=generator)))
+            matcher.accept(ids[-1])
+        texts.add(tokenizer.decode(ids))
+    assert texts == set(choices)
+
+
 def test_blanks_between_the_parts_of_json_are_bounded(compiler: GrammarCompiler, tiny_tokenizer: Tokenizer) -> None:
     matcher = compiler.matcher(Grammar("json_object"))
     open_brace, blank = tiny_tokenizer.encode("{")[0], tiny_tokenizer.encode(" ")[0]
