@@ -34,7 +34,8 @@ class Expected:
             self.gradients = tuple(
                 torch.randn(y.shape, device=y.device, generator=generator).to(y.dtype) for y in results
             )
-        given = [dy.to(y.dtype).view(y.shape) for dy, y in zip(self.gradients, results, strict=True)]
+        # In the layout of the result, as the operation after it gives them.
+        given = [torch.empty_like(y).copy_(dy.view(y.shape)) for dy, y in zip(self.gradients, results, strict=True)]
         return lambda: torch.autograd.grad(results, leaves, given, retain_graph=True)
 
     def errors(self, results: tuple[Tensor, ...], backward: Backward | None) -> tuple[float, float | None]:

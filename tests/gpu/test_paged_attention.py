@@ -64,8 +64,8 @@ def check(arguments: dict[str, Any]) -> None:
     exact = paged_attention_reference(**wide)
     dtype = arguments["q_NHD"].dtype
     size = float(exact.square().mean().sqrt())
-    rounding = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * (arguments.get("softcap") or 0.0)
-    error = float(((found.double() - exact).abs() - rounding * exact.abs()).max()) / size
+    rounding = torch.finfo(dtype).eps * exact.abs() + torch.finfo(torch.float32).eps * (arguments.get("softcap") or 0)
+    error = float(((found.double() - exact).abs() - rounding).max()) / size
     assert error <= BOUNDS[dtype], f"largest error {error:.2e}"
 
 

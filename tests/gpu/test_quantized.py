@@ -60,12 +60,13 @@ def needs_float8() -> None:
         pytest.skip("float8 products need sm_89")
 
 
-def check(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+def check(found: Tensor, exact: Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
+    """`roundings`: how often the result, or what it is a product of, is rounded on its way."""
     largest, mean = BOUNDS[dtype]
     assert found.dtype == dtype
     size = float(exact.square().mean().sqrt())
     error = (found.double() - exact).abs()
-    above = float((error - torch.finfo(dtype).eps * exact.abs()).max())
+    above = float((error - roundings * torch.finfo(dtype).eps * exact.abs()).max())
     assert above <= largest * size, f"largest error {above / size:.2e}"
     assert float(error.mean()) <= mean * size, f"mean error {float(error.mean()) / size:.2e}"
 
@@ -115,7 +116,8 @@ def test_gated(activation: str, rows: int) -> None:
     limit = 1.0 if activation == "swiglu_clamped" else None
     found = quantized_gated(x, gate, up, activation=activation, limit=limit, gate_bias=bias, up_bias=bias)
     exact = product_reference(x, gate_exact, up_exact, bias, bias, activation, limit)
-    check(found, exact, torch.bfloat16)
+    # With many rows cuBLAS gives both products in bf16, and relu2 squares one.
+    check(found, exact, torch.bfloat16, 3 if rows > MANY_ROWS else 1)
 
 
 @pytest.mark.parametrize("rows", [16, 2000])
