@@ -12,6 +12,7 @@ from pathlib import Path
 
 from trine.engine.env import set_threads
 from trine.engine.generate.engine import Engine
+from trine.engine.generate.grammar import Grammar
 from trine.engine.generate.load import load_for_inference
 from trine.engine.generate.logprobs import TokenLogprobs
 from trine.engine.generate.records import EngineConfig, GenerationRequest, Output
@@ -37,6 +38,7 @@ class RealEngine:
                 params=to_params(request.sampling),
                 priority=request.priority,
                 salt=request.salt,
+                grammar=None if request.guide is None else Grammar(request.guide.kind, request.guide.source),
             )
         )
 
