@@ -11,7 +11,7 @@ import typer
 from trine.cli.options import Checkpoint, Device, Dtype
 
 if TYPE_CHECKING:
-    from trine.engine.generate.request import Completion
+    from trine.engine.generate.sampling import SamplingParams
 
 
 def generate(
@@ -55,8 +55,19 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON object per completion, each on a line.")] = False,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="JSON lines with prompt or prompt_ids each, with --out."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where the completions of --prompts go; goes on where a run ended."),
+    ] = None,
 ) -> None:
-    """Complete prompts. One completion is streamed as it comes; several are printed in order, under headings."""
+    """Complete prompts. One completion is streamed as it comes; several are printed in order, under headings.
+
+    With --prompts and --out a file of prompts runs through the batching engine.
+    """
     from trine.engine.generate.sampling import SamplingParams
 
     params = SamplingParams(
@@ -73,11 +84,18 @@ def generate(
         ignore_eos=ignore_eos,
         n=n,
     )
+    if prompts_file is not None or out is not None:
+        _check_batch(prompts_file, out, others=bool(prompt or prompt_file or json))
+        assert prompts_file is not None
+        assert out is not None
+        _run_batch(checkpoint, prompts_file, out, params, dtype=dtype, device=device)
+        return
     prompts = _read_prompts(prompt or [], prompt_file or [])
 
     import time
 
     from trine.engine.env import set_threads
+    from trine.engine.generate.batch_file import to_json
     from trine.engine.generate.load import load_for_inference
     from trine.engine.generate.plain import generate as complete
     from trine.engine.log import format_duration, say
@@ -90,7 +108,7 @@ def generate(
     seconds = time.perf_counter() - started
     if json:
         for completion in completions:
-            print(_to_json(completion))
+            print(to_json(completion))
     elif streams:
         print()
     else:
@@ -105,12 +123,34 @@ def _show(prompt_index: int, choice: int, text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _to_json(completion: Completion) -> str:
-    import dataclasses
-    import json
+def _check_batch(prompts: Path | None, out: Path | None, *, others: bool) -> None:
+    from trine.engine.errors import UsageError
 
-    # Escaped to ASCII: one object stays on one line whatever the reader takes for a line end.
-    return json.dumps(dataclasses.asdict(completion))
+    if prompts is None or out is None:
+        missing = "--prompts" if prompts is None else "--out"
+        raise UsageError(f"--prompts FILE and --out FILE go together; {missing} is missing")
+    if others:
+        raise UsageError("--prompts takes its prompts from the file and writes to --out; leave out --prompt and --json")
+
+
+def _run_batch(checkpoint: Path, prompts: Path, out: Path, params: SamplingParams, *, dtype: str, device: str) -> None:
+    from trine.engine.env import set_threads
+    from trine.engine.errors import DataError
+    from trine.engine.generate.batch_file import run_file
+    from trine.engine.generate.engine import Engine
+    from trine.engine.generate.load import load_for_inference
+    from trine.engine.log import format_duration, say
+
+    set_threads(0)
+    model, tokenizer = load_for_inference(checkpoint, dtype=dtype, device=device)
+    done = run_file(Engine(model, tokenizer), prompts, out, params, checkpoint=str(checkpoint.resolve()))
+    rate = done.tokens / max(done.seconds, 1e-9)
+    say(
+        f"{done.lines - done.before} prompts, {done.tokens} tokens in {format_duration(done.seconds)}, "
+        f"{rate:.1f} tokens/s; {out}"
+    )
+    if done.failed:
+        raise DataError(f"{done.failed} of {done.lines} prompts failed; their lines in {out} say why under error")
 
 
 def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:

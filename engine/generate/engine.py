@@ -121,6 +121,11 @@ class Engine:
         return self._scheduler.has_work
 
     @property
+    def has_room(self) -> bool:
+        """Whether one more request can be queued now."""
+        return self._scheduler.num_waiting < self.config.max_waiting
+
+    @property
     def num_graphs(self) -> int:
         """Decoding steps that were captured; 0 where graphs are off or there is no GPU."""
         return 0 if self._runner.graphs is None else self._runner.graphs.num_captured

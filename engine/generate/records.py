@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from trine.engine.errors import UsageError
 from trine.engine.generate.logprobs import TokenLogprobs
+from trine.engine.generate.request import FinishReason
 from trine.engine.generate.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from trine.engine.generate.grammar import Grammar
-
-FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,7 @@ from trine.engine.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from trine.engine.generate.grammar import Matcher
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +33,14 @@ class Completion:
     Attributes:
         text: without the end-of-sequence token, the stop id or string, and special tokens.
         token_ids: every generated id, the one that ended the text included.
-        finish_reason: "stop" (end-of-sequence, stop id or string) or "length" (max_tokens, or the end of the context).
+        finish_reason: "stop" (end-of-sequence, stop id or string), "length" (max_tokens, or the end of the context), or
+            "error" (by the batching engine only).
         prompt_tokens, completion_tokens: their numbers.
         prompt_index, choice: which prompt of the call, and which of its `n` completions.
         stop_reason: the stop id or string that ended the text, if one did.
         logprobs: of every generated id, where `params.logprobs` asks for them.
         prompt_logprobs: of every id of the prompt, None for the first; where `params.prompt_logprobs` asks for them.
+        error: why it failed.
     """
 
     text: str
@@ -51,6 +53,7 @@ class Completion:
     stop_reason: int | str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
 
 
 class Request:

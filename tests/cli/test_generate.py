@@ -151,3 +151,46 @@ def test_folders_that_are_no_checkpoint_are_one_line(
         assert (status, out) == (1, "")
         assert expected in err
         assert len(err.splitlines()) == 1
+
+
+def test_a_file_of_prompts_goes_through_the_engine_and_goes_on(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", "def add(", "x")))
+    command = ["generate", tiny_checkpoint, "--prompts", prompts, "--out", out, *ENGINE_OPTIONS]
+    status, printed, err = trine(*command)
+    expected = generate(load_model(tiny_checkpoint), tiny_tokenizer, ["the cat", "def add(", "x"], GREEDY)
+    assert status == 0
+    assert printed == ""
+    assert "3 prompts, 36 tokens" in err
+    written = out.read_text()
+    assert [json.loads(line)["text"] for line in written.splitlines()] == [one.text for one in expected]
+    out.write_text(written[: written.index("\n") + 30])
+    status, _, err = trine(*command)
+    assert status == 0
+    assert "has the completions of 1 of 3 prompts" in err
+    assert out.read_text() == written
+
+
+def test_a_prompt_of_the_file_that_fails_is_said(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x " * 200}) + "\n" + json.dumps({"prompt": "x"}) + "\n")
+    status, _, err = trine("generate", tiny_checkpoint, "--prompts", prompts, "--out", out, *ENGINE_OPTIONS)
+    assert status == 1
+    assert "1 of 2 prompts failed" in err
+    assert [json.loads(line)["finish_reason"] for line in out.read_text().splitlines()] == ["error", "length"]
+
+
+def test_options_of_a_file_of_prompts_go_together(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for options, message in (
+        (["--prompts", "a.jsonl"], "--out is missing"),
+        (["--out", tmp_path / "x"], "--prompts is missing"),
+        (["--prompts", "a.jsonl", "--out", tmp_path / "x", "--prompt", "b"], "leave out --prompt"),
+    ):
+        status, _, err = trine("generate", tiny_checkpoint, *options)
+        assert status == 2
+        assert message in err
+    status, _, err = trine("generate", tiny_checkpoint, "--prompts", tmp_path / "none", "--out", tmp_path / "x")
+    assert status == 1
+    assert "no prompts file" in err

@@ -1,0 +1,278 @@
+"""A file of prompts to a file of completions, through the engine; an interrupted run goes on where it ended.
+
+Prompts are JSON lines: an object with `prompt` (text) or `prompt_ids`, and where wanted `id` and any field of
+`SamplingParams` that shall differ for this line. Completions are JSON lines in the same order, one for each choice, in
+the form of `trine generate --json` with the line's `id`. Lines are appended whole; what a crash left of a line, or of
+a prompt with several choices, is cut off when the run goes on. `OUT.job.json` says what the run was, so that nothing
+else is appended to its results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from trine.engine.errors import DataError, UsageError
+from trine.engine.generate.engine import Engine, Output
+from trine.engine.generate.offline import Prompt, complete
+from trine.engine.generate.request import Completion
+from trine.engine.generate.sampling import SamplingParams
+from trine.engine.log import format_count, format_duration, is_terminal, say
+
+_LINE_SECONDS = 10.0
+_SYNC_SECONDS = 5.0
+_SETTINGS: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
+_OPTIONAL = ("stop_reason", "logprobs", "prompt_logprobs", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a prompts file."""
+
+    prompt: Prompt
+    params: SamplingParams
+    id: str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did: lines in the file, lines that were done before, lines that failed now, new tokens, seconds."""
+
+    lines: int
+    before: int
+    failed: int
+    tokens: int
+    seconds: float
+
+
+def to_json(completion: Completion, line_id: str | int | None = None) -> str:
+    """A completion on one line; escaped to ASCII, so that it stays one whatever the reader takes for a line end."""
+    record = asdict(completion)
+    record = {name: value for name, value in record.items() if value is not None or name not in _OPTIONAL}
+    return json.dumps(record if line_id is None else {"id": line_id, **record})
+
+
+def read_lines(path: Path, params: SamplingParams) -> Iterator[Line]:
+    """The prompts of a file, one after another. Raises `DataError` naming the line that is wrong."""
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            yield _parse(text, f"{path}:{number}", params)
+
+
+def run_file(engine: Engine, prompts: Path, out: Path, params: SamplingParams, *, checkpoint: str) -> Summary:
+    """Complete every prompt of the file that `out` has no completions of yet.
+
+    The whole file is read once before anything is computed. Raises `DataError` for a line that is wrong, `UsageError`
+    where `out` holds the results of something else.
+    """
+    if not prompts.is_file():
+        raise DataError(f"no prompts file {prompts}; check the name")
+    choices = [line.params.n for line in read_lines(prompts, params)]
+    _check_job(out, {"checkpoint": checkpoint, "prompts": _sha256(prompts), "params": asdict(params)})
+    done = _finished(out, choices)
+    if done:
+        say(f"{out} has the completions of {done} of {len(choices)} prompts; going on with the rest")
+    progress = _Progress(len(choices), done)
+    failed = 0
+    lines = (line for number, line in enumerate(read_lines(prompts, params)) if number >= done)
+    ids: dict[int, str | int | None] = {}
+
+    def feed() -> Iterator[tuple[Prompt, SamplingParams]]:
+        for number, line in enumerate(lines, start=done):
+            ids[number] = line.id
+            yield line.prompt, line.params
+
+    with out.open("ab") as file, progress:
+        synced = time.monotonic()
+        block: list[str] = []
+        for completion in complete(engine, feed(), first_index=done, on_output=progress.count):
+            number = completion.prompt_index
+            failed += completion.error is not None
+            block.append(to_json(completion, ids[number]))
+            if len(block) < choices[number] and completion.prompt_tokens:
+                continue
+            file.write("".join(f"{line}\n" for line in block).encode())
+            file.flush()
+            block.clear()
+            del ids[number]
+            progress.finish_line()
+            if time.monotonic() - synced > _SYNC_SECONDS:
+                os.fsync(file.fileno())
+                synced = time.monotonic()
+        os.fsync(file.fileno())
+    return Summary(len(choices), done, failed, progress.tokens, progress.seconds)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(text: bytes, where: str, params: SamplingParams) -> Line:
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); give one object a line") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a {type(record).__name__}; give an object with prompt or prompt_ids")
+    unknown = sorted(record.keys() - _SETTINGS.keys() - {"id", "prompt", "prompt_ids"})
+    if unknown:
+        raise DataError(f"{where}: unknown field {unknown[0]!r}; known: id, prompt, prompt_ids, {_names()}")
+    if ("prompt" in record) == ("prompt_ids" in record):
+        raise DataError(f"{where}: give either prompt or prompt_ids")
+    line_id = record.pop("id", None)
+    if line_id is not None and not isinstance(line_id, str | int):
+        raise DataError(f"{where}: id is a {type(line_id).__name__}; give a text or a number")
+    prompt = record.pop("prompt", None)
+    ids = record.pop("prompt_ids", None)
+    if prompt is not None and not isinstance(prompt, str):
+        raise DataError(f"{where}: prompt is a {type(prompt).__name__}; give a text (or ids as prompt_ids)")
+    if prompt is None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+        raise DataError(f"{where}: prompt_ids must be a list of whole numbers")
+    try:
+        own = replace(params, **{name: _frozen(name, value) for name, value in record.items()})
+    except (UsageError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: {error}") from None
+    return Line(ids if prompt is None else prompt, own, line_id)
+
+
+def _frozen(name: str, value: Any) -> Any:
+    """A JSON value as `SamplingParams` takes it: tuples for lists, and for logit_bias pairs of an object's items.
+
+    Raises `TypeError` for a value of another kind than the field.
+    """
+    default = _SETTINGS[name]
+    kind: tuple[type, ...] = (int,) if default is None else (type(default),)
+    if name == "logit_bias" and isinstance(value, dict):
+        value = [[int(token), bias] for token, bias in value.items()]
+    if kind == (float,):
+        kind = (int, float)
+    if kind == (tuple,) or name == "allowed_ids":
+        kind = (list,)
+    if not (value is None and default is None) and type(value) not in kind:
+        raise TypeError(f"{name} is {json.dumps(value)}; expected {' or '.join(one.__name__ for one in kind)}")
+    if isinstance(value, list):
+        item_kind = {"stop": str, "logit_bias": list}.get(name, int)
+        wrong = [item for item in value if type(item) is not item_kind]
+        if wrong:
+            raise TypeError(f"{name} holds {json.dumps(wrong[0])}; expected {item_kind.__name__} only")
+        return tuple(_pair(item) if isinstance(item, list) else item for item in value)
+    return value
+
+
+def _pair(item: list[Any]) -> tuple[int, float]:
+    if len(item) != 2 or type(item[0]) is not int or type(item[1]) not in (int, float):
+        raise TypeError(f"logit_bias holds {json.dumps(item)}; expected an id and a number")
+    return item[0], float(item[1])
+
+
+def _names() -> str:
+    return ", ".join(sorted(_SETTINGS))
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def _check_job(out: Path, job: dict[str, Any]) -> None:
+    """Note what the run is, or see that it is the one that `out` belongs to."""
+    path = out.with_name(f"{out.name}.job.json")
+    job = json.loads(json.dumps(job))
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.partial")
+        aside.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
+        out.touch()
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        before = {}
+    changed = [name for name in job if before.get(name) != job[name]]
+    if changed:
+        raise UsageError(
+            f"{out} exists and was not made from the same {' and '.join(changed)}; choose another --out or remove it"
+        )
+
+
+def _finished(out: Path, choices: list[int]) -> int:
+    """Prompts whose completions are all there; the rest of the file is cut off."""
+    prompts = kept = position = have = 0
+    with out.open("r+b") as file:
+        for text in file:
+            position += len(text)
+            if not text.endswith(b"\n") or prompts == len(choices):
+                break
+            record = _record(text)
+            if record is None or record.get("prompt_index") != prompts:
+                break
+            have += 1
+            if have == choices[prompts] or (record.get("error") is not None and not record.get("prompt_tokens")):
+                prompts, have, kept = prompts + 1, 0, position
+        file.truncate(kept)
+    return prompts
+
+
+def _record(text: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """Prompts done, tokens per second, time left: a bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.tokens = 0
+        self._total, self._before, self._done = total, done, done
+        self._begin = self._shown = time.monotonic()
+        self._bar: Any = None
+        if is_terminal():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("generating", total=total, completed=done)
+
+    def __enter__(self) -> _Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begin
+
+    def count(self, output: Output) -> None:
+        """New tokens of any prompt."""
+        self.tokens += len(output.token_ids)
+
+    def finish_line(self) -> None:
+        """One more prompt is done and written."""
+        self._done += 1
+        rate = f"{format_count(self.tokens / max(self.seconds, 1e-9))} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=f"generating, {rate}")
+        elif time.monotonic() - self._shown >= _LINE_SECONDS:
+            self._shown = time.monotonic()
+            left = (self._total - self._done) * self.seconds / (self._done - self._before)
+            say(f"generating: {self._done}/{self._total} prompts, {rate}, {format_duration(left)} left")
