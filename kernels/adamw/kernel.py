@@ -232,10 +232,12 @@ def _launch_group(step: Step, indices: list[int]) -> None:
     places = [address for tensors in (parameters, gradients, *states) for address in addresses(tensors)]
     sizes = tuple(parameter.numel() for parameter in parameters)
     device, dtype = parameters[0].device, parameters[0].dtype
+    # First, because it refuses CUDA graphs before anything else breaks the capture.
+    table = kept_upload(places, torch.int64, device)
     config = ADAMW.pick(dtype, target_of(parameters[0]), N=sum(sizes), exact_states=1 if step.eight_bit else 4)
     chunks = chunks_of(sizes, config.blocks["ROWS"] * GROUP, device)
     arguments = {
-        "addresses_ptr": kept_upload(places, torch.int64, device),
+        "addresses_ptr": table,
         "sizes_ptr": chunks.sizes_T,
         "pieces_ptr": chunks.pieces_K2,
         "decays_ptr": kept_upload([step.weight_decays[i] for i in indices], torch.float32, device),

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from trine.kernels.adamw.checks import STATE_DTYPES
 from trine.kernels.adamw.formula import adamw_reference
+from trine.kernels.adamw.op import adamw_step
 from trine.kernels.adamw.optimizer import AdamW
 from trine.kernels.adamw.rounding import FOR_PARAMETER, draws, round_stochastically
-from trine.kernels.adamw.states import RATIO, decode
+from trine.kernels.adamw.states import RATIO, decode, empty_states
 from trine.kernels.gradient_norm import gradient_norm
 
 FORMULA: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -175,3 +176,89 @@ def test_8_bit_states_take_a_quarter_of_the_memory() -> None:
         taken[state] = torch.cuda.memory_allocated() - before
         del optimizer
     assert taken[torch.int8] < 0.26 * taken[torch.float32]
+
+
+VARIANTS = pytest.mark.parametrize(
+    ("dtype", "gradient_dtype", "eight_bit"), list(itertools.product(DTYPES, DTYPES, (False, True))), ids=str
+)
+
+
+def arguments(
+    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, gradient_dtype: torch.dtype, eight_bit: bool
+) -> tuple[Any, ...]:
+    """Of the registered operation, for the third update."""
+    parameters, gradients = make(shapes, dtype, 0), make(shapes, gradient_dtype, 1)
+    moments = [[torch.zeros_like(w, dtype=torch.float32) for w in parameters] for _ in range(2)]
+    states = [*moments, [], []]
+    if eight_bit:
+        empty = [empty_states(w.numel(), w.device) for w in parameters]
+        states = [[state[place] for state in empty] for place in range(4)]
+    scale, lr = torch.tensor(0.5, device="cuda"), torch.tensor(LR, dtype=torch.float64)
+    rest = (*FORMULA["betas"], FORMULA["eps"], 3, 2**33 + 1, True)
+    return parameters, gradients, *states, [DECAY] * len(shapes), scale, lr, *rest
+
+
+@VARIANTS
+def test_registration(dtype: torch.dtype, gradient_dtype: torch.dtype, eight_bit: bool) -> None:
+    torch.library.opcheck(adamw_step, arguments(SMALL, dtype, gradient_dtype, eight_bit))
+
+
+def test_registration_of_no_tensors() -> None:
+    torch.library.opcheck(adamw_step, arguments((), *DTYPES, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("state", STATE_DTYPES, ids=str)
+def test_compiles_whole_and_once(state: torch.dtype, dtype: torch.dtype) -> None:
+    """A layer of a Llama, updated with numbers that change: the same bits, and two graphs for all updates."""
+    torch._dynamo.reset()
+    graphs, results = [], []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for compiled in (False, True):
+        optimizer = AdamW(make(LAYER, dtype, 0), weight_decay=DECAY, state_dtype=state, seed=3, **FORMULA)
+
+        def step(gradients: list[Tensor], scale: Tensor, lr: float, update: int, to: AdamW = optimizer) -> None:
+            to.step(lr, update=update, gradients=gradients, grad_scale=scale)
+
+        call = torch.compile(step, fullgraph=True, backend=backend) if compiled else step
+        for update in range(1, 5):
+            call(make(LAYER, dtype, update), torch.tensor(1 / update, device="cuda"), LR / update, update)
+        moments = [*optimizer.first_moments, *optimizer.second_moments]
+        results.append([*optimizer.parameters, *moments, *optimizer.first_scales, *optimizer.second_scales])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert [graph.count("trine.adamw.default") for graph in graphs] == [1, 1]
+
+
+def test_streams_have_tables_of_their_own() -> None:
+    """What one stream uploads is not read by another, which does not wait for it."""
+    weights, gradients = make(SMALL, torch.float32, 0), make(SMALL, torch.float32, 1)
+    other = [w.clone() for w in weights]
+    optimizer, twin = (AdamW(some, weight_decay=DECAY, **FORMULA) for some in (weights, other))
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for update in (1, 2):
+        optimizer.step(LR, update=update, gradients=gradients)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream if update == 2 else torch.cuda.current_stream()):
+            twin.step(LR, update=update, gradients=gradients)
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(weights, other, strict=True))
+
+
+def test_a_cuda_graph_is_refused() -> None:
+    """Its replays would update what lay at the addresses of the capture, by the numbers of that update."""
+    weights, gradients = make(((4099,),), torch.float32, 0), make(((4099,),), torch.float32, 1)
+    start = weights[0].clone()
+    optimizer = AdamW(weights, weight_decay=DECAY, **FORMULA)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="cannot be part of a CUDA graph"), torch.cuda.graph(graph):
+        torch.zeros(8, device="cuda")  # torch warns of an empty graph
+        optimizer.step(LR, update=1, gradients=gradients)
+    torch.cuda.synchronize()
+    assert torch.equal(weights[0], start)
+    optimizer.step(LR, update=1, gradients=gradients)
+    assert not torch.equal(weights[0], start)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.kv_write.op import TOPS, write_kv, write_kv_reference
+from trine.kernels.kv_write import op
+from trine.kernels.kv_write.op import TOPS, kv_write, write_kv, write_kv_reference
 from trine.kernels.rope.op import rope_tables
 
 H, K, D = 32, 8, 128
@@ -99,3 +100,25 @@ def test_offsets_past_2_to_the_31_and_the_same_bits_twice() -> None:
     for name in ("k_cache_PSKD", "v_cache_PSKD"):
         assert torch.equal(arguments[name][-7:], small[name][-7:])
         assert not arguments[name][:-7].any()
+
+
+@pytest.mark.parametrize("cache", [None, torch.int8], ids=str)
+def test_registration_and_compiling_whole(cache: torch.dtype | None) -> None:
+    torch._dynamo.reset()
+    named = make(4096, torch.bfloat16, cache=cache)
+    lists = [named[name] for name in ("qkv_NE", "k_cache_PSKD", "v_cache_PSKD", "slots_N", "cos_NR", "sin_NR")]
+    lists += [named[name] for name in ("q_norm_weight", "k_norm_weight", "k_scale_PSK", "v_scale_PSK")]
+    torch.library.opcheck(kv_write, (*lists, H, False, 1e-6, False))
+    plain, whole = (make(4096, torch.bfloat16, cache=cache) for _ in range(2))
+    compiled = torch.compile(lambda arguments: write_kv(**arguments), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(whole), write_kv(**plain))
+    assert torch.equal(whole["k_cache_PSKD"], plain["k_cache_PSKD"])
+    assert torch.equal(whole["v_cache_PSKD"], plain["v_cache_PSKD"])
+
+
+def test_slots_are_checked_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "CHECKING", True)
+    arguments = make(17, torch.bfloat16)
+    arguments["slots_N"][3] = 1024 * 16
+    with pytest.raises(ValueError, match="slot 16384 is outside the pool of 16384 slots"):
+        write_kv(**arguments)
