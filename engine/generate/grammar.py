@@ -71,8 +71,9 @@ class Grammar:
             raise UsageError(f"a grammar of kind {self.kind} takes {'a' if not self.source else 'no'} source")
         if len(self.source) > MAX_SOURCE:
             raise UsageError(f"the {self.kind} has {len(self.source)} characters; at most {MAX_SOURCE} are taken")
-        if self.kind == "choice":
-            self.choices()
+        texts = [self.source, *(self.choices() if self.kind == "choice" else ())]
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            raise UsageError(f"the {self.kind} holds half of a surrogate pair, which is no character; leave it out")
 
     def choices(self) -> list[str]:
         """The texts of a grammar of kind "choice"."""
@@ -118,7 +119,11 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> LLMatcher:
         if self._library is None:
             self._library = _library_tokenizer(self._tokenizer, self._eos_ids)
-        matcher = LLMatcher(self._library, _to_library(grammar), log_level=0, limits=LIMITS)
+        try:
+            source = _to_library(grammar)
+        except ValueError as error:  # JSON that Python reads and the library does not, such as 1e400
+            raise UsageError(f"the {grammar.kind} cannot be used: {_reason(str(error))}") from None
+        matcher = LLMatcher(self._library, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise UsageError(f"the {grammar.kind} cannot be used: {_reason(matcher.get_error())}")
         matcher.compute_bitmask()  # shows contradictions that compiling does not; and copies keep the work

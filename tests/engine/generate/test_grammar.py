@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -318,6 +319,8 @@ def test_blanks_between_the_parts_of_json_are_bounded(compiler: GrammarCompiler,
         ("json_schema", '{"type": "integer", "multipleOf": 1000000007}', "fuel"),
         ("json_schema", '{"items": ' * 1000 + "{}" + "}" * 1000, "recursion"),
         ("json_schema", "[" * 100_000, "recursion"),
+        ("json_schema", '{"maximum": 1e400}', "number out of range"),
+        ("json_schema", '{"const": "\\ud800"}', "hex escape"),
         ("regex", "(" * 20_000 + "a" + ")" * 20_000, "nest"),
         ("grammar", "start: " + "(" * 20_000 + '"a"' + ")" * 20_000, "nest"),
         ("grammar", "start: nowhere", "nowhere"),
@@ -350,11 +353,42 @@ def test_a_bad_grammar_is_refused_with_the_reason_on_one_line(
         ("choice", '["a", ""]', "none of them empty"),
         ("choice", '["a", 1]', "array of at least one text"),
         ("choice", "[" * 100_000, "no JSON array"),
+        ("choice", '["\\ud800"]', "half of a surrogate pair"),
+        ("regex", "\udfff", "half of a surrogate pair"),
     ],
 )
 def test_what_is_no_grammar_is_refused_before_it_is_compiled(kind: Any, source: str, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         Grammar(kind, source)
+
+
+PIECES = st.sampled_from(
+    [*'()[]{}|*?\\"/&~<>$^:,', "..", "-1", "1e400", "9" * 20, "\0", "é", "\ud800", "start", "%json", "null",
+     "x-guidance", "$ref", "#", "not", "(?i)", "\\p{", "\n"]
+)  # fmt: skip
+
+
+@given(
+    kind=st.sampled_from(["json_schema", "regex", "choice", "grammar"]),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 8), PIECES), min_size=1, max_size=4),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_whatever_is_given_is_followed_or_refused(
+    kind: Any, edits: list[tuple[float, int, str]], compiler: GrammarCompiler, tiny_tokenizer: Tokenizer
+) -> None:
+    """Any other exception, and any crash, would take the other requests along."""
+    source = CASES[kind][0].source
+    for place, removed, piece in edits:
+        begin = int(place * len(source))
+        source = source[:begin] + piece + source[begin + removed :]
+    with contextlib.suppress(UsageError):
+        matcher = compiler.matcher(Grammar(kind, source))
+        for step in range(12):
+            allowed = unpack(matcher.mask(), tiny_tokenizer.vocab_size).nonzero().flatten().tolist()
+            assert allowed
+            matcher.accept(allowed[step * 7 % len(allowed)])
+            if matcher.finished:
+                break
 
 
 def test_a_tokenizer_without_bytes_is_refused() -> None:

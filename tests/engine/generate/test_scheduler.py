@@ -100,7 +100,7 @@ def test_the_long_prompt_gets_half_of_the_budget_in_a_flood_of_short_ones() -> N
         added(scheduler, *(make_sequence(f"s{steps}-{index}", 4, new=1) for index in range(4)))
         step(scheduler)
         steps += 1
-    assert steps == 10
+        assert steps <= 10, "the long prompt gets less than half"
 
 
 def test_a_low_priority_is_not_starved_by_a_flood_of_high_ones() -> None:
@@ -144,6 +144,16 @@ def test_where_the_first_in_the_queue_finds_no_room_nobody_passes_it() -> None:
     while scheduler.has_work:
         order += [name for name in counts(step(scheduler)) if name not in order]
     assert order == ["running", "large", "small"]
+
+
+def test_nobody_is_admitted_into_the_blocks_that_the_running_ones_need_next() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    scheduler.add(make_sequence("a", 7, new=4))
+    step(scheduler)
+    scheduler.add(make_sequence("b", 8, new=3))  # as many blocks as are free, but a has room for one token only
+    while scheduler.num_waiting:
+        step(scheduler)
+    assert scheduler.counters.preemptions == 0
 
 
 def test_a_prompt_seen_before_is_taken_from_the_cache_except_its_last_token() -> None:
