@@ -14,7 +14,7 @@ test: lint types ## lint, types and the fast tests; kernels in the interpreter a
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) tests/interpreter
 	$(BIN)/python -m trine.kernels.aot --check
-test-slow: $(VENV)/.develop $(VENV)/triton-3.6 ## the wide and long tests; kernels compiled for sm_90 with the oldest triton too
+test-slow: $(VENV)/.develop $(VENV)/triton-3.6 $(VENV)/lm-eval ## the wide and long tests; kernels compiled for sm_90 with the oldest triton too
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -k every_pair $(PYTEST_ARGS) tests/kernels/test_attention_support.py
 	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m trine.kernels.aot --targets sm_90
@@ -45,3 +45,7 @@ $(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
 # The oldest triton that Trine runs on, beside the pinned one: PYTHONPATH puts it first.
 $(VENV)/triton-3.6: | $(VENV)/.develop
 	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet --target $@ triton==3.6.0
+# The part of lm-evaluation-harness that asks a server; all it could need is hundreds of megabytes.
+$(VENV)/lm-eval: | $(VENV)/.develop
+	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet --target $@ lm-eval==0.4.13
+	$(PIP_INSTALL) --quiet --target $@ requests aiohttp tenacity

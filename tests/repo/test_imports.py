@@ -30,7 +30,7 @@ FLOORS = {
     "trine.cli": 100,
 }
 HEAVY = {"torch", "pydantic", "transformers", "numpy", "tokenizers", "safetensors", "matplotlib", "jinja2", "triton"}
-HEAVY |= {"numba"}
+HEAVY |= {"numba", "fastapi", "uvicorn", "msgspec", "starlette"}
 LIGHT_ENGINE = {"trine.engine.errors", "trine.engine.log"}
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 FORBIDDEN = (
@@ -119,17 +119,30 @@ def test_kernels_are_usable_alone(path: Path) -> None:
 
 def test_development_tools_are_imported_by_benchmarks_only() -> None:
     """`make setup` installs Trine without them, so nothing a user runs may need them."""
-    tools = {"transformers", "accelerate", "pytest", "hypothesis", "build"}
+    tools = {"transformers", "accelerate", "pytest", "hypothesis", "build", "openai", "httpx2"}
     for path in MODULES:
         if not path.is_relative_to(ROOT / "benchmarks"):
             assert not tools & {name.partition(".")[0] for name in imports(path)}, module_name(path)
+
+
+def test_only_the_engine_process_of_the_server_knows_tensors() -> None:
+    """The API process starts in a moment and holds no model: it may use texts, errors and lines, nothing heavier."""
+    light = {"trine.engine.errors", "trine.engine.log", "trine.engine.text"}
+    for path in (ROOT / "serve").glob("*.py"):
+        if path.name == "engine_process.py":
+            continue
+        for name in imports(path):
+            below = name.startswith(("trine.engine", "trine.kernels"))
+            assert not below or any(name.startswith(f"{each}.") for each in light), f"{path.name} imports {name}"
+    code = "import sys, trine.serve.server\nprint(*sorted({'torch', 'triton', 'numba'} & set(sys.modules)))"
+    assert run_python(code) == []
 
 
 def test_the_environment_is_read_in_one_place_per_room() -> None:
     readers = {"trine.engine.env", "trine.kernels.hardware"}
     for path in MODULES:
         inside = module_name(path)
-        if inside.startswith(("trine.engine", "trine.kernels")) and inside not in readers:
+        if inside.startswith(("trine.engine", "trine.kernels", "trine.serve")) and inside not in readers:
             assert not re.search(r"os\.(environ|getenv)", path.read_text()), f"{inside} reads the environment"
 
 

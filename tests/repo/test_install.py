@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import json
 import os
 import re
 import shutil
@@ -11,6 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from trine.cli.main import app
+from trine.cli.serve import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,14 +37,30 @@ def user_runs() -> list[str]:
 
 def test_image_does_its_work_as_a_plain_user_through_the_makefile() -> None:
     found = instructions()
-    (user,) = (argument for name, argument in found if name == "USER")
-    assert user not in ("root", "0")
-    assert any(name == "FROM" and argument.endswith(" AS cpu") for name, argument in found)
-    assert ("ARG", 'PIP_ARGS=""') in found
+    users = [argument for name, argument in found if name == "USER"]
+    assert not {"root", "0"} & set(users)
+    stages = [argument.split(" AS ")[1] for name, argument in found if name == "FROM"]
+    assert stages == ["base", "cuda", "cpu"], "the last is what a plain build makes"
+    assert len(users) == found.count(("ARG", 'PIP_ARGS=""')) == len(stages) - 1
     assert user_runs()
     assert all(line.startswith("make ") for line in user_runs())
     before = [argument for name, argument in found if name == "RUN" and argument not in user_runs()]
     assert all(re.match(r"apt-get |useradd ", line) for line in before), "root only prepares the system"
+
+
+def test_image_serves_and_is_asked_whether_it_is_ready() -> None:
+    found = dict(instructions())
+    assert json.loads(found["ENTRYPOINT"]) == ["trine"]
+    command, checkpoint, *options = json.loads(found["CMD"])
+    served = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {option for parameter in served.params for option in parameter.opts}
+    assert (command, checkpoint, set(options) & known) == ("serve", "/checkpoint", {"--host"})
+    default = inspect.signature(serve).parameters["port"].default
+    assert found["EXPOSE"] == str(default)
+    _, _, check = found["HEALTHCHECK"].partition(" CMD ")
+    program, flag, code = json.loads(check)
+    assert (program, flag) == ("python", "-c")
+    assert f"http://127.0.0.1:{default}/ready" in code
 
 
 def copy_of_checkout(target: Path) -> None:

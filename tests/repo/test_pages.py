@@ -18,7 +18,7 @@ from trine.engine.train.recipe import Recipe
 from trine.kernels.attention.support import FEATURES, REFUSED
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("benchmarks", "cli", "configs", "engine", "kernels")
+ROOMS = ("benchmarks", "cli", "configs", "engine", "kernels", "serve")
 UNLISTED = {"__init__.py", "README.md", "py.typed"}
 
 
