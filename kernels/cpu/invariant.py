@@ -18,7 +18,7 @@ from trine.kernels.cpu.attention import DTYPES, pool_arguments
 from trine.kernels.cpu.compiled import array, available, single, use_torch_threads, why_not
 
 # Rows (a token and a query head) of a unit of work: they share the keys that are loaded.
-_ROWS = 64
+_ROWS = 128
 
 
 def check_invariant(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:

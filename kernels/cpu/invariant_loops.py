@@ -1,17 +1,16 @@
 """Attention with one order over the keys, whatever else is computed beside a row. Imports Numba (see `compiled.py`).
 
 A row is one query head of one token. It takes the keys that it sees in tiles of `TILE`, which begin at multiples of
-`TILE` from its sequence's first key on, and within a tile everything is written out and compiled as it is written
-(`exact`: no sum is reordered):
+`TILE` from its sequence's first key on, and no sum is reordered:
 
-    score[t] = q[0] k[t, 0] + q[1] k[t, 1] + ...        each a chain of multiply-adds over the channels
+    score[t] = q[0] k[t, 0] + q[1] k[t, 1] + ...        a chain over the channels (`chains_loops.add_rows`)
     o[d] = (o[d] shrink + p[0] v[0, d]) + p[1] v[1, d] + ...        likewise over the keys
     total: one sum for each place in a tile, all of them added up by halves at the end
 
-So loops run over keys or channels side by side, never along a sum, and how many rows share a tile (which is loaded, and
+So vectors lie along keys or channels, never along a sum, and how many rows share a tile (which is loaded, and
 transposed, once for all of them) does not occur in the bits of a row.
 
-Shapes: N tokens, H query heads, G query heads of a key's, D head dimension, T keys of a tile, M rows of a unit.
+Shapes: N tokens, H query heads, D head dimension, T keys of a tile, M rows of a unit.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ import numpy as np
 from numba import prange
 
 from trine.kernels.cpu.attention_loops import find_keys
+from trine.kernels.cpu.chains_loops import LANES, add_rows
 from trine.kernels.cpu.compiled import exact, parallel
 from trine.kernels.cpu.numbers_loops import exponential, widen
 
-# Keys of a tile: four vectors of 16, so that there are chains enough to work on side by side.
+# Keys of a tile: four vectors, so that there are chains enough to work on side by side.
 TILE = 64
 
 
@@ -44,36 +44,13 @@ def load_keys(k: Any, scales: Any, head: int, k_head: int, at_T3: Any, keys_DT: 
 
 
 @exact
-def load_values(v: Any, scales: Any, head: int, v_head: int, at_T3: Any, values_TD: Any) -> None:
-    """The values of a tile in fp32."""
+def load_values(v: Any, scales: Any, head: int, v_head: int, at_T3: Any, D: int, values_TD: Any) -> None:
+    """The values of a tile in fp32; the rest of a row is kept."""
     for t in range(at_T3.shape[0]):
         place = at_T3[t, 2] + head * v_head
         factor = scales[at_T3[t, 0] + head] if scales.shape[0] > 0 else np.float32(1)
-        for d in range(values_TD.shape[1]):
+        for d in range(D):
             values_TD[t, d] = widen(v[place + d]) * factor
-
-
-@exact
-def score(q_D: Any, keys_DT: Any, s_T: Any) -> None:
-    """The products of a query with a whole tile, eight channels at a time: the chain of each key goes on."""
-    D = q_D.shape[0]
-    s_T[:] = np.float32(0)
-    for d in range(0, D - 7, 8):
-        a, b, c, e, f, g, h, i = (
-            q_D[d], q_D[d + 1], q_D[d + 2], q_D[d + 3], q_D[d + 4], q_D[d + 5], q_D[d + 6], q_D[d + 7],
-        )  # fmt: skip
-        for t in range(TILE):
-            x = s_T[t] + a * keys_DT[d, t]
-            x = x + b * keys_DT[d + 1, t]
-            x = x + c * keys_DT[d + 2, t]
-            x = x + e * keys_DT[d + 3, t]
-            x = x + f * keys_DT[d + 4, t]
-            x = x + g * keys_DT[d + 5, t]
-            x = x + h * keys_DT[d + 6, t]
-            s_T[t] = x + i * keys_DT[d + 7, t]
-    for d in range(D // 8 * 8, D):
-        for t in range(TILE):
-            s_T[t] = s_T[t] + q_D[d] * keys_DT[d, t]
 
 
 @exact
@@ -118,28 +95,6 @@ def weigh(s_T: Any, begin: int, end: int, options: Any, top: Any, o_D: Any, sums
 
 
 @exact
-def add_values(p_T: Any, begin: int, end: int, values_TD: Any, o_D: Any) -> None:
-    """o += weights times values, key after key, eight at a time: the chain of each channel goes on."""
-    whole = begin + (end - begin) // 8 * 8
-    for t in range(begin, whole, 8):
-        a, b, c, e, f, g, h, i = (
-            p_T[t], p_T[t + 1], p_T[t + 2], p_T[t + 3], p_T[t + 4], p_T[t + 5], p_T[t + 6], p_T[t + 7],
-        )  # fmt: skip
-        for d in range(o_D.shape[0]):
-            x = o_D[d] + a * values_TD[t, d]
-            x = x + b * values_TD[t + 1, d]
-            x = x + c * values_TD[t + 2, d]
-            x = x + e * values_TD[t + 3, d]
-            x = x + f * values_TD[t + 4, d]
-            x = x + g * values_TD[t + 5, d]
-            x = x + h * values_TD[t + 6, d]
-            o_D[d] = x + i * values_TD[t + 7, d]
-    for t in range(whole, end):
-        for d in range(o_D.shape[0]):
-            o_D[d] = o_D[d] + p_T[t] * values_TD[t, d]
-
-
-@exact
 def finish(sums_T: Any, o_D: Any, result_D: Any) -> None:
     """Add up the sums by halves and normalise."""
     width = TILE
@@ -147,7 +102,7 @@ def finish(sums_T: Any, o_D: Any, result_D: Any) -> None:
         width //= 2
         for t in range(width):
             sums_T[t] = sums_T[t] + sums_T[t + width]
-    for d in range(o_D.shape[0]):
+    for d in range(result_D.shape[0]):
         result_D[d] = o_D[d] / sums_T[0]
 
 
@@ -160,10 +115,11 @@ def attend_unit(
     k, v, k_scales, v_scales = pools
     _, token, count, position, head, first_slot = unit
     M, D = count * group, q_NHD.shape[2]
-    keys_DT, values_TD = np.empty((D, TILE), np.float32), np.empty((TILE, D), np.float32)
+    whole = (D + LANES - 1) // LANES * LANES
+    keys_DT, values_TD = np.empty((D, TILE), np.float32), np.zeros((TILE, whole), np.float32)
     at_T3 = np.empty((TILE, 3), np.int64)
     s_T, half_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    o_MD, sums_MT = np.zeros((M, D), np.float32), np.zeros((M, TILE), np.float32)
+    o_MD, sums_MT = np.zeros((M, whole), np.float32), np.zeros((M, TILE), np.float32)
     top_M = np.full(M, -np.inf, np.float32)
     if sinks_H.shape[0] > 0:
         for row in range(M):
@@ -175,15 +131,16 @@ def attend_unit(
         at = at_T3[: min(TILE, last - start)]
         find_keys(table_M, first_slot + start, layout, at)
         load_keys(k, k_scales, head, layout[4], at, keys_DT)
-        load_values(v, v_scales, head, layout[7], at, values_TD)
+        load_values(v, v_scales, head, layout[7], at, D, values_TD)
         for row in range(M):
             place = position + row // group
             begin = max(0, place - window - start) if window >= 0 else 0
             end = min(TILE, place + 1 - start)
             if begin < end:
-                score(q_NHD[token + row // group, head * group + row % group], keys_DT, s_T)
+                s_T[:] = np.float32(0)
+                add_rows(q_NHD[token + row // group, head * group + row % group], 0, D, keys_DT, s_T)
                 top_M[row] = weigh(s_T, begin, end, options, top_M[row], o_MD[row], sums_MT[row], half_T)
-                add_values(s_T, begin, end, values_TD, o_MD[row])
+                add_rows(s_T, begin, end, values_TD, o_MD[row])
     for row in range(M):
         finish(sums_MT[row], o_MD[row], o_NHD[token + row // group, head * group + row % group])
 
