@@ -151,7 +151,7 @@ def test_nobody_is_admitted_into_the_blocks_that_the_running_ones_need_next() ->
     scheduler.add(make_sequence("a", 7, new=4))
     step(scheduler)
     scheduler.add(make_sequence("b", 8, new=3))  # as many blocks as are free, but a has room for one token only
-    while scheduler.num_waiting:
+    while scheduler.has_work:
         step(scheduler)
     assert scheduler.counters.preemptions == 0
 
