@@ -20,10 +20,12 @@ def quickstart(
     ] = None,
     minutes: Annotated[float, typer.Option(help="The time the whole command may take.")] = 8.0,
     seed: Annotated[int | None, typer.Option(help="Of first weights and data order; [0].")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="In the end, serve the model over HTTP until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(metavar="N", help="Where to serve it; 0 takes a free one.")] = 8000,
 ) -> None:
     """Train a small code model on this machine's own Python standard library, evaluate it and generate from it.
 
-    The same command again continues an interrupted run.
+    The same command again continues an interrupted run, and with --serve serves a finished one.
     """
     from trine.engine.train.quickstart import quickstart as run
 
@@ -38,6 +40,41 @@ def quickstart(
             f"the quickstart in {out} has finished before; to start afresh remove that folder or give another by --out"
         )
     _say_what_is_next(result)
+    if serve:
+        _serve(out, port)
+
+
+def _serve(out: Path, port: int) -> None:
+    from trine.serve.messages import Start
+    from trine.serve.server import default_name
+    from trine.serve.server import serve as run_server
+    from trine.serve.settings import ServerSettings
+
+    name = default_name(out)
+    settings = ServerSettings(start=Start(checkpoint=str(out)), port=port, names=(name,))
+    raise typer.Exit(run_server(settings, on_ready=lambda address: _say_how_to_ask(address, name)))
+
+
+def _say_how_to_ask(address: str, name: str) -> None:
+    """A curl line, and the same in Python; both work as they stand."""
+    import json
+    import shlex
+
+    asked = {"model": name, "prompt": "def main():", "max_tokens": 64, "temperature": 0.5}
+    body = shlex.quote(json.dumps(asked))
+    fields = ", ".join(f"{field}={value!r}" for field, value in asked.items())
+    print(
+        f"""
+Ask it, from another terminal:
+curl {address}/v1/completions -H 'content-type: application/json' -d {body}
+
+or in Python (pip install openai):
+from openai import OpenAI
+client = OpenAI(base_url="{address}/v1", api_key="none")
+print(client.completions.create({fields}).choices[0].text)
+""",
+        flush=True,
+    )
 
 
 def _show_results(result: QuickstartResult) -> None:
@@ -68,5 +105,6 @@ Next:
   the curves, samples and recipe of the run: open {result.report} in a browser
   trine generate {out} --prompt "def main():" --temperature 0.7
   trine eval {out} --data {out}/text/validation
+  trine serve {out}
   the same with other settings: trine train {out}/recipe.toml run.dir=runs/second optim.lr=5e-3
   your own text: trine tokenizer train, trine data prepare, then trine train with a recipe of your own""")
