@@ -36,6 +36,11 @@ class Step(Protocol):
     @property
     def num_slots(self) -> int: ...
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the bits of a query depend on its own keys alone."""
+        ...
+
     def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """Store the new keys and values of a layer; returns o_BHTD over all that is visible to the queries."""
         ...
@@ -66,6 +71,10 @@ class CacheStep:
     start: int | None
     num_slots: int
     mask: Mask
+
+    @property
+    def deterministic(self) -> bool:
+        return False
 
     def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """See `Step`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trine.engine.model.config import ModelConfig
 from trine.kernels import joined
+from trine.kernels.invariant.op import invariant_matmul
 from trine.kernels.layer_norm import add_layer_norm, layer_norm
 from trine.kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -27,8 +28,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_out, num_in, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_out, device=device, dtype=dtype)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return joined.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, deterministic: bool = False) -> Tensor:
+        """`deterministic`: the bits of a row are those it has alone."""
+        return (invariant_matmul if deterministic else joined.linear)(x, self.weight, self.bias)
 
 
 def joined_linear(x: Tensor, *layers: Linear) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.config import ModelConfig
+from trine.kernels.invariant.attention import SPLIT
 from trine.kernels.kv_write.op import quantize
 from trine.kernels.paged_attention.op import QUANTIZED, check_tables, paged_attention
 
@@ -96,7 +97,8 @@ class PagedStep:
 
     `positions_BT`: int64 [1, N]. `slots_N`: int64, block * S + place in the block. `block_table_RM`, `lengths_R`,
     `query_starts` [R + 1]: int32, as of `paged_attention`; lengths count the new tokens. `max_queries`, `num_slots`:
-    upper bounds of the new tokens and of the keys of any request.
+    upper bounds of the new tokens and of the keys of any request. `deterministic`: the bits of a query depend on its
+    own keys alone.
     """
 
     cache: PagedCache
@@ -107,6 +109,7 @@ class PagedStep:
     query_starts: Tensor
     max_queries: int
     num_slots: int
+    deterministic: bool = False
 
     def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """See `Step`; B is 1 and T is N."""
@@ -126,6 +129,7 @@ class PagedStep:
             max_length=self.num_slots,
             k_scale_PSK=k_scale_PSK,
             v_scale_PSK=v_scale_PSK,
+            split_size=SPLIT if self.deterministic else None,
             tables_checked=True,
         )
         return o_NHD.transpose(0, 1)[None]

@@ -25,6 +25,8 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Embedding, Linear, make_norm
 from trine.engine.model.rotary import inverse_frequencies
 from trine.kernels.attention.op import make_mask
+from trine.kernels.invariant.attention import Sequences, make_sequences
+from trine.kernels.invariant.op import invariant_matmul
 from trine.kernels.rope.op import rope_tables
 
 
@@ -84,6 +86,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         compute_dtype: torch.dtype | None = None,
         checkpoint_activations: bool = False,
+        deterministic: bool = False,
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, C] in `compute_dtype` (default: the dtype of the parameters).
 
@@ -92,18 +95,30 @@ class Transformer(nn.Module):
         attends to earlier tokens of its own document only. Give positions that restart with each document.
         `cache`: read and extended; its dtype must be the compute dtype. Cannot be joined with segment ids.
         `checkpoint_activations`: keep only the layer inputs and recompute the rest in the backward pass.
-        Raises `ContextLengthError` where a token lies beyond `config.max_positions`.
+        `deterministic`: the bits of a token depend on the tokens before it in its own document alone: the same in a
+        training step and, over a cache whose step is deterministic, in any piece of a prompt and any batch of decoding.
+        Whether this machine keeps that, `trine.kernels.invariant.probe` finds out. Attention has no dropout then.
+        Raises `ContextLengthError` where a token lies beyond `config.max_positions`, and ValueError for what the
+        deterministic mode cannot do.
         """
         dtype = compute_dtype or self.dtype
         T = ids_BT.shape[1]
-        step = None
+        step = mask = sequences = None
         if cache is not None:
             if segment_ids_BT is not None:
                 raise ValueError("segment_ids_BT and a cache cannot be used together; give one document per row")
             step = cache.plan(T, positions_BT)
             positions_BT, mask, length = step.positions_BT, None, step.num_slots
+            if step.deterministic != deterministic:
+                raise ValueError(
+                    f"deterministic={deterministic}, but the cache's step has deterministic={step.deterministic}; "
+                    "they must agree, and only a PagedCache has such steps"
+                )
         else:
-            mask = make_mask(causal=True, num_keys=T, segment_ids_BT=segment_ids_BT)
+            if deterministic:
+                sequences = self._sequences(ids_BT, segment_ids_BT)
+            else:
+                mask = make_mask(causal=True, num_keys=T, segment_ids_BT=segment_ids_BT)
             length = T if positions_BT is None else 0
             if positions_BT is None:
                 positions_BT = torch.arange(T, device=ids_BT.device)[None]
@@ -119,7 +134,7 @@ class Transformer(nn.Module):
         if self.config.rope is not None:
             frequencies = inverse_frequencies(self.config.rope, self.config.head_dim, ids_BT.device)
             tables = rope_tables(positions_BT, frequencies, dtype)
-        context = Context(mask, tables, step)
+        context = Context(mask, tables, step, sequences, deterministic)
         for layer in self.layers:
             if checkpoint_activations and torch.is_grad_enabled():
                 x_BTC = checkpoint(layer, x_BTC, context, use_reentrant=False)
@@ -129,10 +144,20 @@ class Transformer(nn.Module):
             step.finish()
         return self.norm(x_BTC)  # type: ignore[no-any-return]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits [..., V] of hidden states [..., C]; the product runs in the dtype of hidden."""
+    def _sequences(self, ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Sequences:
+        dropout = self.config.dropout.attention
+        if dropout and self.training:
+            raise ValueError(f"deterministic=True while training with attention dropout {dropout}; set it to 0")
+        return make_sequences(*ids_BT.shape, device=ids_BT.device, segment_ids_BT=segment_ids_BT)
+
+    def logits(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
+        """fp32 logits [..., V] of hidden states [..., C]; the product runs in the dtype of hidden.
+
+        `deterministic`: the bits of a row are those it has alone.
+        """
         bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
-        logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias)
+        product = invariant_matmul if deterministic else F.linear
+        logits = product(hidden, self.head_weight.to(hidden.dtype), bias)
         return logits.to(torch.promote_types(hidden.dtype, torch.float32))
 
     def _check_length(self, length: int, positions_BT: Tensor) -> None:
