@@ -38,6 +38,11 @@ def _load_of_rows(ptr, rows, num_rows):
 
 
 @triton.jit
+def _add_pairs(first, second, more_first, more_second):
+    return first + more_first, second + more_second
+
+
+@triton.jit
 def _means_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, product_mean_ptr, gradient_mean_ptr, width,
     UNIT_OFFSET: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -95,14 +100,17 @@ def _backward_kernel(
         dy *= scale
         if product_mean_ptr is not None:
             product_mean = _load_of_rows(product_mean_ptr, rows, num_rows)
+            if mean_ptr is not None:
+                gradient_mean = _load_of_rows(gradient_mean_ptr, rows, num_rows)
+        elif mean_ptr is not None:
+            # Both sums by one pass through shared memory: the wait for it is what a row costs beside its bytes.
+            product_sum, gradient_sum = tl.reduce((dy * normed, dy), 1, _add_pairs)
+            product_mean, gradient_mean = (product_sum / width)[:, None], (gradient_sum / width)[:, None]
         else:
             product_mean = (tl.sum(dy * normed, axis=1) / width)[:, None]
         dx = dy - normed * product_mean
         if mean_ptr is not None:
-            if gradient_mean_ptr is not None:
-                dx -= _load_of_rows(gradient_mean_ptr, rows, num_rows)
-            else:
-                dx -= (tl.sum(dy, axis=1) / width)[:, None]
+            dx -= gradient_mean
         dx *= rstd
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + places, mask=inside, other=0.0).to(tl.float32)
