@@ -188,15 +188,17 @@ def test_masks_are_what_the_sampling_kernel_takes(compiler: GrammarCompiler, tin
 def test_tokens_are_taken_back_in_speculation(compiler: GrammarCompiler, tiny_tokenizer: Tokenizer) -> None:
     matcher = compiler.matcher(Grammar("regex", "def add|def sub[0-9]"))
     ids = tiny_tokenizer.encode("def add")
-    masks = []
+    masks, finished = [], []
     for token_id in ids:
         masks.append(matcher.mask())
         matcher.accept(token_id)
-    assert matcher.finished
+        finished.append(matcher.finished)
+    assert finished == [False] * (len(ids) - 1) + [True]
     for mask in reversed(masks):
         matcher.rollback(1)
-        assert not matcher.finished
+        finished.append(matcher.finished)
         assert torch.equal(matcher.mask(), mask)
+    assert not any(finished[len(ids) :])
 
 
 def test_a_draft_fits_as_far_as_the_grammar_goes(compiler: GrammarCompiler, tiny_tokenizer: Tokenizer) -> None:
@@ -214,8 +216,7 @@ def test_copies_go_their_own_ways(compiler: GrammarCompiler, tiny_tokenizer: Tok
     first.accept(tiny_tokenizer.encode("a")[0])
     second = first.copy()
     first.accept(tiny_tokenizer.encode("b")[0])
-    assert first.finished
-    assert not second.finished
+    assert (first.finished, second.finished) == (True, False)
     second.accept(tiny_tokenizer.encode("c")[0])
     assert second.finished
 
@@ -232,13 +233,11 @@ def test_a_token_that_is_not_allowed_is_refused_and_changes_nothing(
 
 def test_the_end_is_allowed_where_the_text_is_a_match(compiler: GrammarCompiler, tiny_tokenizer: Tokenizer) -> None:
     matcher = compiler.matcher(Grammar("regex", "ab*"))
-    assert not matcher.accepting
-    assert not unpack(matcher.mask(), tiny_tokenizer.vocab_size)[0]
-    matcher.accept(tiny_tokenizer.encode("a")[0])
-    assert matcher.accepting
-    assert not matcher.finished
-    assert unpack(matcher.mask(), tiny_tokenizer.vocab_size)[0]
-    matcher.accept(0)
+    states = []
+    for token_id in (tiny_tokenizer.encode("a")[0], 0):
+        states.append((matcher.accepting, matcher.finished, bool(unpack(matcher.mask(), tiny_tokenizer.vocab_size)[0])))
+        matcher.accept(token_id)
+    assert states == [(False, False, False), (True, False, True)]
     assert matcher.finished
 
 
