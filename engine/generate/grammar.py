@@ -37,6 +37,8 @@ CACHED_GRAMMARS = 64
 MAX_REASON = 300  # characters
 # Between the parts of JSON. A weak model would otherwise go on with blanks until its tokens are used up.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}
+# What the library's grammars can say and only its own sampler would do: of a rule's name, `[temperature=0.5]`.
+IGNORED = re.compile(r"^\s*\w+\[[^\]\n]*\b(temperature|capture)\b[^\]\n]*\]\s*:", re.MULTILINE)
 LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     initial_lexer_fuel=1_000_000,  # about 20 ms
@@ -121,7 +123,7 @@ class GrammarCompiler:
             self._library = _library_tokenizer(self._tokenizer, self._eos_ids)
         try:
             source = _to_library(grammar)
-        except ValueError as error:  # JSON that Python reads and the library does not, such as 1e400
+        except ValueError as error:
             raise UsageError(f"the {grammar.kind} cannot be used: {_reason(str(error))}") from None
         matcher = LLMatcher(self._library, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
@@ -189,7 +191,7 @@ def unpack(mask_W: Tensor, vocab_size: int) -> Tensor:
 
 
 def _to_library(grammar: Grammar) -> str:
-    """The library's own form."""
+    """The library's own form. Raises ValueError for what it cannot express."""
     if grammar.kind == "json_object":
         return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_OPTIONS)
     if grammar.kind == "json_schema":
@@ -198,6 +200,9 @@ def _to_library(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_regex(grammar.source)
     if grammar.kind == "choice":
         return LLMatcher.grammar_from_regex("|".join(map(re.escape, grammar.choices())))
+    ignored = IGNORED.search(grammar.source)
+    if ignored:
+        raise ValueError(f"{ignored[1]} of a rule is not supported ({ignored[0].strip()}); leave it out")
     return LLMatcher.grammar_from_lark(grammar.source)
 
 

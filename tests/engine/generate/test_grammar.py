@@ -251,6 +251,18 @@ def test_without_an_end_token_the_text_ends_where_it_cannot_go_on(tiny_tokenizer
     assert not matcher.mask()[:-1].any()
 
 
+def test_a_rule_may_bound_its_tokens_and_speak_of_temperature(
+    compiler: GrammarCompiler, tiny_tokenizer: Tokenizer
+) -> None:
+    source = 'start: a "[temperature]:"\na[max_tokens=2]: /[xy]+/\n'
+    matcher = compiler.matcher(Grammar("grammar", source))
+    x = tiny_tokenizer.encode("x")[0]
+    assert matcher.fits([x]) == 1
+    matcher.accept(x)
+    matcher.accept(x)
+    assert matcher.fits([x]) == 0
+
+
 def test_special_tokens_are_no_text(tiny_tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     matcher = compiler.matcher(Grammar("regex", r"<\|endoftext\|>x"))
     assert not unpack(matcher.mask(), tiny_tokenizer.vocab_size)[0]
@@ -323,6 +335,8 @@ def test_blanks_between_the_parts_of_json_are_bounded(compiler: GrammarCompiler,
         ("regex", "(" * 20_000 + "a" + ")" * 20_000, "nest"),
         ("grammar", "start: " + "(" * 20_000 + '"a"' + ")" * 20_000, "nest"),
         ("grammar", "start: nowhere", "nowhere"),
+        ("grammar", "start: a\na[lazy, temperature=0.5]: /b/", "temperature of a rule is not supported (a[lazy, temp"),
+        ("grammar", "start[capture]: /b/", "capture of a rule"),
         ("grammar", "rule: /a/", "start"),
     ],
 )
