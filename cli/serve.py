@@ -44,9 +44,18 @@ def serve(
     kv_bytes: Annotated[
         int, typer.Option(metavar="N", min=0, help="Size of the key/value cache; 0 takes it from what is free.")
     ] = 0,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="int8, or float8_e4m3fn on a GPU: a smaller cache.", show_default="as computed"
+        ),
+    ] = None,
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Share what prompts begin alike with.")
     ] = True,
+    speculate: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Guess so many tokens a step while few are under way; 0 is off.")
+    ] = 0,
     max_in_flight: Annotated[
         int, typer.Option(metavar="N", help="Completions on their way; more are answered 429.")
     ] = 256,
@@ -80,7 +89,9 @@ def serve(
             max_waiting=max_waiting,
             max_batch_tokens=max_batch_tokens,
             kv_bytes=kv_bytes,
+            kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
+            speculate=speculate,
         ),
         host=host,
         port=port,

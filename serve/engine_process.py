@@ -10,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from trine.engine.env import set_threads
+from trine.engine.errors import UsageError
 from trine.engine.generate.engine import Engine
 from trine.engine.generate.grammar import Grammar
 from trine.engine.generate.load import load_for_inference
@@ -21,6 +24,9 @@ from trine.engine.log import format_duration, say
 from trine.engine.model.checkpoint import resolve_checkpoint
 from trine.serve.messages import Delta, Logprob, Ready, Sampling, Start, Stats, Submit
 from trine.serve.worker import connect, work
+
+# Of stored keys and values; None stores them as they are computed.
+KV_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 class RealEngine:
@@ -72,17 +78,22 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
     folder = resolve_checkpoint(Path(start.checkpoint))
     model, tokenizer = load_for_inference(folder, dtype=start.dtype, device=start.device)
     given = {name: getattr(start, name) for name in ("max_running", "max_waiting", "max_batch_tokens", "block_size")}
+    if start.kv_dtype not in KV_DTYPES:
+        raise UsageError(f"kv-dtype {start.kv_dtype!r} is not known; give {' or '.join(filter(None, KV_DTYPES))}")
     config = EngineConfig(
         kv_bytes=start.kv_bytes,
+        kv_dtype=KV_DTYPES[start.kv_dtype],
         prefix_caching=start.prefix_caching,
+        speculate=start.speculate,
         **{name: value for name, value in given.items() if value is not None},
     )
     engine = Engine(model, tokenizer, config)
     _warm_up(engine, model.config.max_positions)
+    stats = engine.stats()
     ready = Ready(
         folder=str(folder),
         vocab_size=tokenizer.vocab_size,
-        context_len=model.config.max_positions,
+        context_len=min(model.config.max_positions, stats.kv_blocks_total * stats.block_size),
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
     )

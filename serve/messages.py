@@ -34,8 +34,8 @@ class Start(_Message, frozen=True):
     max_batch_tokens: int | None = None
     block_size: int | None = None
     kv_bytes: int = 0
+    kv_dtype: str | None = None
     prefix_caching: bool = True
-    deterministic: bool = False
     speculate: int = 0
 
 

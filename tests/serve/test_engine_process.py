@@ -1,0 +1,79 @@
+"""The engine process's own part: what it loads, and the engine in messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trine.engine.errors import ContextLengthError, UsageError
+from trine.serve.engine_process import load
+from trine.serve.messages import Guide, Sampling, Start, Submit
+
+
+def start(checkpoint: Path, **fields: object) -> Start:
+    return Start(checkpoint=str(checkpoint), threads=1, **fields)  # type: ignore[arg-type]
+
+
+def test_it_is_warm_and_empty_when_it_says_it_is_ready(tiny_checkpoint: Path) -> None:
+    engine, ready = load(start(tiny_checkpoint, max_running=3, max_waiting=2))
+    assert (ready.folder, ready.context_len, ready.dtype) == (str(tiny_checkpoint), 64, "float32")
+    assert not engine.has_work
+    stats = engine.stats()
+    assert stats.steps > 0
+    assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+
+def test_a_cache_smaller_than_the_context_is_the_limit(tiny_checkpoint: Path) -> None:
+    block = 2 * 2 * 2 * 8 * 16 * 4  # keys and values, layers, heads, head size, tokens, bytes
+    engine, ready = load(start(tiny_checkpoint, kv_bytes=3 * block))
+    assert ready.context_len == engine.stats().kv_blocks_total * 16 < 64
+    with pytest.raises(ContextLengthError):
+        engine.add(Submit(id="a", prompt_ids=[5] * 63, sampling=Sampling(max_tokens=1)))
+
+
+def test_what_a_step_brings(tiny_checkpoint: Path) -> None:
+    engine, _ = load(start(tiny_checkpoint))
+    sampling = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    engine.add(Submit(id="a", prompt_ids=[5, 6, 7], sampling=sampling))
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    assert [delta.completion_tokens for delta in deltas] == [1, 2, 3]
+    assert [len(delta.token_ids) for delta in deltas] == [1, 1, 1]
+    assert [delta.finish_reason for delta in deltas] == [None, None, "length"]
+    assert all(len(delta.logprobs[0].top) == 2 for delta in deltas)
+    prompt = deltas[0].prompt_logprobs
+    assert prompt is not None
+    assert (prompt[0], [entry.id for entry in prompt[1:] if entry]) == (None, [6, 7])
+    assert deltas[1].prompt_logprobs is None
+
+
+def test_a_grammar_reaches_the_engine(tiny_checkpoint: Path) -> None:
+    engine, _ = load(start(tiny_checkpoint))
+    with pytest.raises(UsageError):
+        engine.add(Submit(id="a", prompt_ids=[5], sampling=Sampling(), guide=Guide("regex", "(")))
+    assert not engine.has_work
+    engine.add(Submit(id="a", prompt_ids=[5], sampling=Sampling(seed=1), guide=Guide("choice", '["yes"]')))
+    text = ""
+    while engine.has_work:
+        text += "".join(delta.text for delta in engine.step())
+    assert text == "yes"
+
+
+def test_aborted_requests_bring_nothing(tiny_checkpoint: Path) -> None:
+    engine, _ = load(start(tiny_checkpoint))
+    engine.add(Submit(id="a", prompt_ids=[5], sampling=Sampling()))
+    engine.add(Submit(id="b", prompt_ids=[6], sampling=Sampling(max_tokens=2, ignore_eos=True)))
+    engine.step()
+    engine.abort("a")
+    engine.abort("never there")
+    found = []
+    while engine.has_work:
+        found += [delta.id for delta in engine.step()]
+    assert set(found) == {"b"}
+
+
+def test_an_unknown_type_of_cache_is_refused(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="kv-dtype 'int9' is not known; give int8 or float8_e4m3fn"):
+        load(start(tiny_checkpoint, kv_dtype="int9"))
