@@ -41,6 +41,72 @@ def bench_train(
     compare(rounds=rounds, steps=steps, batch_size=batch_size, seq_len=seq_len, threads=threads, peers=peers)
 
 
+@app.command("generate")
+def bench_generate(
+    streams: Annotated[int, typer.Option(metavar="N", min=1, help="Requests at once.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the longest prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens of each request.")] = 64,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; in each, every contestant runs once.")] = 5,
+    threads: Annotated[int, typer.Option(metavar="N", min=0, help="CPU threads; 0 = all physical cores.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    peers: Annotated[bool, typer.Option("--peers/--alone", help="Time transformers too.")] = True,
+) -> None:
+    """Generate with the batching engine and with transformers: one by one, in a batch, continuously; in turns.
+
+    Prints tokens per second and ratios; the last line on stdout is one JSON object.
+    """
+    from trine.benchmarks.generate import Settings, compare
+
+    compare(
+        Settings(
+            streams=streams,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            peers=peers,
+        )
+    )
+
+
+@app.command("serve")
+def bench_serve(
+    streams: Annotated[int, typer.Option(metavar="N", min=1, help="Answers at once.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of the longest prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of each answer.")] = 128,
+    prefix_tokens: Annotated[int, typer.Option(metavar="N", min=16, help="Tokens of a shared beginning.")] = 1024,
+    prefix_rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Times to a first token, of each kind.")] = 7,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; in each, every contestant has a turn.")] = 5,
+    threads: Annotated[
+        int, typer.Option(metavar="N", min=0, help="CPU threads of each contestant; 0 = all physical cores.")
+    ] = 0,
+    dtype: Dtype = "auto",
+    peers: Annotated[bool, typer.Option("--peers/--alone", help="Time transformers too.")] = True,
+) -> None:
+    """Serve many streams at once over HTTP, against the engine alone and transformers; and time to a first token.
+
+    The last line on stdout is one JSON object.
+    """
+    from trine.benchmarks.serve import Settings, compare
+
+    compare(
+        Settings(
+            streams=streams,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            prefix_tokens=prefix_tokens,
+            prefix_rounds=prefix_rounds,
+            rounds=rounds,
+            threads=threads,
+            dtype=dtype,
+            peers=peers,
+        )
+    )
+
+
 @app.command("kernels")
 def bench_kernels(
     operation: Annotated[
