@@ -1,172 +1,155 @@
-"""Decoding on a CPU: the table of few-row products (`kernels/cpu/table.py`) measured anew, and whole decoding steps.
+"""Decoding on a CPU beside llama.cpp (one request) and transformers (several): tokens per second, in turns.
 
-    python -m trine.benchmarks.cpu_decode [threads]
+    python -m trine.benchmarks.cpu_decode [--llama PYTHON] [--models 34M,350M] [--weights bf16,int8,int4]
+        [--rows 1,4,16,64] [--threads N] [--rounds N]
 
-Products: contestants in turns, on weights that rotate through more memory than the cache has; figures are medians of
-each round's ratio to a bf16 product by `torch.nn.functional.linear`. Steps: one request at about 128 tokens of context,
-random weights, all layers and the output projection; the weights' bytes per second beside those of a plain read. A
-turn's figure is its fastest call: calls are shorter than the time for which a busy machine takes a core away, and a
-median would measure that. The last line on stdout is one JSON object.
+Every contestant decodes greedily from a context of 128 tokens with random weights of Llama's shape; a step includes the
+embedding, the output projection and the choice of the next token. llama.cpp runs in a process of the Python that is
+named (with llama-cpp-python and gguf), with bf16, q8_0 and q4_0 weights; transformers runs bf16. In every round each
+contestant takes one turn of 24 steps, in another order than the round before. Figures are medians over all steps; the
+ratios are medians over rounds of the ratio of the two turns' medians, so that a machine whose speed drifts, or that
+others use, slows both. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from trine.benchmarks.timing import Call
+from trine.benchmarks.cpu_decode_models import CONTEXT, SHAPES, STEPS, Shape, Transformers, Trine
 from trine.engine.env import environment
-from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection, StepInputs, decode_layers
-from trine.kernels.cpu.matvec import compiled_codes_matvec, compiled_matvec
 
-N, K, POOL_BYTES = 1024, 2816, 96 * 2**20
-ROUNDS, TURN_SECONDS = 11, 0.02
-# Width, feed-forward width, layers, heads, vocabulary.
-MODELS = {"34M": (512, 1376, 8, 8, 8192), "350M": (1024, 2816, 24, 16, 32000)}
-CONTEXT, STEPS, BLOCK = 128, 32, 16
+Turn = Callable[[], list[float]]
+LLAMA_WEIGHTS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 
 
-def pool(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Weights in turns, as many as do not fit the cache."""
-    first = make()
-    count = max(2, POOL_BYTES // (N * K * first.element_size()))
-    turn = cycle([first, *(make() for _ in range(count - 1))])
-    return lambda: next(turn)
+@contextmanager
+def llama(python: str, shape: Shape, weights: str, threads: int) -> Iterator[tuple[Turn, dict[str, str]]]:
+    """llama.cpp in its process: its turn, and what it says of itself. RuntimeError with its last words if it ends."""
+    sizes = (shape.width, shape.feed, shape.num_layers, shape.heads, shape.vocabulary)
+    script = str(Path(__file__).with_name("cpu_decode_llama.py"))
+    command = [python, script, shape.name, *map(str, sizes), weights, *map(str, (threads, CONTEXT, STEPS))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("pipes to the process of llama.cpp were not made")
+        source, sink = process.stdout, process.stdin
+
+        def answer() -> Any:
+            line = source.readline()
+            if not line:
+                raise RuntimeError(f"{python} ended; it needs llama-cpp-python, gguf and numpy (see above)")
+            return json.loads(line)
+
+        def turn() -> list[float]:
+            sink.write("\n")
+            sink.flush()
+            return list(answer())
+
+        yield turn, answer()
+        sink.close()
 
 
-def products(rows: int) -> dict[str, Call]:
-    """Contestants by "kind path", as in the table; "base" is what they are compared with."""
-    packed = torch.ops.mkldnn._reorder_linear_weight
-    multiply = torch.ops.mkldnn._linear_pointwise
-    single, half = pool(lambda: torch.randn(N, K)), pool(lambda: torch.randn(N, K).bfloat16())
-    single_packed, half_packed = pool(lambda: packed(single(), rows)), pool(lambda: packed(half(), rows))
-    codes = pool(lambda: torch.randint(-127, 128, (N, K), dtype=torch.int8))
-    x, scales, x_scales = torch.randn(rows, K), torch.rand(N), torch.rand(rows)
-    x_half, half_scales = x.bfloat16(), scales.bfloat16()
-    x_codes = torch.randint(-127, 128, (rows, K), dtype=torch.int8)
-    return {
-        "base": lambda: F.linear(x_half, half()),
-        "bfloat16 compiled": lambda: compiled_matvec(x_half, half(), None, None),
-        "bfloat16 packed": lambda: multiply(x_half, half_packed(), None, "none", [], ""),
-        "float32 compiled": lambda: compiled_matvec(x, single(), None, None),
-        "float32 torch": lambda: F.linear(x, single()),
-        "float32 packed": lambda: multiply(x, single_packed(), None, "none", [], ""),
-        "int8 by bfloat16 compiled": lambda: compiled_matvec(x_half, codes(), scales, None),
-        "int8 by bfloat16 torch": lambda: torch._weight_int8pack_mm(x_half, codes(), half_scales),
-        "int8 by float32 compiled": lambda: compiled_matvec(x, codes(), scales, None),
-        "int8 by float32 torch": lambda: F.linear(x, codes().float() * scales[:, None]),
-        "int8 by int8 compiled": lambda: compiled_codes_matvec(x_codes, x_scales, codes(), scales, None),
-        "int8 by int8 torch": lambda: torch._int_mm(x_codes, codes().t()).float().mul_(x_scales[:, None]).mul_(scales),
-    }
+def race(turns: dict[str, Turn], rounds: int) -> dict[str, list[list[float]]]:
+    """Seconds of the steps of every turn; the first round does not count."""
+    names, seconds = list(turns), {name: [] for name in turns}  # type: dict[str, list[list[float]]]
+    for i in range(rounds + 1):
+        for name in names if i % 2 else reversed(names):
+            taken = turns[name]()
+            if i:
+                seconds[name].append(taken)
+    return seconds
 
 
-def race(calls: Mapping[str, Call]) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after a round that compiles and does not count."""
-    rounds = [{name: fastest(call) for name, call in calls.items()} for _ in range(ROUNDS + 1)][1:]
-    return {name: [seconds[name] for seconds in rounds] for name in calls}
+def report(shape: Shape, rows: int, threads: int, seconds: dict[str, list[list[float]]], base: str) -> dict[str, Any]:
+    """Tokens per second of all, and our median ratio to the base."""
+    speeds = {name: rows / statistics.median(s for turn in turns for s in turn) for name, turns in seconds.items()}
+    fastest = {name: rows / min(s for turn in turns for s in turn) for name, turns in seconds.items()}
+    result: dict[str, Any] = {"model": shape.name, "rows": rows, "threads": threads}
+    result["tokens_per_second"] = {name: round(speed, 1) for name, speed in speeds.items()}
+    result["fastest_tokens_per_second"] = {name: round(speed, 1) for name, speed in fastest.items()}
+    if base in seconds:
+        result["ratio_to"] = base
+        result["ratios"] = {
+            name: round(
+                statistics.median(
+                    statistics.median(peer) / statistics.median(own)
+                    for peer, own in zip(seconds[base], turns, strict=True)
+                ),
+                2,
+            )
+            for name, turns in seconds.items()
+            if name != base
+        }
+    return result
 
 
-def fastest(call: Call) -> float:
-    """Seconds of the fastest call of a turn, in which there are at least 5."""
-    samples: list[float] = []
-    start = time.perf_counter()
-    while len(samples) < 5 or time.perf_counter() - start < TURN_SECONDS:
-        begin = time.perf_counter()
-        call()
-        samples.append(time.perf_counter() - begin)
-    return min(samples)
+def compare(shape: Shape, rows: int, weights: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One kind of weights beside its peer: llama.cpp for one row, transformers for more."""
+    ours = Trine(shape, weights, rows)
+    turns: dict[str, Turn] = {f"trine {weights}": ours.turn}
+    if rows > 1:
+        if find_spec("transformers") is not None:
+            turns["transformers bf16"] = Transformers(shape, rows).turn
+        seconds = race(turns, options.rounds)
+        yield report(shape, rows, options.threads, seconds, "transformers bf16")
+    elif options.llama is None:
+        yield report(shape, rows, options.threads, race(turns, options.rounds), "")
+    else:
+        base = f"llama.cpp {LLAMA_WEIGHTS[weights]}"
+        with llama(options.llama, shape, LLAMA_WEIGHTS[weights], options.threads) as (turn, about):
+            turns[base] = turn
+            result = report(shape, rows, options.threads, race(turns, options.rounds), base)
+        yield {**result, "llama_cpp": about, "weights_bytes": ours.bytes}
 
 
-def measure_products(rows: int) -> dict[str, float]:
-    """Median speed of every contestant relative to the base."""
-    seconds = race(products(rows))
-    base = seconds.pop("base")
-    return {
-        name: round(statistics.median(b / own for b, own in zip(base, times, strict=True)), 2)
-        for name, times in seconds.items()
-    }
-
-
-class Decoder:
-    """A model of random weights in one dtype, and a step of it."""
-
-    def __init__(self, width: int, feed: int, num_layers: int, heads: int, vocabulary: int, dtype: torch.dtype) -> None:
-        self.dtype, self.width, self.head_dim = dtype, width, width // heads
-        blocks = (CONTEXT + STEPS) // BLOCK + 1
-        self.table = torch.randperm(blocks).to(torch.int32)[None]
-        self.layers = [self._layer(feed, heads, blocks) for _ in range(num_layers)]
-        self.head = self._projection(vocabulary, width)
-        arrays = [array for layer in self.layers for projection in layer.before[2:6] for array in projection]
-        self.bytes = sum(array.nbytes for array in arrays) + self.head.weight.nbytes
-        self.position = CONTEXT
-
-    def _projection(self, n: int, k: int) -> Projection:
-        if self.dtype == torch.int8:
-            return Projection(torch.randint(-127, 128, (n, k), dtype=torch.int8), torch.rand(n) / 127 / k**0.5)
-        return Projection((torch.randn(n, k) / k**0.5).to(self.dtype))
-
-    def _layer(self, feed: int, heads: int, blocks: int) -> DecodeLayer:
-        width, ones = self.width, torch.ones(self.width)
-        pools = torch.zeros(2, blocks, BLOCK, heads, self.head_dim, dtype=torch.bfloat16)
-        return DecodeLayer(
-            attention_norm_C=ones, mlp_norm_C=ones, qkv=self._projection(3 * width, width), num_heads=heads,
-            out=self._projection(width, width), gate_up=self._projection(2 * feed, width),
-            down=self._projection(width, feed), cache=Cache(pools[0], pools[1]),
-        )  # fmt: skip
-
-    def step(self) -> int:
-        """The most likely token after one step; positions go round, so that the context stays about as long."""
-        position = self.position = CONTEXT + (self.position + 1 - CONTEXT) % STEPS
-        angles = torch.full((1, self.head_dim // 2), float(position))
-        slot = int(self.table[0, position // BLOCK]) * BLOCK + position % BLOCK
-        lengths, slots = torch.tensor([position + 1], dtype=torch.int32), torch.tensor([slot])
-        inputs = StepInputs(
-            block_table_MB=self.table, lengths_M=lengths, slots_M=slots, cos_MR=angles.cos(), sin_MR=angles.sin()
-        )
-        x = decode_layers(torch.randn(1, self.width), self.layers, inputs)
-        x = F.rms_norm(x, (self.width,))
-        return int(compiled_matvec(x, self.head.weight, self.head.scales, None).argmax())
-
-
-def measure_steps(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Tokens and gigabytes of weights per second, beside a plain read of more memory than a CPU's cache holds."""
-    decoder, memory = Decoder(*MODELS[name], dtype), torch.randn(2**26)
-    seconds = {name: min(times) for name, times in race({"step": decoder.step, "read": memory.sum}).items()}
-    return {
-        "model": name,
-        "weights": str(dtype).removeprefix("torch."),
-        "tokens_per_second": round(1 / seconds["step"], 1),
-        "gigabytes_per_second": round(decoder.bytes / seconds["step"] / 1e9, 1),
-        "read_gigabytes_per_second": round(memory.nbytes / seconds["read"] / 1e9, 1),
-    }
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; unknown models or weights are refused by name."""
+    parser = argparse.ArgumentParser(prog="python -m trine.benchmarks.cpu_decode", description=__doc__.splitlines()[0])
+    parser.add_argument("--llama", metavar="PYTHON", help="a Python that has llama-cpp-python and gguf")
+    parser.add_argument("--models", default=",".join(shape.name for shape in SHAPES))
+    parser.add_argument("--weights", default=",".join(LLAMA_WEIGHTS))
+    parser.add_argument("--rows", default="1,4,16,64")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args(arguments)
+    for name, known in (("models", [shape.name for shape in SHAPES]), ("weights", list(LLAMA_WEIGHTS))):
+        chosen = getattr(options, name).split(",")
+        if unknown := [x for x in chosen if x not in known]:
+            parser.error(f"--{name} has {', '.join(unknown)}; known are {', '.join(known)}")
+        setattr(options, name, chosen)
+    try:
+        options.rows = [int(rows) for rows in options.rows.split(",")]
+    except ValueError:
+        parser.error(f"--rows is {options.rows!r}; give whole numbers with commas between")
+    if min(options.threads, options.rounds, *options.rows) < 1:
+        parser.error("--threads, --rounds and --rows must be 1 or more")
+    return options
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure with as many threads as asked, or as torch takes, and print the tables."""
-    if arguments:
-        torch.set_num_threads(int(arguments[0]))
+    """Measure, print a line for every comparison, and all as JSON."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    result: dict[str, Any] = {"environment": environment(), "threads": torch.get_num_threads(), "steps": []}
+    results = []
     with torch.inference_mode():
-        result["products"] = {rows: measure_products(rows) for rows in (1, 2, 3, 4, 8)}
-        for rows, speeds in result["products"].items():
-            for contestant, speed in speeds.items():
-                print(f"{rows} rows  {contestant:<28} {speed:6.2f} x bf16 by torch", flush=True)
-        for name in MODELS:
-            for dtype in (torch.bfloat16, torch.int8):
-                row = measure_steps(name, dtype)
-                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-                result["steps"].append(row)
-    print(json.dumps(result))
+        for shape in (shape for shape in SHAPES if shape.name in options.models):
+            for rows in options.rows:
+                for weights in options.weights:
+                    for result in compare(shape, rows, weights, options):
+                        print(json.dumps(result), flush=True)
+                        results.append(result)
+    print(json.dumps({"environment": environment(), "context": CONTEXT, "steps": STEPS, "results": results}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,27 +57,41 @@ def why_not() -> str | None:
 
 def parallel(function: Function) -> Function:
     """Compile with `numba.prange` loops spread over threads; the arguments' types choose the code."""
-    return _compile(function, parallel=True, fastmath=_SUMS_IN_ANY_ORDER)
+    compiled: Function = _compile(function, parallel=True, fastmath=_SUMS_IN_ANY_ORDER)
+    return compiled
 
 
 def serial(function: Function) -> Function:
     """Compile for one thread, or for use in other compiled functions."""
-    return _compile(function, fastmath=_SUMS_IN_ANY_ORDER)
+    compiled: Function = _compile(function, fastmath=_SUMS_IN_ANY_ORDER)
+    return compiled
 
 
 def exact(function: Function) -> Function:
     """As `serial`, every operation in the order it is written (a multiply and an add may be one)."""
-    return _compile(function, fastmath={"contract"})
+    compiled: Function = _compile(function, fastmath={"contract"})
+    return compiled
 
 
-def _compile(function: Function, **options: Any) -> Function:
+def callback(signature: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile, when decorated, to a function that C can call: its `address`."""
+
+    def compile_now(function: Callable[..., Any]) -> Any:
+        import numba
+
+        return _compile(function, partial(numba.cfunc, signature), fastmath=_SUMS_IN_ANY_ORDER)
+
+    return compile_now
+
+
+def _compile(function: Callable[..., Any], compiler: Any = None, **options: Any) -> Any:
     import numba
 
     folder = _cache_folder()
     before = numba.config.CACHE_DIR
     if folder is not None:
         numba.config.CACHE_DIR = str(folder)  # read when a function is decorated
-    compiled: Function = numba.njit(cache=folder is not None, **_OPTIONS, **options)(function)
+    compiled = (compiler or numba.njit)(cache=folder is not None, **_OPTIONS, **options)(function)
     numba.config.CACHE_DIR = before
     return compiled
 
@@ -154,3 +168,8 @@ def flat(x: Tensor) -> np.ndarray[Any, Any]:
 def single(x: Tensor | None) -> np.ndarray[Any, Any]:
     """x in fp32, contiguous; for None an array of no numbers, which is how loops are told that there is none."""
     return np.empty(0, np.float32) if x is None else array(x.float().contiguous())
+
+
+def address(x: np.ndarray[Any, Any]) -> int:
+    """Where an array's memory begins; 0 for one of no numbers."""
+    return int(x.ctypes.data) if x.size else 0

@@ -1,56 +1,138 @@
-"""Decoder layers of Llama's shape for the new tokens of a few requests on a CPU: one compiled call a layer.
+"""Decoder layers of Llama's shape on a CPU, described for compiled steps (`step.py`).
 
     x += o(attention(norm(x)))      with RoPE, optional head norms, the write into the paged cache
     x += down(activation(gate(norm(x))) up(norm(x)))
 
-Between its weights a layer does little work in many small steps: as torch operations they take about as long as the
-weights of a small model take to be read. All is fp32 but weights (fp32, bf16, or int8 with a scale a row) and the cache
-(fp32, bf16, or int8 with a scale a slot and head).
+All is fp32 but weights (fp32, bf16, int8 with a scale a row, int4 with a scale for 32 inputs) and the cache (fp32,
+bf16, or int8 with a scale a slot and head).
 
-Shapes: M requests with one new token each (1 to 3: beyond, torch's products are faster, see `table.py`), C model width,
-H query heads, K key/value heads, D head dimension, F feed-forward width, P blocks of S slots, B entries of a table row.
-Bytes: those of the weights and of the keys and values that are seen.
+Shapes: C model width, H query heads, K key/value heads, D head dimension, F feed-forward width, P blocks of S slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.attention import DTYPES as CACHE_DTYPES
 from trine.kernels.cpu.attention import pool_arguments
-from trine.kernels.cpu.compiled import array, available, single, use_torch_threads, why_not
+from trine.kernels.cpu.compiled import address, array, available, single, why_not
 
-# True for the activation that is not SiLU.
-_ACTIVATIONS = {"silu": False, "gelu_tanh": True}
+_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+# Kinds of numbers, as in `product_loops.py` (which imports Numba). Inputs of a shorter row are not rounded.
+FLOAT32, BFLOAT16, INT8, INT8_CODES, INT4_CODES = range(5)
+SHORTEST = 64
+# Of int4: codes of one half of 64 bytes, and codes with one scale.
+CODES_OF_HALF, SCALED = 64, 32
+_CACHE_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A weight [outputs, inputs] in fp32 or bf16, or int8 with one scale a row, and a bias where there is one."""
+    """A weight [outputs, inputs] in fp32 or bf16; or codes, with a bias where there is one.
+
+    int8 codes have one scale a row. int4 codes, made by `int4_projection`, have one for every 32 inputs. `round_inputs`
+    (always for int4): inputs are rounded to int8 with a scale for every 64 of them, which is about as large an error as
+    that of the weight's own rounding to 8 bits, and a third of the arithmetic.
+    """
 
     weight: Tensor
     scales: Tensor | None = None
     bias: Tensor | None = None
+    round_inputs: bool = True
+    num_inputs: int | None = None  # of int4, whose rows are filled up
 
-    def arrays(self, name: str, inputs: int | None = None) -> tuple[np.ndarray[Any, Any], ...]:
-        """(weight, scales, bias) as compiled functions take them. Raises ValueError for what they do not."""
-        weight, quantized = self.weight, self.weight.dtype == torch.int8
-        if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
-            raise ValueError(f"{name} is {weight.dtype} {tuple(weight.shape)}; expected [N, K] in fp32, bf16 or int8")
-        if inputs is not None and weight.shape[1] != inputs:
-            raise ValueError(f"{name} takes {weight.shape[1]} inputs; its layer gives {inputs}")
+    @property
+    def inputs(self) -> int:
+        """The numbers of an input."""
+        return self.weight.shape[1] if self.num_inputs is None else self.num_inputs
+
+    @property
+    def kind(self) -> int:
+        """As in `product_loops.py`."""
+        if self.num_inputs is not None:
+            return INT4_CODES
+        if self.weight.dtype == torch.int8:
+            return INT8_CODES if self.round_inputs and self.inputs >= SHORTEST else INT8
+        return FLOAT32 if self.weight.dtype == torch.float32 else BFLOAT16
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] in fp32."""
+        if self.scales is None:
+            return self.weight.float()
+        if self.num_inputs is None:
+            return self.weight.float() * self.scales.float()[:, None]
+        pairs = self.weight.unflatten(1, (-1, CODES_OF_HALF))
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1).to(torch.int8) - 8
+        values = codes.float().unflatten(1, (-1, SCALED)) * self.scales.float()[:, :, None]
+        return values.flatten(1)[:, : self.num_inputs].contiguous()
+
+    def check(self, name: str, inputs: int | None = None) -> None:
+        """Raise ValueError for what the loops do not take."""
+        weight, quantized = self.weight, self.weight.dtype in (torch.int8, torch.uint8)
+        known = (torch.float32, torch.bfloat16, torch.int8 if self.num_inputs is None else torch.uint8)
+        if weight.dim() != 2 or weight.dtype not in known:
+            raise ValueError(
+                f"{name} is {weight.dtype} {tuple(weight.shape)}; expected [N, K] in fp32, bf16 or int8,"
+                " or what int4_projection makes"
+            )
+        if inputs is not None and self.inputs != inputs:
+            raise ValueError(f"{name} takes {self.inputs} inputs; its layer gives {inputs}")
         if quantized != (self.scales is not None):
             raise ValueError(f"scales are {'missing for' if quantized else 'given with'} {name} of {weight.dtype}")
-        for part, x in (("scales", self.scales), ("bias", self.bias)):
+        if self.scales is not None and weight.dtype == torch.uint8 and self.scales.dtype != torch.float16:
+            raise ValueError(f"scales of {name} are {self.scales.dtype}; int4_projection makes fp16")
+        sizes = {"bias": self.bias, "scales": self.scales if weight.dtype == torch.int8 else None}
+        for part, x in sizes.items():
             if x is not None and tuple(x.shape) != (len(weight),):
                 raise ValueError(f"{part} of {name} have shape {tuple(x.shape)}; expected ({len(weight)},)")
-        return array(weight.contiguous()), single(self.scales), single(self.bias)
+
+    def fields(self, keep: list[Any]) -> list[int]:
+        """`FIELDS` of `product_loops.py`; the memory that they point to is put into `keep`."""
+        weight = array(self.weight.contiguous())
+        if self.scales is not None and self.scales.dtype == torch.float16:
+            scales = self.scales.contiguous().numpy()
+        else:
+            scales = single(self.scales)
+        bias = single(self.bias)
+        keep += (weight, scales, bias)
+        scales_step = scales.strides[0] if scales.size else 0
+        return [
+            self.kind, weight.ctypes.data, len(weight), self.inputs, weight.strides[0], address(scales), scales_step,
+            address(bias),
+        ]  # fmt: skip
+
+
+def int4_projection(values_NK: Tensor, scales_NG: Tensor, bias_N: Tensor | None = None) -> Projection:
+    """The projection of codes in -8 to 7 (int8, [N, K]) with scales for every 32, 64 or 128 inputs, or one for a row.
+
+    The layout: 64 bytes a row hold 128 codes as q + 8, of which the first 64 are in the low halves; rows are filled up.
+    Scales become fp16, one for 32 inputs. Raises ValueError for other shapes, dtypes or codes.
+    """
+    N, K = values_NK.shape
+    groups = scales_NG.shape[1] if scales_NG.dim() == 2 else 0
+    size = K // groups if groups > 1 else K
+    if values_NK.dtype != torch.int8 or len(scales_NG) != N or not groups or size * groups != K:
+        raise ValueError(
+            f"codes are {values_NK.dtype} {(N, K)} and scales {tuple(scales_NG.shape)}; expected int8 [N, K] and [N, G]"
+        )
+    if groups > 1 and size not in (32, 64, 128):
+        raise ValueError(f"a scale stands for {size} inputs; supported are 32, 64 and 128, or all of a row")
+    if values_NK.numel() and not -8 <= int(values_NK.min()) <= int(values_NK.max()) <= 7:
+        raise ValueError(f"codes lie in {int(values_NK.min())} to {int(values_NK.max())}; 4 bits hold -8 to 7")
+    blocks = -(-K // (2 * CODES_OF_HALF))
+    filled = F.pad(values_NK, (0, 2 * CODES_OF_HALF * blocks - K)) + 8
+    halves = filled.view(torch.uint8).view(N, blocks, 2, CODES_OF_HALF)
+    packed = halves[:, :, 0] | halves[:, :, 1] << 4
+    stretched = scales_NG.repeat_interleave(-(-size // SCALED), dim=1)
+    scales = F.pad(stretched, (0, 2 * CODES_OF_HALF // SCALED * blocks - stretched.shape[1])).half()
+    if not scales.isfinite().all():
+        raise ValueError(f"scales reach {float(scales_NG.abs().max()):.3g}; fp16 holds up to 65504")
+    return Projection(packed.flatten(1), scales, bias_N, num_inputs=K)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,33 +143,6 @@ class Cache:
     v: Tensor
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
-
-
-class StepInputs:
-    """What all layers of one step share, checked and turned into arrays once."""
-
-    def __init__(
-        self, *, block_table_MB: Tensor, lengths_M: Tensor, slots_M: Tensor, cos_MR: Tensor, sin_MR: Tensor
-    ) -> None:
-        """`lengths_M` (int32) count the new tokens; `slots_M` (int64): where those go, -1 for nowhere."""
-        self.num_rows = len(lengths_M)
-        for name, x, dtype in (
-            ("block_table", block_table_MB, torch.int32),
-            ("lengths", lengths_M, torch.int32),
-            ("slots", slots_M, torch.int64),
-        ):
-            if x.dtype != dtype or len(x) != self.num_rows:
-                raise ValueError(f"{name} is {x.dtype} of {len(x)} rows; expected {dtype} of {self.num_rows}")
-        if cos_MR.shape != sin_MR.shape or len(cos_MR) != self.num_rows:
-            shapes = f"{tuple(cos_MR.shape)}, {tuple(sin_MR.shape)}"
-            raise ValueError(f"cos and sin have shapes {shapes}; expected two of [{self.num_rows}, R]")
-        self.num_pairs = cos_MR.shape[1]
-        self.table = array(block_table_MB.contiguous())
-        self.lengths = array(lengths_M.contiguous())
-        self.slots = array(slots_M.contiguous())
-        self.angles = (single(cos_MR), single(sin_MR))
-        rows = np.arange(self.num_rows)
-        self.queries = np.stack([rows, rows], axis=1)
 
 
 class DecodeLayer:
@@ -138,22 +193,32 @@ class DecodeLayer:
         for name, x, size in (("q_norm", q_norm_D, D), ("k_norm", k_norm_D, D), ("sinks", sinks_H, num_heads)):
             if x is not None and tuple(x.shape) != (size,):
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({size},)")
-        self.head_dim, self.width = D, C
-        self.before = (
-            (single(attention_norm_C), single(mlp_norm_C), single(q_norm_D), single(k_norm_D)),
-            (eps, np.float32(unit_offset)),
-            qkv.arrays("qkv", C),
-            out.arrays("out", num_heads * D),
-            gate_up.arrays("gate_up", C),
-            down.arrays("down", F),
-            _ACTIVATIONS[activation],
-            *pool_arguments(cache.k, cache.v, cache.k_scale, cache.v_scale),
-        )
-        self.heads = (interleaved, num_heads)
-        scale = D**-0.5 if scale is None else scale
-        self.after = (
-            (np.float32(scale), np.float32(softcap or 0)), -1 if window is None else window, single(sinks_H)
-        )  # fmt: skip
+        self.head_dim, self.width, self.window = D, C, -1 if window is None else window
+        self.num_heads, self.feed, self.activation = num_heads, F, activation
+        # For products by torch: what the norms multiply by, and eps.
+        self.norms = tuple(norm.float() + float(unit_offset) for norm in (attention_norm_C, mlp_norm_C))
+        self.eps = eps
+        self.projections = (qkv, out, gate_up, down)
+        for name, projection, inputs in (
+            ("qkv", qkv, C), ("out", out, num_heads * D), ("gate_up", gate_up, C), ("down", down, F),
+        ):  # fmt: skip
+            projection.check(name, inputs)
+        from trine.kernels.cpu.step_loops import attend_address
+
+        self.keep: list[Any] = []
+        norms = [single(x) for x in (attention_norm_C, mlp_norm_C, q_norm_D, k_norm_D)]
+        pools, layout = pool_arguments(cache.k, cache.v, cache.k_scale, cache.v_scale)
+        sinks = single(sinks_H)
+        self.keep += (*norms, *pools, sinks)
+        k, v, k_scale, v_scale = pools
+        self.fields = [
+            num_heads, K, D, _ACTIVATIONS[activation], interleaved, self.window, address(sinks),
+            *(address(norm) for norm in norms), attend_address(_CACHE_KINDS[cache.k.dtype]),
+            address(k), k.size, address(v), v.size, address(k_scale), address(v_scale),
+            k_scale.size, layout[0], *layout[2:],
+            *(field for projection in self.projections for field in projection.fields(self.keep)),
+        ]  # fmt: skip
+        self.options = [eps, float(unit_offset), D**-0.5 if scale is None else scale, softcap or 0.0]
 
 
 def _check_cache(cache: Cache) -> tuple[int, int]:
@@ -174,27 +239,3 @@ def _check_cache(cache: Cache) -> tuple[int, int]:
         ):
             raise ValueError(f"{name} is {scales.dtype} {tuple(scales.shape)}; expected contiguous float32 [P, S, K]")
     return k.shape[2], k.shape[3]
-
-
-def decode_layers(x_MC: Tensor, layers: Sequence[DecodeLayer], inputs: StepInputs) -> Tensor:
-    """x_MC (fp32, contiguous) after all layers, in place; their caches hold the new tokens then.
-
-    Raises ValueError where x or the angles do not fit. That slots and tables lie within the pools is not checked here:
-    `kernels/kv_write/op.py` and `kernels/paged_attention/op.py` have functions that do.
-    """
-    from trine.kernels.cpu.layer_loops import decode_layer
-
-    if x_MC.dtype != torch.float32 or not x_MC.is_contiguous() or len(x_MC) != inputs.num_rows:
-        raise ValueError(f"x is {x_MC.dtype} {tuple(x_MC.shape)}; expected contiguous float32 [{inputs.num_rows}, C]")
-    for layer in layers:
-        if x_MC.shape[1] != layer.width or 2 * inputs.num_pairs > layer.head_dim:
-            raise ValueError(f"x has width {x_MC.shape[1]}, a layer {layer.width} and heads of {layer.head_dim}")
-    num_threads = use_torch_threads()
-    x = array(x_MC)
-    for layer in layers:
-        interleaved, num_heads = layer.heads
-        decode_layer(
-            x, *layer.before, inputs.slots, inputs.angles, interleaved, num_heads, inputs.table, inputs.lengths,
-            inputs.queries, *layer.after, num_threads,
-        )  # fmt: skip
-    return x_MC

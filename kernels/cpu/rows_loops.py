@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from trine.kernels.cpu.compiled import serial
-from trine.kernels.cpu.numbers_loops import store
+from trine.kernels.cpu.numbers_loops import exponential, store
 
 
 @serial
@@ -19,6 +19,15 @@ def rms_norm(x_D: Any, weight_D: Any, eps: float, offset: float, y_D: Any) -> No
     factor = np.float32(1) / np.sqrt(total / np.float32(x_D.shape[0]) + np.float32(eps))
     for d in range(x_D.shape[0]):
         y_D[d] = x_D[d] * factor * (weight_D[d] + offset)
+
+
+@serial
+def gate_row(gate_F: Any, up_F: Any, tanh_gelu: bool, y_F: Any) -> None:
+    """y = activation(gate) up: SiLU, or GELU by its tanh form, which is x sigmoid(2 u(x))."""
+    for f in range(y_F.shape[0]):
+        x = gate_F[f]
+        u = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x) if tanh_gelu else x
+        y_F[f] = x / (np.float32(1) + exponential(-u)) * up_F[f]
 
 
 @serial

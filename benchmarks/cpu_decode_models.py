@@ -1,0 +1,120 @@
+"""The contestants of `cpu_decode.py` that run in its process: Trine's compiled steps and transformers.
+
+Both have random weights of Llama's shape, a cache that holds `CONTEXT` tokens for each row, and take turns of `STEPS`
+steps from there: token ids to the most likely next ones, embedding and output projection included.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection, int4_projection
+from trine.kernels.cpu.step import DecodeStep, StepInputs
+
+CONTEXT, STEPS, BLOCK = 128, 24, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a model; head dimension is width / heads, and every head has its own keys and values."""
+
+    name: str
+    width: int
+    feed: int
+    num_layers: int
+    heads: int
+    vocabulary: int
+
+
+SHAPES = (Shape("34M", 512, 1376, 8, 8, 8192), Shape("350M", 1024, 2816, 24, 16, 32000))
+
+
+class Trine:
+    """Compiled steps with weights of "bf16", "int8" (a scale a row) or "int4" (a scale for 32 inputs)."""
+
+    def __init__(self, shape: Shape, weights: str, rows: int) -> None:
+        self.weights, self.rows, self.head_dim = weights, rows, shape.width // shape.heads
+        blocks = (CONTEXT + STEPS - 1) // BLOCK + 1
+        self.table = torch.randperm(rows * blocks).to(torch.int32).view(rows, blocks)
+        self.embedding = torch.randn(shape.vocabulary, shape.width).bfloat16()
+        self.layers = [self._layer(shape, rows * blocks) for _ in range(shape.num_layers)]
+        output = self._projection(shape.vocabulary, shape.width)
+        self.step = DecodeStep(self.layers, self._norm(shape.width), output)
+        projections = [output, *(p for layer in self.layers for p in layer.projections)]
+        tensors = [x for p in projections for x in (p.weight, p.scales) if x is not None]
+        self.bytes = sum(x.numel() * x.element_size() for x in tensors)
+
+    def _norm(self, size: int) -> Tensor:
+        return 1 + torch.randn(size) * 0.1
+
+    def _projection(self, n: int, k: int) -> Projection:
+        weight = torch.randn(n, k) / k**0.5
+        if self.weights == "bf16":
+            return Projection(weight.bfloat16())
+        if self.weights == "int8":
+            scales = weight.abs().amax(dim=1) / 127
+            return Projection((weight / scales[:, None]).round().to(torch.int8), scales)
+        groups = weight.view(n, -1, 32)
+        scales = groups.abs().amax(dim=2) / 7
+        return int4_projection((groups / scales[:, :, None]).round().to(torch.int8).view(n, k), scales)
+
+    def _layer(self, shape: Shape, blocks: int) -> DecodeLayer:
+        width, pools = shape.width, torch.randn(2, blocks, BLOCK, shape.heads, self.head_dim).bfloat16()
+        return DecodeLayer(
+            attention_norm_C=self._norm(width), mlp_norm_C=self._norm(width), num_heads=shape.heads,
+            qkv=self._projection(3 * width, width), out=self._projection(width, width),
+            gate_up=self._projection(2 * shape.feed, width), down=self._projection(width, shape.feed),
+            cache=Cache(pools[0], pools[1]),
+        )  # fmt: skip
+
+    def turn(self) -> list[float]:
+        """Seconds of every step."""
+        ids, seconds = torch.arange(self.rows) + 300, []
+        frequencies = 10000.0 ** -(torch.arange(self.head_dim // 2) / (self.head_dim // 2))
+        for position in range(CONTEXT, CONTEXT + STEPS):
+            begin = time.perf_counter()
+            angles = (position * frequencies).expand(self.rows, -1)
+            inputs = StepInputs(
+                block_table_MB=self.table,
+                lengths_M=torch.full((self.rows,), position + 1, dtype=torch.int32),
+                slots_M=self.table[:, position // BLOCK].long() * BLOCK + position % BLOCK,
+                cos_MR=angles.cos(),
+                sin_MR=angles.sin(),
+            )
+            ids = self.step.run(F.embedding(ids, self.embedding).float(), inputs).argmax(dim=-1)
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+
+class Transformers:
+    """`LlamaForCausalLM` in bf16, one forward pass a step."""
+
+    def __init__(self, shape: Shape, rows: int) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=shape.width, intermediate_size=shape.feed, num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.heads, vocab_size=shape.vocabulary, tie_word_embeddings=False,
+        )  # fmt: skip
+        self.rows, self.model = rows, LlamaForCausalLM(config).bfloat16().eval()
+        for parameter in self.model.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.1 / shape.width**0.5
+        prompt = torch.randint(0, shape.vocabulary, (rows, CONTEXT))
+        self.cache: Any = self.model(prompt, use_cache=True).past_key_values
+
+    def turn(self) -> list[float]:
+        """Seconds of every step."""
+        ids, seconds = torch.full((self.rows, 1), 300), []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            logits = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+            seconds.append(time.perf_counter() - begin)
+        self.cache.crop(-STEPS)
+        return seconds

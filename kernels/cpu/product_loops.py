@@ -1,0 +1,178 @@
+"""Products of a few rows with a range of a weight's rows, by one thread. Imports Numba (see `compiled.py`).
+
+Inputs are prepared once for all rows of a weight (`prepare`): cut into blocks, and rounded to int8 with a scale for
+every 64 of them where the weight's codes are multiplied as they are. That error is about that of the weight's own
+rounding to 8 bits.
+
+A projection is eight int64 (`FIELDS`); `prepare` and `multiply_range` are called by address.
+
+Shapes: M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trine.kernels.cpu.compiled import callback, serial
+from trine.kernels.cpu.memory_loops import bytes_at, floats, longs, shorts, words
+from trine.kernels.cpu.numbers_loops import dot
+from trine.kernels.cpu.vector_loops import (
+    CODE_BLOCK,
+    FLOAT_BLOCK,
+    LANES,
+    STREAMS,
+    bfloat16_rows,
+    float32_rows,
+    int4_code_rows,
+    int8_code_rows,
+    int8_rows,
+)
+
+# Kinds of weights; the last two are multiplied by inputs of int8.
+FLOAT32, BFLOAT16, INT8, INT8_CODES, INT4_CODES = range(5)
+# What describes a projection. Addresses of what is not there are 0; steps are in bytes.
+FIELDS = ("kind", "weight", "outputs", "inputs", "step", "scales", "scales_step", "bias")
+KIND, WEIGHT, OUTPUTS, INPUTS, STEP, SCALES, SCALES_STEP, BIAS = range(len(FIELDS))
+
+
+@serial
+def blocks_of(kind: int, num_inputs: int) -> Any:
+    """(blocks, numbers of a block) of the inputs of a projection; 4 bits take blocks in pairs."""
+    if kind == INT4_CODES:
+        return (num_inputs + 2 * CODE_BLOCK - 1) // (2 * CODE_BLOCK) * 2, CODE_BLOCK
+    size = CODE_BLOCK if kind == INT8_CODES else FLOAT_BLOCK
+    return (num_inputs + size - 1) // size, size
+
+
+@serial
+def prepared_bytes(kind: int, num_inputs: int) -> Any:
+    """Bytes of one prepared row."""
+    blocks, size = blocks_of(kind, num_inputs)
+    return blocks * (size + 4 + 4 * LANES) if kind >= INT8_CODES else 4 * blocks * size
+
+
+@serial
+def round_block(x_S: Any, codes_S: Any, sums_L: Any) -> Any:
+    """Codes of a block of inputs and the sums of fours of them; its scale."""
+    largest = np.float32(0)
+    for j in range(CODE_BLOCK):
+        largest = max(largest, abs(x_S[j]))
+    scale = largest / np.float32(127) if largest > 0 else np.float32(1)
+    factor = np.float32(1) / scale
+    for j in range(CODE_BLOCK):
+        codes_S[j] = np.int8(np.rint(x_S[j] * factor))
+    for j in range(LANES):
+        first, second = np.int32(codes_S[4 * j]), np.int32(codes_S[4 * j + 1])
+        third, fourth = np.int32(codes_S[4 * j + 2]), np.int32(codes_S[4 * j + 3])
+        sums_L[j] = first + second + third + fourth
+    return scale
+
+
+@serial
+def cut(x_K: Any, first: int, begin: int, block_S: Any) -> None:
+    """The inputs from `begin` on, of those from `first` on; 0 before and beyond."""
+    for j in range(block_S.shape[0]):
+        k = first + j
+        block_S[j] = x_K[k] if begin <= k < x_K.shape[0] else np.float32(0)
+
+
+@callback("void(int64, int64, int64, int64)")
+def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
+    """Blocks of the rows at x (fp32, [M, K]) to `place`: numbers; or codes [M, B, 64], scales [M, B], sums [M, B, 16].
+
+    The last block ends with the row (4 bits: is filled up), so that no weight is read beyond its row.
+    """
+    projection = longs(fields, len(FIELDS))
+    kind, K = projection[KIND], projection[INPUTS]
+    if kind < INT4_CODES and K < CODE_BLOCK:
+        return  # read as they are
+    blocks, size = blocks_of(kind, K)
+    x_MK = floats(x, num_rows * K)
+    codes = bytes_at(place, num_rows * blocks * size)
+    scales = floats(place + num_rows * blocks * size, num_rows * blocks)
+    sums = words(place + num_rows * blocks * (size + 4), num_rows * blocks * LANES)
+    part_S = np.empty(size, np.float32)
+    for m in range(num_rows):
+        x_K = x_MK[m * K : (m + 1) * K]
+        for b in range(blocks):
+            begin = b * size
+            first = min(begin, K - size) if kind != INT4_CODES else begin
+            at = m * blocks + b
+            if kind < INT8_CODES:
+                cut(x_K, first, begin, floats(place + 4 * at * size, size))
+                continue
+            cut(x_K, first, begin, part_S)
+            scales[at] = round_block(part_S, codes[at * size : (at + 1) * size], sums[at * LANES : (at + 1) * LANES])
+
+
+@serial
+def sum_plain(projection: Any, x: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
+    """The sums of rows that are shorter than a block."""
+    kind, K = projection[KIND], projection[INPUTS]
+    for n in range(begin, end):
+        row = projection[WEIGHT] + n * projection[STEP]
+        for m in range(num_rows):
+            x_K = floats(x + 4 * m * K, K)
+            if kind == FLOAT32:
+                total = dot(floats(row, K), x_K)
+            elif kind == BFLOAT16:
+                total = dot(shorts(row, K), x_K)
+            else:
+                total = dot(bytes_at(row, K), x_K)
+            floats(y + m * y_step + 4 * n, 1)[0] = total
+
+
+@serial
+def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
+    """The sums of rows in `STREAMS` ranges of one length, at equal distances: they overlap where rows are left over."""
+    kind, K, step = projection[KIND], projection[INPUTS], projection[STEP]
+    blocks, size = blocks_of(kind, K)
+    apart = (end - begin) // STREAMS
+    for n in range(begin, end - apart * (STREAMS - 1)):
+        row, place = projection[WEIGHT] + n * step, y + 4 * n
+        for m in range(num_rows):
+            to, at = place + m * y_step, m * blocks
+            if kind < INT8_CODES:
+                x = prepared + 4 * at * size
+                if kind == FLOAT32:
+                    float32_rows(row, apart * step, K, x, to, 4 * apart)
+                elif kind == BFLOAT16:
+                    bfloat16_rows(row, apart * step, K, x, to, 4 * apart)
+                else:
+                    int8_rows(row, apart * step, K, x, to, 4 * apart)
+                continue
+            codes = prepared + at * size
+            scales = prepared + num_rows * blocks * size + 4 * at
+            sums = prepared + num_rows * blocks * (size + 4) + 4 * LANES * at
+            if kind == INT8_CODES:
+                int8_code_rows(row, apart * step, K, codes, scales, sums, to, 4 * apart)
+            else:
+                w_scales, w_step = projection[SCALES] + n * projection[SCALES_STEP], projection[SCALES_STEP]
+                int4_code_rows(
+                    row, apart * step, blocks // 2, w_scales, apart * w_step, codes, scales, sums, to, 4 * apart
+                )
+
+
+@callback("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def multiply_range(
+    fields: int, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int
+) -> None:
+    """y[m, n] = sum_k w[n, k] x[m, k] (scaled) + bias[n] for begin <= n < end; rows of y are `y_step` bytes apart."""
+    projection = longs(fields, len(FIELDS))
+    if projection[KIND] < INT4_CODES and projection[INPUTS] < CODE_BLOCK:
+        sum_plain(projection, x, num_rows, begin, end, y, y_step)
+    else:
+        sum_streams(projection, prepared, num_rows, begin, end, y, y_step)
+    scaled = projection[KIND] == INT8 or projection[KIND] == INT8_CODES
+    for m in range(num_rows):
+        y_N = floats(y + m * y_step + 4 * begin, end - begin)
+        if scaled:
+            scales_N = floats(projection[SCALES] + 4 * begin, end - begin)
+            for n in range(end - begin):
+                y_N[n] *= scales_N[n]
+        if projection[BIAS] != 0:
+            bias_N = floats(projection[BIAS] + 4 * begin, end - begin)
+            for n in range(end - begin):
+                y_N[n] += bias_N[n]

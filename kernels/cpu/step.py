@@ -1,0 +1,226 @@
+"""A step of decoding through layers of Llama's shape on a CPU: one new token for each of some requests.
+
+Between its weights a layer does little work in many small steps: as torch operations they take about as long as the
+weights of a small model take to be read. For few requests (`LOOP_ROWS`) the whole step is one compiled call
+(`step_loops.py`); for more, products are torch's, on rows of bf16 where weights are, and attention with the write into
+the cache is compiled.
+
+Shapes: M requests, B entries of a table row, R pairs that RoPE turns; others as in `layer.py`. Bytes: those of the
+weights and of the keys and values that are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trine.kernels.cpu.compiled import address, array, single
+from trine.kernels.cpu.layer import DecodeLayer, Projection
+from trine.kernels.cpu.team import run_step
+
+# Keys of a piece of attention: that of `attention_loops.py`, which imports Numba.
+SPLIT = 512
+# Rows up to which the loops are faster than torch's products: they read a weight once from memory and then, for each
+# row, from the fastest cache; codes are read faster.
+LOOP_ROWS, LOOP_ROWS_CODES = 3, 8
+
+
+class StepInputs:
+    """What all layers of one step share, checked and turned into arrays once."""
+
+    def __init__(
+        self, *, block_table_MB: Tensor, lengths_M: Tensor, slots_M: Tensor, cos_MR: Tensor, sin_MR: Tensor
+    ) -> None:
+        """`lengths_M` (int32) count the new tokens; `slots_M` (int64): where those go, -1 for nowhere."""
+        self.num_rows = len(lengths_M)
+        for name, x, dtype in (
+            ("block_table", block_table_MB, torch.int32),
+            ("lengths", lengths_M, torch.int32),
+            ("slots", slots_M, torch.int64),
+        ):
+            if x.dtype != dtype or len(x) != self.num_rows:
+                raise ValueError(f"{name} is {x.dtype} of {len(x)} rows; expected {dtype} of {self.num_rows}")
+        if cos_MR.shape != sin_MR.shape or len(cos_MR) != self.num_rows:
+            shapes = f"{tuple(cos_MR.shape)}, {tuple(sin_MR.shape)}"
+            raise ValueError(f"cos and sin have shapes {shapes}; expected two of [{self.num_rows}, R]")
+        self.num_pairs = cos_MR.shape[1]
+        self.table = array(block_table_MB.contiguous())
+        self.lengths = array(lengths_M.contiguous())
+        self.slots = array(slots_M.contiguous())
+        self.angles = (single(cos_MR), single(sin_MR))
+
+    def num_splits(self, windows: Iterable[int]) -> int:
+        """How many pieces attention cuts the keys of the longest request into."""
+        ends = -(-self.lengths // SPLIT)
+        firsts = (np.maximum(0, self.lengths - 1 - window) // SPLIT if window >= 0 else 0 for window in windows)
+        return max(1, *(int((ends - first).max(initial=1)) for first in firsts))
+
+
+class BatchProduct:
+    """A projection for more rows: torch's product with a copy of the weight in oneDNN's own layout.
+
+    In bf16, except for a weight of fp32; codes are dequantized, once.
+    """
+
+    def __init__(self, projection: Projection) -> None:
+        self.dtype = torch.float32 if projection.weight.dtype == torch.float32 else torch.bfloat16
+        weight = projection.weight if projection.scales is None else projection.dense().to(self.dtype)
+        self.bias = None if projection.bias is None else projection.bias.to(self.dtype)
+        self.packed = torch.backends.mkldnn.is_available() and (
+            self.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16) if self.packed else weight
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """x w^T + bias in the dtype of the product."""
+        x = x_MK.to(self.dtype)
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return F.linear(x, self.weight, self.bias)
+
+
+class DecodeStep:
+    """Layers, and the final norm and the output projection where they are given, as one compiled step.
+
+    The layers' tensors are used where they lie; they and the pools must not be moved. Not for several threads at once.
+    """
+
+    def __init__(
+        self, layers: Sequence[DecodeLayer], final_norm_C: Tensor | None = None, output: Projection | None = None
+    ) -> None:
+        """Raises ValueError where layers or the output projection do not fit each other."""
+        from trine.kernels.cpu import step_loops as loops
+
+        if not layers:
+            raise ValueError("a step has no layers; give at least one")
+        self.layers, self.width = list(layers), layers[0].width
+        for i, layer in enumerate(layers):
+            if layer.width != self.width:
+                raise ValueError(f"layer {i} has width {layer.width}, layer 0 {self.width}")
+        if (final_norm_C is None) != (output is None):
+            raise ValueError("the final norm and the output projection go together; give both or neither")
+        self.output, self._keep = output, []
+        self._final_norm: Tensor | None = None
+        self._products: list[list[BatchProduct]] = []
+        projections = [p for layer in layers for p in layer.projections] + ([] if output is None else [output])
+        self.loop_rows = LOOP_ROWS_CODES if all(p.scales is not None for p in projections) else LOOP_ROWS
+        rows = [layer.fields for layer in layers]
+        options = [layer.options for layer in layers]
+        if output is not None and final_norm_C is not None:
+            output.check("output", self.width)
+            norm = single(final_norm_C)
+            self._keep.append(norm)
+            self._final_norm = torch.from_numpy(norm) + layers[0].options[1]
+            last = [0] * loops.LAYER_LENGTH
+            last[loops.ATTENTION_NORM] = address(norm)
+            fields = output.fields(self._keep)
+            last[len(loops.LAYER) : len(loops.LAYER) + len(fields)] = fields
+            rows, options = [*rows, last], [*options, options[0]]
+        self._table, self._options = np.array(rows, np.int64), np.array(options, np.float64)
+        self._counters = np.zeros((len(rows), len(loops.PHASES)), np.int64)
+        self._header = np.zeros(len(loops.HEADER), np.int64)
+        self._windows = {layer.window for layer in layers}
+        self._buffers: dict[str, np.ndarray[Any, Any]] = {}
+        self._size = (0, 0, 0)
+
+    def run(self, x_MC: Tensor, inputs: StepInputs) -> Tensor:
+        """x_MC (fp32, contiguous) after all layers, in place, or the logits [M, V] in fp32 of a step with an output.
+
+        The caches hold the new tokens then. The logits' memory is used again by the next step. Raises ValueError where
+        x or the angles do not fit. That slots and tables lie within the pools is not checked here:
+        `kernels/kv_write/op.py` and `kernels/paged_attention/op.py` have functions that do.
+        """
+        self._prepare(x_MC, inputs)
+        if inputs.num_rows > self.loop_rows:
+            return self._run_batch(x_MC)
+        run_step(self._header)
+        return x_MC if self.output is None else torch.from_numpy(self._buffers["logits"])
+
+    def _run_batch(self, x_MC: Tensor) -> Tensor:
+        """The step with torch's products, and compiled attention between them."""
+        from trine.kernels.cpu import step_loops as loops
+
+        if not self._products:
+            self._products = [[BatchProduct(p) for p in layer.projections] for layer in self.layers]
+            self._products += [] if self.output is None else [[BatchProduct(self.output)]]
+        M, header = len(x_MC), self._header
+        qkv, o = (torch.from_numpy(self._buffers[name]) for name in ("qkv", "o"))
+        header[loops.NUM_LAYERS], header[loops.FIRST_PHASE], header[loops.LAST_PHASE] = 1, loops.ATTEND, loops.MERGE
+        for i, (layer, products) in enumerate(zip(self.layers, self._products, strict=False)):
+            h_MC = F.rms_norm(x_MC, (self.width,), layer.norms[0], layer.eps)
+            outputs, inputs = len(layer.projections[0].weight), layer.num_heads * layer.head_dim
+            qkv[: M * outputs].view(M, outputs).copy_(products[0](h_MC))
+            header[loops.FIRST_LAYER] = i
+            run_step(header)
+            x_MC += products[1](o[: M * inputs].view(M, inputs))
+            gate_MF, up_MF = products[2](F.rms_norm(x_MC, (self.width,), layer.norms[1], layer.eps)).chunk(2, dim=1)
+            gate_MF = F.silu(gate_MF) if layer.activation == "silu" else F.gelu(gate_MF, approximate="tanh")
+            x_MC += products[3](gate_MF * up_MF)
+        if self._final_norm is None:
+            return x_MC
+        h_MC = F.rms_norm(x_MC, (self.width,), self._final_norm, self.layers[0].eps)
+        return self._products[-1][0](h_MC).float()
+
+    def _prepare(self, x_MC: Tensor, inputs: StepInputs) -> None:
+        """Fill the header in, and make buffers where they are too small."""
+        from trine.kernels.cpu import step_loops as loops
+
+        M = inputs.num_rows
+        if x_MC.dtype != torch.float32 or not x_MC.is_contiguous() or len(x_MC) != M:
+            raise ValueError(f"x is {x_MC.dtype} {tuple(x_MC.shape)}; expected contiguous float32 [{M}, C]")
+        smallest = min(layer.head_dim for layer in self.layers)
+        if x_MC.shape[1] != self.width or 2 * inputs.num_pairs > smallest:
+            raise ValueError(f"x has width {x_MC.shape[1]}, a layer {self.width} and heads of {smallest}")
+        header, num_splits = self._header, inputs.num_splits(self._windows)
+        size = (M, num_splits, torch.get_num_threads())
+        if size != self._size:
+            self._make_buffers(*size)
+        self._counters.fill(0)
+        header[loops.ROWS], header[loops.X] = M, x_MC.data_ptr()
+        header[loops.SLOTS], header[loops.TABLE] = address(inputs.slots), address(inputs.table)
+        header[loops.TABLE_WIDTH], header[loops.LENGTHS] = inputs.table.shape[1], address(inputs.lengths)
+        header[loops.COS], header[loops.SIN] = address(inputs.angles[0]), address(inputs.angles[1])
+        header[loops.PAIRS], header[loops.NUM_SPLITS] = inputs.num_pairs, num_splits
+        header[loops.FIRST_LAYER], header[loops.NUM_LAYERS] = 0, len(self._table)
+        header[loops.FIRST_PHASE], header[loops.LAST_PHASE] = loops.PROJECT, loops.DOWN
+
+    def _make_buffers(self, num_rows: int, num_splits: int, num_threads: int) -> None:
+        """Memory that lives from step to step; it grows with the rows, the splits of keys and the threads."""
+        from trine.kernels.cpu import step_loops as loops
+        from trine.kernels.cpu.product_loops import prepared_bytes
+
+        projections = [p for layer in self.layers for p in layer.projections]
+        projections += [] if self.output is None else [self.output]
+        largest = max(prepared_bytes(kind, n) for kind, n in {(p.kind, p.inputs) for p in projections})
+        scratch = (num_rows * (4 * self.width + largest) + 64 + 4095) // 4096 * 4096
+        heads = max(layer.num_heads * layer.head_dim for layer in self.layers)
+        parts = max(layer.num_heads * (layer.head_dim + 2) for layer in self.layers) if num_splits > 1 else 0
+        sizes = {
+            "qkv": num_rows * max(len(layer.projections[0].weight) for layer in self.layers),
+            "o": num_rows * heads,
+            "gate_up": num_rows * 2 * max(layer.feed for layer in self.layers),
+            "y": num_rows * max(layer.feed for layer in self.layers),
+            "delta": num_rows * self.width,
+            "parts": num_rows * num_splits * parts,
+            "scratch": num_threads * scratch // 4,
+        }
+        self._buffers = {name: np.empty(size, np.float32) for name, size in sizes.items()}
+        if self.output is not None:
+            self._buffers["logits"] = np.empty((num_rows, len(self.output.weight)), np.float32)
+        self._size = (num_rows, num_splits, num_threads)
+        header = self._header
+        for name, buffer in self._buffers.items():
+            header[loops.HEADER.index(name)] = address(buffer)
+        header[loops.SCRATCH_BYTES], header[loops.WIDTH] = scratch, self.width
+        header[loops.LAYERS], header[loops.OPTIONS_AT] = address(self._table), address(self._options)
+        header[loops.COUNTERS] = address(self._counters)
+
+
+def decode_layers(x_MC: Tensor, layers: Sequence[DecodeLayer], inputs: StepInputs) -> Tensor:
+    """A single step; `DecodeStep` keeps what it makes for the next."""
+    return DecodeStep(layers).run(x_MC, inputs)

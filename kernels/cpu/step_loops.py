@@ -1,0 +1,367 @@
+"""A step of decoding for all layers, by a team of threads that runs through them together. Imports Numba.
+
+A layer is five phases; between two of them all threads wait for each other (0.3 us; a parallel loop takes 2). Work is
+shared out by counters, one for a phase of a layer: a thread that another process holds up takes less of it.
+
+    PROJECT  qkv = norm(x) w_qkv
+    ATTEND   k, v of the new tokens into the cache, o = attention(q) over it; MERGE where keys were split
+    OUT      x += o w_out
+    GATE     y = activation(norm(x) w_gate) norm(x) w_up
+    DOWN     x += y w_down
+    HEAD     after the last layer: logits = norm(x) w_head
+
+What a thread needs alone (norms, prepared inputs) every thread computes for itself, in its own scratch: cheaper than
+waiting once more.
+
+All comes by address: a header, and a table of whole numbers and one of fractions with a row a layer (`HEADER`, `LAYER`,
+`OPTIONS`). Shapes as in `layer.py`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from trine.kernels.cpu.attention_loops import SPLIT, attend_split, merge, visible
+from trine.kernels.cpu.compiled import callback, parallel, serial
+from trine.kernels.cpu.memory_loops import (
+    address_of,
+    bytes_at,
+    call,
+    call_with,
+    claim,
+    doubles,
+    floats,
+    longs,
+    shorts,
+    words,
+)
+from trine.kernels.cpu.product_loops import BFLOAT16, FIELDS, FLOAT32, INT8, OUTPUTS
+from trine.kernels.cpu.rows_loops import gate_row, rms_norm, turn, write_head
+from trine.kernels.cpu.vector_loops import STREAMS
+
+HEADER = (
+    "layers", "options", "num_layers", "first_layer", "first_phase", "last_phase", "rows", "width", "x", "qkv", "o",
+    "gate_up", "y", "delta", "parts", "num_splits", "scratch", "scratch_bytes", "counters", "slots", "cos", "sin",
+    "pairs", "table", "table_width", "lengths", "logits", "num_threads", "thread_number", "team_size", "barrier",
+    "prepare", "multiply",
+)  # fmt: skip
+(
+    LAYERS, OPTIONS_AT, NUM_LAYERS, FIRST_LAYER, FIRST_PHASE, LAST_PHASE, ROWS, WIDTH, X, QKV, ATTENDED, GATE_UP, Y,
+    DELTA, PARTS, NUM_SPLITS, SCRATCH, SCRATCH_BYTES, COUNTERS, SLOTS, COS, SIN, PAIRS, TABLE, TABLE_WIDTH, LENGTHS,
+    LOGITS, NUM_THREADS, THREAD_NUMBER, TEAM_SIZE, BARRIER, PREPARE, MULTIPLY,
+) = range(len(HEADER))  # fmt: skip
+# Whole numbers of a layer, before its four projections (qkv, out, gate_up, down) of `FIELDS` each. The row after the
+# last layer is the output's: its norm and, in the place of qkv, its projection.
+LAYER = (
+    "num_heads", "num_kv_heads", "head_dim", "tanh_gelu", "interleaved", "window", "sinks", "attention_norm",
+    "mlp_norm", "q_norm", "k_norm", "attend", "k", "k_numbers", "v", "v_numbers", "k_scale", "v_scale", "num_scales",
+    "block_size", "k_block", "k_slot", "k_head", "v_block", "v_slot", "v_head",
+)  # fmt: skip
+(
+    HEADS, KV_HEADS, HEAD_DIM, TANH_GELU, INTERLEAVED, WINDOW, SINKS, ATTENTION_NORM, MLP_NORM, Q_NORM, K_NORM,
+    ATTEND_HEADS,
+    K, K_NUMBERS, V, V_NUMBERS, K_SCALE, V_SCALE, NUM_SCALES, BLOCK_SIZE, K_BLOCK, K_SLOT, K_HEAD, V_BLOCK, V_SLOT,
+    V_HEAD,
+) = range(len(LAYER))  # fmt: skip
+LAYER_LENGTH = len(LAYER) + 4 * len(FIELDS)
+# Fractions of a layer.
+OPTIONS = ("eps", "offset", "scale", "softcap")
+EPS, OFFSET, SCALE, SOFTCAP = range(len(OPTIONS))
+
+PHASES = ("project", "attend", "merge", "out", "gate", "down")
+PROJECT, ATTEND, MERGE, OUT, GATE, DOWN = range(len(PHASES))
+# Pieces of work for a thread and phase, so that threads end at about the same time.
+PIECES = 4
+
+
+@serial
+def share(num_outputs: int, team: int) -> Any:
+    """Outputs of a piece of work."""
+    size = max(1, -(-num_outputs // (PIECES * team)))
+    return -(-size // STREAMS) * STREAMS
+
+
+@serial
+def projection_of(layer: int, index: int) -> Any:
+    """Where the fields of one of a layer's projections begin, and the number of its outputs."""
+    place = layer + 8 * (len(LAYER) + index * len(FIELDS))
+    return place, longs(place, len(FIELDS))[OUTPUTS]
+
+
+@serial
+def norm_and_prepare(header: Any, options: Any, norm: int, projection: int, thread: int) -> Any:
+    """norm(x), and it prepared for a projection, in the thread's scratch: their addresses."""
+    M, C = header[ROWS], header[WIDTH]
+    place = header[SCRATCH] + thread * header[SCRATCH_BYTES]
+    x_MC, h_MC, weight_C = floats(header[X], M * C), floats(place, M * C), floats(norm, C)
+    eps, offset = np.float32(options[EPS]), np.float32(options[OFFSET])
+    for m in range(M):
+        rms_norm(x_MC[m * C : (m + 1) * C], weight_C, eps, offset, h_MC[m * C : (m + 1) * C])
+    prepared = place + (4 * M * C + 63) // 64 * 64
+    call_with(header[PREPARE], (projection, place, M, prepared))
+    return place, prepared
+
+
+@serial
+def project(header: Any, layer: int, options: Any, counter: int, thread: int, team: int, y: int) -> None:
+    """y = norm(x) w of the first projection."""
+    projection, num_outputs = projection_of(layer, 0)
+    norm = longs(layer, len(LAYER))[ATTENTION_NORM]
+    h, prepared = norm_and_prepare(header, options, norm, projection, thread)
+    size = share(num_outputs, team)
+    begin = claim(counter) * size
+    while begin < num_outputs:
+        end = min(num_outputs, begin + size)
+        call_with(header[MULTIPLY], (projection, h, prepared, header[ROWS], begin, end, y, 4 * num_outputs))
+        begin = claim(counter) * size
+
+
+@serial
+def gate(header: Any, layer: int, options: Any, counter: int, thread: int, team: int) -> None:
+    """y = activation(gate) up: SiLU, or GELU by its tanh form, which is x sigmoid(2 u(x))."""
+    projection, outputs = projection_of(layer, 2)
+    fields = longs(layer, len(LAYER))
+    tanh_gelu = fields[TANH_GELU] != 0
+    h, prepared = norm_and_prepare(header, options, fields[MLP_NORM], projection, thread)
+    F = outputs // 2
+    size = share(F, 2 * team)
+    begin = claim(counter) * size
+    while begin < F:
+        end = min(F, begin + size)
+        for first in (begin, F + begin):
+            last = first + end - begin
+            call_with(header[MULTIPLY], (projection, h, prepared, header[ROWS], first, last, header[GATE_UP], 8 * F))
+        for m in range(header[ROWS]):
+            row = header[GATE_UP] + 8 * m * F
+            gate_F, up_F = floats(row + 4 * begin, end - begin), floats(row + 4 * (F + begin), end - begin)
+            y_F = floats(header[Y] + 4 * (m * F + begin), end - begin)
+            gate_row(gate_F, up_F, tanh_gelu, y_F)
+        begin = claim(counter) * size
+
+
+@serial
+def add_projection(header: Any, layer: int, index: int, counter: int, thread: int, team: int, inputs: int) -> None:
+    """x += inputs w."""
+    (projection, C), M = projection_of(layer, index), header[ROWS]
+    prepared = header[SCRATCH] + thread * header[SCRATCH_BYTES]
+    call_with(header[PREPARE], (projection, inputs, M, prepared))
+    size = share(C, team)
+    begin = claim(counter) * size
+    while begin < C:
+        end = min(C, begin + size)
+        call_with(header[MULTIPLY], (projection, inputs, prepared, M, begin, end, header[DELTA], 4 * C))
+        for m in range(M):
+            x_C = floats(header[X] + 4 * (m * C + begin), end - begin)
+            y_C = floats(header[DELTA] + 4 * (m * C + begin), end - begin)
+            for c in range(end - begin):
+                x_C[c] += y_C[c]
+        begin = claim(counter) * size
+
+
+@serial
+def normed_head(layer: Any, options: Any, angles: Any, norm: int, x_D: Any, y_D: Any) -> None:
+    """A head of q or k with its norm and its rotation."""
+    if norm != 0:
+        weight_D = floats(norm, x_D.shape[0])
+        rms_norm(x_D, weight_D, np.float32(options[EPS]), np.float32(options[OFFSET]), y_D)
+    else:
+        for d in range(x_D.shape[0]):
+            y_D[d] = x_D[d]
+    turn(y_D, angles[0], angles[1], layer[INTERLEAVED] != 0)
+
+
+@serial
+def attend_pools(
+    header: Any, layer: Any, options: Any, pools: Any, m: int, split: int, first_head: int, last_head: int
+) -> None:
+    """One split of the keys of a request, for a range of key/value heads and their query heads.
+
+    Who has the newest key also writes it: no other piece of work reads that slot in this phase.
+    """
+    H, num_kv_heads, D, R = layer[HEADS], layer[KV_HEADS], layer[HEAD_DIM], header[PAIRS]
+    group = H // num_kv_heads
+    angles = (floats(header[COS] + 4 * m * R, R), floats(header[SIN] + 4 * m * R, R))
+    qkv = floats(header[QKV] + 4 * m * (H + 2 * num_kv_heads) * D, (H + 2 * num_kv_heads) * D)
+    length = np.int64(words(header[LENGTHS], header[ROWS])[m])
+    first_key, first_split = visible(length, layer[WINDOW])
+    begin = max(first_key, (first_split + split) * SPLIT)
+    end = min(length, (first_split + split + 1) * SPLIT)
+    slot = longs(header[SLOTS], header[ROWS])[m]
+    if end == length and begin < end and slot >= 0:
+        k, v, k_scales, v_scales = pools
+        k_D = np.empty(D, np.float32)
+        for x in range(first_head, last_head):
+            normed_head(layer, options, angles, layer[K_NORM], qkv[(H + x) * D : (H + x + 1) * D], k_D)
+            v_D = qkv[(H + num_kv_heads + x) * D : (H + num_kv_heads + x + 1) * D]
+            scale_place = slot * num_kv_heads + x
+            write_head(k_D, k, slot * layer[K_SLOT] + x * layer[K_HEAD], k_scales, scale_place)
+            write_head(v_D, v, slot * layer[V_SLOT] + x * layer[V_HEAD], v_scales, scale_place)
+    first, G = first_head * group, (last_head - first_head) * group
+    q_GD = np.empty((G, D), np.float32)
+    for g in range(G):
+        x = first + g
+        normed_head(layer, options, angles, layer[Q_NORM], qkv[x * D : (x + 1) * D], q_GD[g])
+    layout = (
+        layer[BLOCK_SIZE], num_kv_heads, layer[K_BLOCK], layer[K_SLOT], layer[K_HEAD], layer[V_BLOCK], layer[V_SLOT],
+        layer[V_HEAD],
+    )  # fmt: skip
+    table = words(header[TABLE] + 4 * m * header[TABLE_WIDTH], header[TABLE_WIDTH])
+    factors = (np.float32(options[SCALE]), np.float32(options[SOFTCAP]))
+    if header[NUM_SPLITS] > 1:
+        part = part_of(header, H, D, m, split, first, G)
+        attend_split(q_GD, (first, group), pools, layout, table, begin, end, factors, part)
+        return
+    o_1GD, largest_1G, total_1G = (
+        np.empty((1, G, D), np.float32),
+        np.empty((1, G), np.float32),
+        np.empty((1, G), np.float32),
+    )
+    attend_split(
+        q_GD, (first, group), pools, layout, table, begin, end, factors, (o_1GD[0], largest_1G[0], total_1G[0])
+    )
+    sinks_H = floats(layer[SINKS], H if layer[SINKS] != 0 else 0)
+    for g in range(G):
+        o_D = floats(header[ATTENDED] + 4 * (m * H + first + g) * D, D)
+        merge(o_1GD[:, g], largest_1G[:, g], total_1G[:, g], sinks_H[first + g : first + g + 1], o_D)
+
+
+@serial
+def part_of(header: Any, num_heads: int, head_dim: int, m: int, split: int, first: int, count: int) -> Any:
+    """The sums of some heads over one split, in memory that all threads share: (o_GD, largest_G, total_G)."""
+    at = (m * header[NUM_SPLITS] + split) * num_heads + first
+    rows = header[ROWS] * header[NUM_SPLITS] * num_heads
+    o_GD = floats(header[PARTS] + 4 * at * head_dim, count * head_dim).reshape(count, head_dim)
+    largest = floats(header[PARTS] + 4 * (rows * head_dim + at), count)
+    return o_GD, largest, floats(header[PARTS] + 4 * (rows * (head_dim + 1) + at), count)
+
+
+@serial
+def scales_of(layer: Any) -> Any:
+    """The scales of a layer's pools; none, except of int8."""
+    return floats(layer[K_SCALE], layer[NUM_SCALES]), floats(layer[V_SCALE], layer[NUM_SCALES])
+
+
+def attend_float32(
+    header_place: int, layer_place: int, options_place: int, m: int, split: int, first_head: int, last_head: int
+) -> None:
+    """`attend_pools` for a cache of fp32."""
+    header, layer = longs(header_place, len(HEADER)), longs(layer_place, LAYER_LENGTH)
+    pools = (floats(layer[K], layer[K_NUMBERS]), floats(layer[V], layer[V_NUMBERS]), *scales_of(layer))
+    attend_pools(header, layer, doubles(options_place, len(OPTIONS)), pools, m, split, first_head, last_head)
+
+
+def attend_bfloat16(
+    header_place: int, layer_place: int, options_place: int, m: int, split: int, first_head: int, last_head: int
+) -> None:
+    """`attend_pools` for a cache of bf16."""
+    header, layer = longs(header_place, len(HEADER)), longs(layer_place, LAYER_LENGTH)
+    pools = (shorts(layer[K], layer[K_NUMBERS]), shorts(layer[V], layer[V_NUMBERS]), *scales_of(layer))
+    attend_pools(header, layer, doubles(options_place, len(OPTIONS)), pools, m, split, first_head, last_head)
+
+
+def attend_int8(
+    header_place: int, layer_place: int, options_place: int, m: int, split: int, first_head: int, last_head: int
+) -> None:
+    """`attend_pools` for a cache of int8."""
+    header, layer = longs(header_place, len(HEADER)), longs(layer_place, LAYER_LENGTH)
+    pools = (bytes_at(layer[K], layer[K_NUMBERS]), bytes_at(layer[V], layer[V_NUMBERS]), *scales_of(layer))
+    attend_pools(header, layer, doubles(options_place, len(OPTIONS)), pools, m, split, first_head, last_head)
+
+
+@lru_cache(maxsize=3)
+def attend_address(kind: int) -> int:
+    """The address of the function for a kind of cache; each is compiled when it is first asked for."""
+    function = {FLOAT32: attend_float32, BFLOAT16: attend_bfloat16, INT8: attend_int8}[kind]
+    return int(callback("void(int64, int64, int64, int64, int64, int64, int64)")(function).address)
+
+
+@serial
+def attend_step(header_place: int, layer_place: int, options_place: int, counter: int, team: int) -> None:
+    """Attention of all requests of the step, by pieces."""
+    header, layer = longs(header_place, len(HEADER)), longs(layer_place, LAYER_LENGTH)
+    M, num_splits, num_kv_heads = header[ROWS], header[NUM_SPLITS], layer[KV_HEADS]
+    num_ranges = min(num_kv_heads, max(1, -(-2 * team // (M * num_splits))))
+    size = -(-num_kv_heads // num_ranges)
+    piece = claim(counter)
+    while piece < M * num_splits * num_ranges:
+        m, split, first = piece // num_ranges // num_splits, piece // num_ranges % num_splits, piece % num_ranges * size
+        last = min(num_kv_heads, first + size)
+        if first < last:
+            call_with(layer[ATTEND_HEADS], (header_place, layer_place, options_place, m, split, first, last))
+        piece = claim(counter)
+
+
+@serial
+def merge_step(header: Any, layer: Any, counter: int) -> None:
+    """Add up the splits of all heads."""
+    M, H, D, num_splits = header[ROWS], layer[HEADS], layer[HEAD_DIM], header[NUM_SPLITS]
+    rows = M * num_splits * H
+    o_MUHD = floats(header[PARTS], rows * D).reshape(M, num_splits, H, D)
+    largest_MUH = floats(header[PARTS] + 4 * rows * D, rows).reshape(M, num_splits, H)
+    total_MUH = floats(header[PARTS] + 4 * rows * (D + 1), rows).reshape(M, num_splits, H)
+    sinks_H = floats(layer[SINKS], H if layer[SINKS] != 0 else 0)
+    m = claim(counter)
+    while m < M:
+        for h in range(H):
+            o_D = floats(header[ATTENDED] + 4 * (m * H + h) * D, D)
+            merge(o_MUHD[m, :, h], largest_MUH[m, :, h], total_MUH[m, :, h], sinks_H[h : h + 1], o_D)
+        m = claim(counter)
+
+
+@serial
+def run_phase(header_place: int, index: int, phase: int, thread: int, team: int) -> None:
+    """A thread's part in one phase of one layer."""
+    header = longs(header_place, len(HEADER))
+    layer = header[LAYERS] + 8 * index * LAYER_LENGTH
+    options_place = header[OPTIONS_AT] + 8 * index * len(OPTIONS)
+    options = doubles(options_place, len(OPTIONS))
+    counter = header[COUNTERS] + 8 * (index * len(PHASES) + phase)
+    if phase == PROJECT:
+        y = header[QKV] if longs(layer, len(LAYER))[HEADS] > 0 else header[LOGITS]
+        project(header, layer, options, counter, thread, team, y)
+    elif phase == ATTEND:
+        attend_step(header_place, layer, options_place, counter, team)
+    elif phase == MERGE:
+        merge_step(header, longs(layer, len(LAYER)), counter)
+    elif phase == OUT:
+        add_projection(header, layer, 1, counter, thread, team, header[ATTENDED])
+    elif phase == GATE:
+        gate(header, layer, options, counter, thread, team)
+    else:
+        add_projection(header, layer, 3, counter, thread, team, header[Y])
+
+
+@serial
+def has_phase(header: Any, layer: int, phase: int) -> Any:
+    """Whether a layer has a phase: keys may not be split, and after the last layer there is only the output."""
+    output = longs(header[LAYERS] + 8 * layer * LAYER_LENGTH, LAYER_LENGTH)[HEADS] == 0
+    return phase == PROJECT if output else phase != MERGE or header[NUM_SPLITS] > 1
+
+
+@callback("void(voidptr)")
+def run_in_team(data: Any) -> None:
+    """What each thread of an OpenMP team does."""
+    place = address_of(data)
+    header = longs(place, len(HEADER))
+    thread, team = call(header[THREAD_NUMBER]), call(header[TEAM_SIZE])
+    for layer in range(header[FIRST_LAYER], header[FIRST_LAYER] + header[NUM_LAYERS]):
+        for phase in range(header[FIRST_PHASE], header[LAST_PHASE] + 1):
+            if has_phase(header, layer, phase):
+                run_phase(place, layer, phase, thread, team)
+                call(header[BARRIER])
+
+
+@parallel
+def run_in_loops(place: int) -> None:
+    """The same where there is no such team: a parallel loop for every phase."""
+    header = longs(place, len(HEADER))
+    team = header[NUM_THREADS]
+    for layer in range(header[FIRST_LAYER], header[FIRST_LAYER] + header[NUM_LAYERS]):
+        for phase in range(header[FIRST_PHASE], header[LAST_PHASE] + 1):
+            if has_phase(header, layer, phase):
+                for thread in prange(team):
+                    run_phase(place, layer, phase, thread, team)

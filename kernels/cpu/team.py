@@ -1,0 +1,64 @@
+"""Running a compiled step with all threads at once: the team of OpenMP that torch's own operations run on.
+
+Numba starts threads of its own; where torch's operations come between, two sets of threads that each wait by spinning
+take the cores from each other. So the compiled function is handed to the OpenMP library that torch has loaded. Where it
+has none that can be called so (it is libgomp's interface, which LLVM's libomp has too), Numba's threads run it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from trine.kernels.cpu.compiled import use_torch_threads
+
+log = logging.getLogger(__name__)
+_NAMES = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The library's functions: `start` to be called, the addresses of the others for compiled code."""
+
+    start: Any
+    barrier: int
+    thread_number: int
+    size: int
+
+
+@lru_cache(maxsize=1)
+def team() -> Team | None:
+    """Torch's OpenMP, or None where it cannot be called: logged once."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    functions = [getattr(library, name, None) for name in _NAMES]
+    if any(function is None for function in functions):
+        log.info("compiled steps run on Numba's threads: torch has loaded no OpenMP library with %s", _NAMES[0])
+        return None
+    start, *others = functions
+    start.restype = None
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    addresses = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in others)
+    return Team(start, *addresses)
+
+
+def run_step(header: np.ndarray[Any, Any]) -> None:
+    """Run `step_loops.py` with as many threads as torch has; the header's own fields of the team are filled in."""
+    from trine.kernels.cpu import step_loops as loops
+    from trine.kernels.cpu.product_loops import multiply_range, prepare
+
+    header[loops.PREPARE], header[loops.MULTIPLY] = prepare.address, multiply_range.address
+    found = team()
+    if found is None:
+        header[loops.NUM_THREADS] = use_torch_threads()
+        loops.run_in_loops(header.ctypes.data)
+        return
+    header[loops.THREAD_NUMBER], header[loops.TEAM_SIZE] = found.thread_number, found.size
+    header[loops.BARRIER] = found.barrier
+    found.start(loops.run_in_team.address, header.ctypes.data, torch.get_num_threads(), 0)
