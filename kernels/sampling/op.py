@@ -11,8 +11,10 @@ Top-k keeps what ties with the k-th logit. Top-p keeps the values above which le
 ties with the last of them. The uniform numbers come from the caller, who has one generator for each request: so a
 request with a seed does not depend on its batch, and no random state lives on the device.
 
-Shapes: R rows, V vocabulary, M entries of lists. Bytes of a row of b-byte logits from memory: V b; every filter reads
-the row again, up to 17 times each, from the L2 cache. Sources: Holtzman et al. 2019 (arXiv 1904.09751); Nguyen et al.
+Shapes: R rows, V vocabulary, M entries of lists. Every row is shared by several programs, in four launches. Bytes of a
+row of b-byte logits from memory: V b; a row with filters is read twice more, from the L2 cache, to write out the few
+logits that the filters can keep. Where more remain than a program holds (flat rows with top-p near 1), one program
+reads the row up to eleven times for each filter. Sources: Holtzman et al. 2019 (arXiv 1904.09751); Nguyen et al.
 2024 (2407.01082); Keskar et al. 2019 (1909.05858).
 """
 
@@ -25,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trine.kernels.launch import launch, result_dtype
+from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
-from trine.kernels.sampling.kernels import adjust_kernel, sample_kernel
+from trine.kernels.sampling.kernels import adjust_kernel, scratch_sizes
+from trine.kernels.sampling.rows import choose_kernel
+from trine.kernels.sampling.splits import cut_kernel, gather_kernel, scan_kernel
 from trine.kernels.target import Target, target_of, uses_triton
 from trine.kernels.tuning import Config, Shape, Tunable
 
@@ -201,15 +205,31 @@ def _check_lists(logits: Tensor, starts: Tensor, tokens: Tensor, values: tuple[s
 
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if target.interpreted:
-        return Config({"BLOCK": 64})
-    return Config({"BLOCK": 2048 if dtype.itemsize == 2 else 1024}, num_warps=8, num_stages=1)
+        return Config({"BLOCK": min(64, next_power_of_2(shape["V"]))})
+    return Config({"BLOCK": min(2048, next_power_of_2(shape["V"]))}, num_warps=8, num_stages=1)
 
 
 def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
-    return [Config({"BLOCK": block}, warps, 1) for block in (2048, 4096, 8192) for warps in (4, 8, 16, 32)]
+    return [Config({"BLOCK": block}, warps, 1) for block in (1024, 2048, 4096, 8192) for warps in (4, 8, 16)]
+
+
+def _row_rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
+    """CAPACITY: the most candidates of a row; LOOP: what a row with more reads at a time."""
+    capacity, loop = (64, 64) if target.interpreted else (4096, 2048)
+    return Config({"CAPACITY": min(capacity, next_power_of_2(shape["V"])), "LOOP": loop}, num_warps=16, num_stages=1)
+
+
+def _row_candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:
+    most = next_power_of_2(shape["V"])
+    return [
+        Config({"CAPACITY": min(capacity, most), "LOOP": 2048}, warps, 1)
+        for capacity in (2048, 4096, 8192)
+        for warps in (4, 8, 16)
+    ]
 
 
 SAMPLE = Tunable("sample", _rule, _candidates)
+SAMPLE_ROW = Tunable("sample row", _row_rule, _row_candidates)
 
 
 def _launch(
@@ -221,27 +241,38 @@ def _launch(
     min_p_R: Tensor,
     allowed_RW: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probabilities."""
+    """Tokens and log-probabilities: four launches, whatever the rows' parameters are."""
     R, V = logits_RV.shape
     logits_RV = logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
     allowed_RW = None if allowed_RW is None else allowed_RW.contiguous()
+    target = target_of(logits_RV)
+    config = SAMPLE.pick(logits_RV.dtype, target, V=V)
+    row_config = SAMPLE_ROW.pick(logits_RV.dtype, target, V=V)
+    num_splits = ceil_div(V, config.blocks["BLOCK"])
+    splits, capacity = next_power_of_2(num_splits), row_config.blocks["CAPACITY"]
+    num_floats, num_ints = scratch_sizes(splits, capacity)
     tokens_R = logits_RV.new_empty(R, dtype=torch.int64)
     log_probs_R = logits_RV.new_empty(R, dtype=torch.float32)
-    arguments: dict[str, Any] = {
+    common: dict[str, Any] = {
         "logits_ptr": logits_RV,
         "allowed_ptr": allowed_RW,
-        "uniforms_ptr": uniforms_R,
         "temperature_ptr": temperature_R,
-        "top_k_ptr": top_k_R,
-        "top_p_ptr": top_p_R,
-        "min_p_ptr": min_p_R,
-        "tokens_ptr": tokens_R,
-        "log_probs_ptr": log_probs_R,
+        "floats_ptr": logits_RV.new_empty(R, num_floats, dtype=torch.float32),
+        "ints_ptr": logits_RV.new_empty(R, num_ints, dtype=torch.int32),
         "logits_stride": logits_RV.stride(0),
         "allowed_stride": 0 if allowed_RW is None else allowed_RW.stride(0),
+        "floats_stride": num_floats,
+        "ints_stride": num_ints,
         "size": V,
+        "num_splits": num_splits,
+        "SPLITS": splits,
     }
-    launch(sample_kernel, (R,), SAMPLE.pick(logits_RV.dtype, target_of(logits_RV), V=V), arguments)
+    filters = {"top_k_ptr": top_k_R, "top_p_ptr": top_p_R, "min_p_ptr": min_p_R}
+    results = {"uniforms_ptr": uniforms_R, "tokens_ptr": tokens_R, "log_probs_ptr": log_probs_R}
+    launch(scan_kernel, (R * num_splits,), config, common)
+    launch(cut_kernel, (R * num_splits,), config, {**common, **filters, **results})
+    launch(gather_kernel, (R * num_splits,), config, {**common, **filters, "CAPACITY": capacity})
+    launch(choose_kernel, (R,), row_config, {**common, **filters, **results})
     return tokens_R, log_probs_R
 
 

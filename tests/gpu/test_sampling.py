@@ -83,6 +83,35 @@ def test_rows_that_are_not_numbers_give_no_token() -> None:
     assert log_probs.isnan().tolist() == [False, True, True, False, False, False]
 
 
+@pytest.mark.parametrize(("spread", "top_k", "top_p"), [(0.1, 0, 0.999), (3.0, 20_000, 0.95), (3.0, 4096, 1.0)])
+def test_rows_with_more_candidates_than_fit(spread: float, top_k: int, top_p: float) -> None:
+    arguments = make(6, torch.float32)
+    arguments["logits_RV"] *= spread / 3
+    arguments["temperature_R"].fill_(1.0)
+    arguments["top_k_R"].fill_(top_k)
+    arguments["top_p_R"].fill_(top_p)
+    tokens, _ = sample(**arguments)
+    expected, _ = sample_reference(**arguments | {"logits_RV": arguments["logits_RV"].double()})
+    assert int((tokens != expected).sum()) <= 1
+
+
+def test_a_graph_replays_with_other_parameters() -> None:
+    """The launches are the same for all rows, whatever their parameters are."""
+    arguments = make(6, torch.float32)
+    sample(**arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, log_probs = sample(**arguments)
+    for shift in (0, 1):
+        for name in ("temperature_R", "top_k_R", "top_p_R", "min_p_R", "uniforms_R"):
+            arguments[name].copy_(arguments[name].roll(shift))
+        graph.replay()
+        expected, expected_log_probs = sample(**arguments)
+        assert torch.equal(tokens, expected)
+        assert torch.equal(log_probs, expected_log_probs)
+
+
 def test_offsets_past_2_to_the_31() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 12e9:
         pytest.skip("needs 12 GB of GPU memory")

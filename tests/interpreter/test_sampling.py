@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trine.kernels.sampling.op import add_bias, adjust, penalize, sample, sample_forward, sample_reference
+from trine.kernels.tuning import Config, force
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 V = 150
@@ -114,6 +115,64 @@ def test_rows_that_are_not_numbers_give_no_token() -> None:
     assert (tokens >= 0).tolist() == [True, False, False, False, True, False]
     logits[0, 3] = float("nan")
     assert check(arguments)[0] == -1  # greedy too
+
+
+def alike(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Any:
+    """Rows with the same parameters, the uniform numbers spread over [0, 1)."""
+    count = len(logits)
+    return {
+        "logits_RV": logits,
+        "uniforms_R": (torch.arange(count, dtype=torch.float64) + 0.37) / count,
+        "temperature_R": torch.full((count,), temperature),
+        "top_k_R": torch.full((count,), top_k, dtype=torch.int32),
+        "top_p_R": torch.full((count,), top_p),
+        "min_p_R": torch.full((count,), min_p),
+    }
+
+
+def configured(block: int, capacity: int) -> Any:
+    """Splits of `block` logits, at most `capacity` candidates."""
+    return force({"sample": Config({"BLOCK": block}), "sample row": Config({"CAPACITY": capacity, "LOOP": 64})})
+
+
+@DTYPES
+def test_rows_with_more_candidates_than_fit(dtype: torch.dtype) -> None:
+    """Flat rows: top-p near 1 keeps nearly everything, so the rows are searched whole."""
+    flat = (torch.randn(4, V, generator=torch.Generator().manual_seed(3)) / 10).to(dtype)
+    with configured(32, 16):
+        check(alike(flat, top_p=0.999))
+        check(alike(flat, top_k=100, top_p=0.9, min_p=0.8))
+
+
+@pytest.mark.parametrize("top_k", [15, 16, 17])
+def test_top_k_near_what_a_program_holds(top_k: int) -> None:
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(4)) * 3
+    with configured(32, 16):
+        check(alike(logits, top_k=top_k))
+        check(alike(logits.round(), temperature=0.5, top_k=top_k))  # many ties
+
+
+def test_many_splits_give_what_one_gives() -> None:
+    """Every kind of row in one batch; the least likely tokens of some rows are forbidden, whole splits of others."""
+    arguments = rows(count=9, size=100)
+    allowed = arguments["logits_RV"] > -2.0
+    allowed[::2, 16:64] = False
+    arguments["allowed_RW"] = pack(allowed)
+    found = []
+    for block, capacity in ((8, 64), (128, 128)):
+        with configured(block, capacity):
+            found.append(check(arguments).tolist())
+    assert found[0] == found[1]
+
+
+def test_ties_across_splits_stay_together() -> None:
+    logits = torch.zeros(5, 96)
+    logits[:, 10::20] = 4.0  # 10, 30, 50, 70, 90: five splits of 16
+    with configured(16, 32):
+        assert check(alike(logits, top_k=2)).tolist() == [10, 30, 50, 70, 90]
+        assert check(alike(logits, top_p=0.01)).tolist() == [10, 30, 50, 70, 90]
+        assert check(alike(logits, min_p=0.5)).tolist() == [10, 30, 50, 70, 90]
+        assert check(alike(logits, temperature=0.0)).tolist() == [10] * 5
 
 
 @DTYPES

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trine.engine.generate import sampling as plain
 from trine.engine.generate.sampling import SamplingParams
-from trine.kernels.sampling.op import SAMPLE, add_bias, filtered_weights, penalize, sample
+from trine.kernels.sampling.op import SAMPLE, SAMPLE_ROW, add_bias, filtered_weights, penalize, sample
 from trine.kernels.target import COMPILED
 
 FILTERS = [(0, 1.0, 0.0), (7, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (30, 0.9, 0.02), (1, 1.0, 0.0), (0, 1e-6, 0.0)]
@@ -166,7 +166,10 @@ def test_lists_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("target", COMPILED)
-def test_a_block_is_a_power_of_two(target: str) -> None:
+def test_blocks_are_powers_of_two_and_no_larger_than_the_vocabulary_needs(target: str) -> None:
     for size in (1, 1000, 262144):
-        block = SAMPLE.pick(torch.float32, COMPILED[target], V=size).blocks["BLOCK"]
-        assert block & (block - 1) == 0
+        for tunable in (SAMPLE, SAMPLE_ROW):
+            for config in tunable.choices({"V": size}, torch.float32, COMPILED[target]):
+                assert all(block & (block - 1) == 0 for block in config.blocks.values())
+        assert SAMPLE.pick(torch.float32, COMPILED[target], V=size).blocks["BLOCK"] < 2 * size
+        assert SAMPLE_ROW.pick(torch.float32, COMPILED[target], V=size).blocks["CAPACITY"] < 2 * size
