@@ -93,7 +93,7 @@ def test_page_of_the_tests_names_files_that_exist() -> None:
 def names_of(path: Path) -> frozenset[str]:
     """Functions, classes and methods (`Class.method`) defined in a module."""
     found = set()
-    definitions = (ast.FunctionDef, ast.ClassDef)
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, definitions):
             found.add(node.name)
