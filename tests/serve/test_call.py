@@ -55,9 +55,8 @@ def test_a_call_is_done_when_everything_was_taken() -> None:
         aborted: list[str] = []
         call = Call(["a"], 1, abort=aborted.append)
         call.put(delta("x", finish=True))
-        assert not call.done
-        assert [each.text for each in await call.take()] == ["x"]
-        assert call.done
+        done = [call.done, [each.text for each in await call.take()], call.done]
+        assert done == [False, ["x"], True]
         call.put(delta("late"))
         call.fail(ApiError(503, "too late to matter"))
         call.close()

@@ -57,6 +57,7 @@ def test_log_likelihoods_equal_those_of_the_forward_pass(server: Any, chat_check
     loaded = load_for_inference(chat_checkpoint)
     model, tokenizer = loaded
     end = tokenizer.eos_id
+    assert end is not None
     for number, (context, continuation) in enumerate(CASES):
         ids = tokenizer.encode(context)
         whole = tokenizer.encode(context + continuation)
