@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trine.engine.errors import ContextLengthError, UsageError
 from trine.engine.generate.blocks import BlockPool
+from trine.engine.generate.deterministic import check_deterministic
 from trine.engine.generate.logprobs import TokenLogprobs, prompt_logprobs
 from trine.engine.generate.lookup import propose
 from trine.engine.generate.memory import choose_num_blocks
@@ -77,6 +78,8 @@ class Engine:
         self._eos_ids = end_ids(model, tokenizer)
         compute_dtype = config.compute_dtype or model.dtype
         kv_dtype = config.kv_dtype or compute_dtype
+        if config.deterministic:
+            check_deterministic(model, compute_dtype, kv_dtype)
         num_blocks, reason = choose_num_blocks(
             model,
             block_size=config.block_size,
@@ -107,6 +110,7 @@ class Engine:
             max_tokens=model.config.max_positions,
             compute_dtype=compute_dtype,
             cuda_graphs=config.cuda_graphs,
+            deterministic=config.deterministic,
         )
         self._kv_bytes = cache.num_bytes
         self._grammars: GrammarCompiler | None = None
@@ -312,7 +316,12 @@ class Engine:
             assert chunk.start <= known, "a prompt whose log-probabilities are asked for is computed from its start"
             next_ids = sequence.tokens[known + 1 : min(chunk.start + chunk.count + 1, sequence.num_prompt)]
             entry.prompt_logprobs += prompt_logprobs(
-                self._model, rows[known - chunk.start :], next_ids, count, vocab_size=self.tokenizer.vocab_size
+                self._model,
+                rows[known - chunk.start :],
+                next_ids,
+                count,
+                vocab_size=self.tokenizer.vocab_size,
+                deterministic=self.config.deterministic,
             )
 
     # --- requests -----------------------------------------------------------------------------------------------------

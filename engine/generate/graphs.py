@@ -44,6 +44,7 @@ class DecodeGraphs:
         compute: (ids [1, R], step) to hidden states [R, C] and logits [R, V].
         cache: the pools.
         max_rows, max_tokens: the most sequences of a step, and tokens of a sequence.
+        deterministic: of the steps.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class DecodeGraphs:
         *,
         max_rows: int,
         max_tokens: int,
+        deterministic: bool = False,
     ) -> None:
         self._compute = compute
+        self._deterministic = deterministic
         self._cache = cache
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._captured: dict[tuple[int, int], Captured] = {}
@@ -112,6 +115,7 @@ class DecodeGraphs:
             query_starts=torch.arange(size + 1, dtype=torch.int32, device=device),
             max_queries=1,
             num_slots=longest,
+            deterministic=self._deterministic,
         )
         # What a kernel does when it is first used (compiling, choosing) cannot be captured.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.transformer import Transformer
+from trine.kernels.invariant.elementwise import invariant_log_probs
 
 # Bytes of fp32 logits that are formed at once.
 CHUNK_BYTES = 2**25
@@ -32,7 +33,7 @@ class TokenLogprobs:
 
 def token_logprobs(logits_NV: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
     """Of `ids` [N] under softmax(logits), each with the `count` likeliest ids, those equal in order of their ids."""
-    log_probs_NV = logits_NV.log_softmax(-1)
+    log_probs_NV = invariant_log_probs(logits_NV)
     ids_N1 = torch.tensor(ids, device=logits_NV.device)[:, None]
     chosen_N1 = log_probs_NV.gather(1, ids_N1)
     ranks = ((log_probs_NV > chosen_N1).sum(1) + 1).tolist()
@@ -48,13 +49,19 @@ def token_logprobs(logits_NV: Tensor, ids: Sequence[int], count: int) -> list[To
 
 
 def prompt_logprobs(
-    model: Transformer, hidden_NC: Tensor, next_ids: Sequence[int], count: int, *, vocab_size: int
+    model: Transformer,
+    hidden_NC: Tensor,
+    next_ids: Sequence[int],
+    count: int,
+    *,
+    vocab_size: int,
+    deterministic: bool = False,
 ) -> list[TokenLogprobs]:
     """Of the token that follows each of the hidden states, among the first `vocab_size` ids, in chunks of rows."""
     rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
     found: list[TokenLogprobs] = []
     for start in range(0, len(next_ids), rows):
         stop = min(start + rows, len(next_ids))
-        logits_NV = model.logits(hidden_NC[start:stop])[:, :vocab_size]
+        logits_NV = model.logits(hidden_NC[start:stop], deterministic=deterministic)[:, :vocab_size]
         found += token_logprobs(logits_NV, next_ids[start:stop], count)
     return found

@@ -31,6 +31,9 @@ class EngineConfig:
         compute_dtype: of the activations; None takes the dtype of the parameters.
         prefix_caching: find computed blocks again for prompts that begin alike (under the same salt).
         cuda_graphs: record decoding steps once and replay them; on a GPU only.
+        deterministic: what a request gets does not depend on what runs beside it, on how its prompt is cut, on
+            preemption or on cached blocks, to the last bit, and log-probabilities are those of `Transformer.forward`
+            with `deterministic=True` in the same dtype. Slower; refused where this machine does not keep the bits.
         speculate: tokens that are guessed (`lookup.py`) and verified together in a step; 0 is off. What is generated
             stays the same.
         speculate_max_running: no guesses where more completions are under way, or any wait: then they cost others time.
@@ -45,6 +48,7 @@ class EngineConfig:
     compute_dtype: torch.dtype | None = None
     prefix_caching: bool = True
     cuda_graphs: bool = True
+    deterministic: bool = False
     speculate: int = 0
     speculate_max_running: int = 4
 

@@ -45,6 +45,7 @@ class Runner:
         max_tokens: tokens a sequence can have.
         compute_dtype: of the activations.
         cuda_graphs: capture decoding steps, on a GPU.
+        deterministic: see `Transformer.forward`.
     """
 
     def __init__(
@@ -56,14 +57,18 @@ class Runner:
         max_tokens: int,
         compute_dtype: torch.dtype,
         cuda_graphs: bool = True,
+        deterministic: bool = False,
     ) -> None:
         self.model = model
         self.cache = cache
         self.compute_dtype = compute_dtype
+        self.deterministic = deterministic
         self._tables = BlockTables(max_running, -(-max_tokens // cache.block_size))
         self.graphs: DecodeGraphs | None = None
         if cuda_graphs and cache.device.type == "cuda":
-            self.graphs = DecodeGraphs(self._decode, cache, max_rows=max_running, max_tokens=max_tokens)
+            self.graphs = DecodeGraphs(
+                self._decode, cache, max_rows=max_running, max_tokens=max_tokens, deterministic=deterministic
+            )
 
     def forward(self, plan: Plan) -> Computed:
         """Copy the plan's blocks and compute its tokens."""
@@ -81,15 +86,21 @@ class Runner:
         source_N = computed.hidden_NC if computed.logits_NV is None else computed.logits_NV
         if len(rows) < len(source_N):
             source_N = source_N[torch.tensor(rows).to(source_N.device, non_blocking=True)]
-        return source_N if computed.logits_NV is not None else self.model.logits(source_N)
+        return source_N if computed.logits_NV is not None else self._logits(source_N)
 
     def _hidden(self, ids_1N: Tensor, step: PagedStep) -> Tensor:
         self.cache.step = step
-        return self.model(ids_1N, cache=self.cache, compute_dtype=self.compute_dtype)[0]  # type: ignore[no-any-return]
+        hidden_1NC: Tensor = self.model(
+            ids_1N, cache=self.cache, compute_dtype=self.compute_dtype, deterministic=self.deterministic
+        )
+        return hidden_1NC[0]
+
+    def _logits(self, hidden_NC: Tensor) -> Tensor:
+        return self.model.logits(hidden_NC, deterministic=self.deterministic)
 
     def _decode(self, ids_1R: Tensor, step: PagedStep) -> tuple[Tensor, Tensor]:
         hidden_RC = self._hidden(ids_1R, step)
-        return hidden_RC, self.model.logits(hidden_RC)
+        return hidden_RC, self._logits(hidden_RC)
 
     def _arrays(self, chunks: SequenceOf[Chunk]) -> _Arrays:
         """A plan's chunks as arrays, end to end."""
@@ -120,6 +131,7 @@ class Runner:
             query_starts=on_device(arrays.ends),
             max_queries=arrays.longest_chunk,
             num_slots=int(arrays.lengths.max()),
+            deterministic=self.deterministic,
         )
         if CHECKING or device.type == "cpu":
             step.check()
