@@ -19,6 +19,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 
 
@@ -67,8 +68,8 @@ class Metrics:
             self._answer_len.observe(delta.completion_tokens)
 
     def count_http(self, method: str, path: str, status: int) -> None:
-        """One HTTP request was answered; `path` is a route, so that strangers cannot make new series."""
-        self._http.labels(method, path, str(status)).inc()
+        """One HTTP request was answered. `path` is a route, odd methods are one: strangers cannot make series."""
+        self._http.labels(method if method in _METHODS else "other", path, str(status)).inc()
 
     def text(self, stats: Stats, in_flight: int) -> bytes:
         """The page."""

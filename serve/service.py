@@ -104,5 +104,5 @@ class Service:
     def log(self, call: Call, request_id: str, user: str | None, outcome: str) -> None:
         """One line for a request that has ended, where the operator wants them."""
         if self.settings.log_requests:
-            by = f" user {user}" if user else ""
+            by = f" user {user!r}" if user else ""  # quoted: it must not write lines of its own
             say(f"{request_id}{by}: {outcome}, {time.monotonic() - call.started:.3f} s")

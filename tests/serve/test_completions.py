@@ -210,9 +210,9 @@ def test_parts_of_a_message_are_joined(server: Any) -> None:
 
 
 def test_a_user_is_named_in_the_log(server: Any) -> None:
-    answer = server.complete(prompt=PROMPT, max_tokens=2, user="somebody", ignore_eos=True)
+    answer = server.complete(prompt=PROMPT, max_tokens=2, user="some\nbody", ignore_eos=True)
     line = server.wait_for(answer["id"])
-    assert f"user somebody: {answer['usage']['prompt_tokens']} + 2 tokens" in line
+    assert f"user 'some\\nbody': {answer['usage']['prompt_tokens']} + 2 tokens" in line
 
 
 def test_metrics_count_what_happened(server: Any) -> None:

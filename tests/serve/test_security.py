@@ -115,6 +115,22 @@ def test_paths_and_methods_that_are_not_there(steady: Any, path: str, method: st
     assert (found, answer["error"]["code"]) == (status, code)
 
 
+def test_strangers_cannot_make_new_series_of_metrics(steady: Any) -> None:
+    def series() -> set[str]:
+        page = steady.ask("/metrics")[1]
+        return {line.rpartition(" ")[0] for line in page.splitlines() if line.startswith("trine_http_requests_total")}
+
+    for number in range(3):
+        assert steady.ask(f"/{number}", method=f"METHOD{number}")[0] == 404
+        assert steady.ask("/health", method=f"METHOD{number}")[0] == 405
+    before = series()
+    for number in range(3, 9):
+        steady.ask(f"/{number}", method=f"METHOD{number}")
+        steady.ask("/health", method=f"METHOD{number}")
+        steady.ask(f"/v1/models/{number}")
+    assert len(series() - before) <= 2  # /v1/models/{name} answering 404, and /metrics itself
+
+
 def test_a_chat_without_a_template_is_400(steady: Any) -> None:
     status, answer, _ = steady.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})
     assert (status, answer["error"]["code"]) == (400, "no_chat_template")
