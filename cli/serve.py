@@ -53,6 +53,9 @@ def serve(
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Share what prompts begin alike with.")
     ] = True,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Answers do not depend on what runs beside them; slower.")
+    ] = False,
     speculate: Annotated[
         int, typer.Option(metavar="N", min=0, help="Guess so many tokens a step while few are under way; 0 is off.")
     ] = 0,
@@ -91,6 +94,7 @@ def serve(
             kv_bytes=kv_bytes,
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
+            deterministic=deterministic,
             speculate=speculate,
         ),
         host=host,

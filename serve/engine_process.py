@@ -84,6 +84,7 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         kv_bytes=start.kv_bytes,
         kv_dtype=KV_DTYPES[start.kv_dtype],
         prefix_caching=start.prefix_caching,
+        deterministic=start.deterministic,
         speculate=start.speculate,
         **{name: value for name, value in given.items() if value is not None},
     )

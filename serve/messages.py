@@ -36,6 +36,7 @@ class Start(_Message, frozen=True):
     kv_bytes: int = 0
     kv_dtype: str | None = None
     prefix_caching: bool = True
+    deterministic: bool = False
     speculate: int = 0
 
 

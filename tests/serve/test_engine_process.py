@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from trine.engine.errors import ContextLengthError, UsageError
+from trine.serve import engine_process
 from trine.serve.engine_process import load
 from trine.serve.messages import Guide, Sampling, Start, Submit
 
@@ -71,6 +73,17 @@ def test_aborted_requests_bring_nothing(tiny_checkpoint: Path) -> None:
     while engine.has_work:
         found += [delta.id for delta in engine.step()]
     assert set(found) == {"b"}
+
+
+def test_every_choice_of_the_start_reaches_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "_warm_up", lambda *_: None)  # compiles for minutes, for nothing asked here
+    chosen = {"max_running": 5, "max_waiting": 6, "max_batch_tokens": 70, "block_size": 32, "kv_bytes": 2**16}
+    switched = {"prefix_caching": False, "deterministic": True}
+    engine, _ = load(start(tiny_checkpoint, dtype="bfloat16", **chosen, **switched))
+    config = engine._engine.config
+    assert {name: getattr(config, name) for name in chosen | switched} == chosen | switched
+    engine, _ = load(start(tiny_checkpoint, speculate=2, kv_dtype="int8"))
+    assert (engine._engine.config.speculate, engine._engine.config.kv_dtype) == (2, torch.int8)
 
 
 def test_an_unknown_type_of_cache_is_refused(tiny_checkpoint: Path) -> None:
