@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             for message in HARMLESS:
                 item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:UserWarning"))
+            # What torch 2.11 says of itself when it is imported to compile.
+            item.add_marker(pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

@@ -116,8 +116,8 @@ def test_gated(activation: str, rows: int) -> None:
     limit = 1.0 if activation == "swiglu_clamped" else None
     found = quantized_gated(x, gate, up, activation=activation, limit=limit, gate_bias=bias, up_bias=bias)
     exact = product_reference(x, gate_exact, up_exact, bias, bias, activation, limit)
-    # With many rows cuBLAS gives both products in bf16, and relu2 squares one.
-    check(found, exact, torch.bfloat16, 3 if rows > MANY_ROWS else 1)
+    # With many rows the weights and both products are rounded to bf16 on the way, and relu2 squares one.
+    check(found, exact, torch.bfloat16, 4 if rows > MANY_ROWS else 1)
 
 
 @pytest.mark.parametrize("rows", [16, 2000])
