@@ -7,7 +7,8 @@ A step has a budget of tokens. It goes, in this order, to
        of least work first; what they leave goes to the first again
     3. drafts: guessed tokens behind those that decode, as far as they fit
 
-so a long prompt neither stops what is being decoded nor the short prompts behind it, and yet advances in every step.
+so a long prompt neither stops what is being decoded nor the short prompts behind it, and yet advances in every step. A
+prompt waits for another that computes most of the same tokens already (`prefix.py`).
 
 Order. A sequence of priority p stands as if it had come p * `patience` steps later than it did: lower priorities go
 first, and nobody waits for ever. Whoever comes first can always go on: a sequence is admitted with all the blocks
@@ -28,8 +29,12 @@ from operator import attrgetter
 from trine.engine.errors import ContextLengthError, QueueFullError, UsageError
 from trine.engine.generate.blocks import BlockPool
 from trine.engine.generate.plan import Chunk, Plan
+from trine.engine.generate.prefix import better_waits, catch_up, find, promise
 from trine.engine.generate.sequence import Sequence, State
 from trine.engine.generate.waiting import WaitingQueue, work
+
+# So many of the queue are passed over in one step because they wait for what others compute.
+MAX_DEFERRED = 32
 
 _rank = attrgetter("rank")
 
@@ -288,6 +293,8 @@ class Scheduler:
         """Chunks of prompts, within the budget; returns the tokens taken."""
         left = budget
         begun = [sequence for sequence in self._running if sequence.num_uncomputed > 1]
+        for sequence in begun:
+            catch_up(self.pool, sequence)
         # Blocks that were just taken from somebody are not for newcomers.
         may_admit = left > 0 and not plan.preempted
         first = begun[0] if begun else None
@@ -300,21 +307,33 @@ class Scheduler:
             return 0
         share = min(first.num_uncomputed, (left + 1) // 2)
         left -= share
+        promised: set[bytes] = set()
+        promise(self.pool, first, promised)
         others = sorted((s for s in begun if s is not first), key=work, reverse=True)
+        deferred: list[Sequence] = []
         while left:
-            newcomer = self._waiting.smallest() if may_admit else None
+            newcomer = self._waiting.smallest() if may_admit and len(deferred) < MAX_DEFERRED else None
             if newcomer is not None and (not others or work(newcomer) < work(others[-1])):
+                if better_waits(self.pool, newcomer, promised):
+                    self._waiting.remove(newcomer)
+                    deferred.append(newcomer)
+                    continue
                 may_admit = self._admit(newcomer)
                 if not may_admit:
                     continue
                 sequence = newcomer
             elif others:
                 sequence = others.pop()
+                if better_waits(self.pool, sequence, promised):
+                    continue
             else:
                 break
             count = min(sequence.num_uncomputed, left)
             left -= count
+            promise(self.pool, sequence, promised)
             plan.chunks.append(self._chunk(sequence, count))
+        for sequence in deferred:
+            self._waiting.push(sequence)
         rest = min(first.num_uncomputed - share, left)
         plan.chunks.insert(0, self._chunk(first, share + rest))
         return budget - left + rest
@@ -327,12 +346,7 @@ class Scheduler:
         pool = self.pool
         if self._num_running == self.max_running:
             return False
-        found: list[int] = []
-        if sequence.reads_cache and pool.prefix_caching:
-            # The last token is always computed: its logits are what the sequence waits for.
-            limit = (len(sequence.tokens) - 1) // pool.block_size
-            pool.extend_hashes(sequence.block_hashes, sequence.tokens, sequence.num_known, sequence.salt)
-            found = pool.match(sequence.block_hashes[:limit])
+        found = find(pool, sequence)
         wanted = pool.blocks_for(len(sequence.tokens)) - len(found)
         # Every running sequence may need a block soon; without these the newcomer would be the next to lose its own.
         if pool.num_free - pool.num_unheld(found) < wanted + self._num_running:

@@ -20,7 +20,7 @@ from trine.engine.generate.scheduler import Scheduler
 from trine.engine.generate.sequence import PENDING, Sequence, State
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULES = ("sequence", "blocks", "plan", "waiting", "scheduler", "lookup")
+MODULES = ("sequence", "blocks", "plan", "waiting", "prefix", "scheduler", "lookup")
 
 
 def make_scheduler(num_blocks: int = 64, block_size: int = 4, **options: int) -> Scheduler:
@@ -170,6 +170,43 @@ def test_a_prompt_seen_before_is_taken_from_the_cache_except_its_last_token() ->
     assert counts(plan) == {"f": 1, "a": 4, "l": 1}
     assert first.blocks[:2] == again.blocks[:2] == longer.blocks[:2]
     assert (scheduler.counters.prefix_queries, scheduler.counters.prefix_hits) == (37, 20)
+
+
+def test_of_prompts_that_begin_alike_one_computes_the_beginning() -> None:
+    scheduler = make_scheduler(block_size=4, max_batch_tokens=16)
+    beginning = list(range(40))
+    added(scheduler, *(make_sequence(f"r{index}", [*beginning, 100 + index], new=1) for index in range(5)))
+    assert [counts(step(scheduler)) for _ in range(3)] == [
+        {"r0": 16},
+        {"r0": 16},
+        {"r0": 9},
+    ]  # nobody halves its budget
+    assert counts(step(scheduler)) == {f"r{index}": 1 for index in range(1, 5)}
+
+
+def test_a_prompt_that_shares_little_does_not_wait() -> None:
+    scheduler = make_scheduler(block_size=4, max_batch_tokens=32)
+    added(scheduler, make_sequence("a", list(range(20))), make_sequence("b", [*range(8), *range(100, 112)]))
+    assert counts(step(scheduler)) == {"a": 16, "b": 16}
+
+
+def test_who_waits_for_an_aborted_request_goes_on_alone() -> None:
+    scheduler = make_scheduler(block_size=4, max_batch_tokens=8)
+    added(scheduler, make_sequence("a", list(range(20))), make_sequence("b", list(range(20))))
+    assert counts(step(scheduler)) == {"a": 8}
+    scheduler.abort("a")
+    assert counts(step(scheduler)) == {"b": 8}
+
+
+def test_a_prompt_under_way_takes_over_what_another_has_computed() -> None:
+    scheduler = make_scheduler(num_blocks=64, block_size=4, max_batch_tokens=8)
+    slow = make_sequence("slow", list(range(24)), new=1, priority=1)
+    scheduler.add(slow)
+    step(scheduler)
+    scheduler.add(make_sequence("quick", list(range(24)), new=1))  # before the other in order: it computes the rest
+    assert [counts(step(scheduler)) for _ in range(3)] == [{"quick": 8}, {"quick": 8}, {"slow": 4}]
+    assert slow.num_cached == 0  # when it was admitted
+    scheduler.pool.audit([])
 
 
 def test_output_is_found_again_by_the_next_turn_of_a_conversation() -> None:
