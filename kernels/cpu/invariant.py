@@ -19,6 +19,8 @@ from trine.kernels.cpu.compiled import array, available, single, use_torch_threa
 
 # Rows (a token and a query head) of a unit of work: they share the keys that are loaded.
 _ROWS = 128
+# Multiply-adds (of scores) below which one thread works: waking others costs more.
+_ONE_THREAD = 2**20
 
 
 def check_invariant(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
@@ -53,12 +55,19 @@ def attend_invariant(
     Request r has the tokens starts[r] <= n < starts[r + 1]; its first key lies first_slots[r] slots (default 0) behind
     the begin of its table.
     """
+    from numba import set_num_threads as use_threads
+
     from trine.kernels.cpu.invariant_loops import attend
 
     group = q_NHD.shape[1] // k_cache_PSKD.shape[2]
+    lengths = lengths_R.tolist()
     num_threads = use_torch_threads()
+    pairs = sum((end - begin) * length for (begin, end), length in zip(pairwise(starts), lengths, strict=True))
+    if pairs * q_NHD.shape[1] * q_NHD.shape[2] < _ONE_THREAD:
+        num_threads = 1
+        use_threads(num_threads)
     o_NHD = torch.empty(q_NHD.shape)
-    units = _units(starts, lengths_R.tolist(), first_slots, max(1, _ROWS // group), k_cache_PSKD.shape[2], num_threads)
+    units = _units(starts, lengths, first_slots, max(1, _ROWS // group), k_cache_PSKD.shape[2], num_threads)
     if len(units):
         attend(
             single(q_NHD),

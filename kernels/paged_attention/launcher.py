@@ -177,6 +177,7 @@ def samples() -> Iterator[Sample]:
     yield _sample("decode 32 x 32k", half, R=32, T=1, length=32768)
     yield _sample("decode 256 x 4k", half, R=256, T=1, length=4096)
     yield _sample("decode 4 x 32k fixed splits", half, R=4, T=1, length=32768, split_size=512)
+    yield _sample("training 4 x 4k fixed splits", half, R=4, T=4096, length=4096, split_size=512, S=1)
     yield _sample("prefill 8 x 512 of 4k", half, R=8, T=512, length=4096)
     yield _sample("decode head 256 window softcap", half, R=32, T=1, length=8192, D=256, window=4096, softcap=50.0)
     yield _sample("decode head 64 sinks", torch.float16, R=32, T=1, length=8192, D=64, window=127, sinks=True)
@@ -198,9 +199,10 @@ def _sample(
     softcap: float = 0.0,
     sinks: bool = False,
     split_size: int = 0,
+    S: int = 16,
     targets: tuple[str, ...] = (),
 ) -> Sample:
-    H, K, S = 32, 8, 16
+    H, K = 32, 8
     pool = meta(R * length // S, S, K, D, dtype=cache or dtype)
     scales = None if cache is None else meta(*pool.shape[:3])
     table, lengths, starts = (meta(*shape, dtype=torch.int32) for shape in ((R, length // S), (R,), (R + 1,)))
