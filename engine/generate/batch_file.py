@@ -20,7 +20,7 @@ from typing import Any
 
 from trine.engine.errors import DataError, UsageError
 from trine.engine.generate.engine import Engine, Output
-from trine.engine.generate.offline import Prompt, complete
+from trine.engine.generate.offline import Prompt, complete_each
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.log import format_count, format_duration, is_terminal, say
@@ -91,7 +91,7 @@ def run_file(engine: Engine, prompts: Path, out: Path, params: SamplingParams, *
     with out.open("ab") as file, progress:
         synced = time.monotonic()
         block: list[str] = []
-        for completion in complete(engine, feed(), first_index=done, on_output=progress.count):
+        for completion in complete_each(engine, feed(), first_index=done, on_output=progress.count):
             number = completion.prompt_index
             failed += completion.error is not None
             block.append(to_json(completion, ids[number]))

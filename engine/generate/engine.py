@@ -109,7 +109,7 @@ class Engine:
             max_running=config.max_running,
             max_tokens=model.config.max_positions,
             compute_dtype=compute_dtype,
-            cuda_graphs=config.cuda_graphs,
+            decode_steps=config.decode_steps,
             deterministic=config.deterministic,
         )
         self._kv_bytes = cache.num_bytes
@@ -130,9 +130,9 @@ class Engine:
         return self._scheduler.num_waiting < self.config.max_waiting
 
     @property
-    def num_graphs(self) -> int:
-        """Decoding steps that were captured; 0 where graphs are off or there is no GPU."""
-        return 0 if self._runner.graphs is None else self._runner.graphs.num_captured
+    def num_decode_steps(self) -> int:
+        """Kinds of decoding steps that were captured or compiled; 0 where the model's forward computes them."""
+        return self._runner.num_decode_steps
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; it changes nothing where it raises.
@@ -230,7 +230,9 @@ class Engine:
     def _advance(self, plan: Plan, computed: Computed) -> list[Output]:
         """Choose tokens wherever a chunk reaches the end of its sequence; commit the plan; end what is done."""
         self._collect_prompt_logprobs(plan, computed.hidden_NC)
-        turns, rows, end = [], [], 0
+        turns: list[Turn] = []
+        rows: list[int] = []
+        end = 0
         for chunk in plan.chunks:
             end += chunk.count
             if chunk.samples:
@@ -301,11 +303,11 @@ class Engine:
         if not entry.sequences:
             del self._entries[entry.request.id]
 
-    def _collect_prompt_logprobs(self, plan: Plan, hidden_NC: Tensor) -> None:
+    def _collect_prompt_logprobs(self, plan: Plan, hidden_NC: Tensor | None) -> None:
         """Of the prompts that ask for them, as far as the plan's chunks reach; what is known is not computed again."""
         begin = 0
         for chunk in plan.chunks:
-            sequence, rows = chunk.sequence, hidden_NC[begin : begin + chunk.count]
+            sequence, first = chunk.sequence, begin
             begin += chunk.count
             self._prompt_tokens += max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
             entry = self._entries[sequence.request_id]
@@ -313,11 +315,12 @@ class Engine:
             known = len(entry.prompt_logprobs)
             if count is None or chunk.start + chunk.count <= known or known == sequence.num_prompt - 1:
                 continue
+            assert hidden_NC is not None
             assert chunk.start <= known, "a prompt whose log-probabilities are asked for is computed from its start"
             next_ids = sequence.tokens[known + 1 : min(chunk.start + chunk.count + 1, sequence.num_prompt)]
             entry.prompt_logprobs += prompt_logprobs(
                 self._model,
-                rows[known - chunk.start :],
+                hidden_NC[first + known - chunk.start : begin],
                 next_ids,
                 count,
                 vocab_size=self.tokenizer.vocab_size,

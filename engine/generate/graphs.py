@@ -33,7 +33,6 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     ids_R: Tensor
     step: PagedStep
-    hidden_RC: Tensor
     logits_RV: Tensor
 
 
@@ -41,7 +40,7 @@ class DecodeGraphs:
     """The graphs of one model over one cache.
 
     Args:
-        compute: (ids [1, R], step) to hidden states [R, C] and logits [R, V].
+        compute: (ids [1, R], step) to logits [R, V].
         cache: the pools.
         max_rows, max_tokens: the most sequences of a step, and tokens of a sequence.
         deterministic: of the steps.
@@ -49,7 +48,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        compute: Callable[[Tensor, PagedStep], tuple[Tensor, Tensor]],
+        compute: Callable[[Tensor, PagedStep], Tensor],
         cache: PagedCache,
         *,
         max_rows: int,
@@ -64,14 +63,14 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     @property
-    def num_captured(self) -> int:
+    def num_kinds(self) -> int:
         """Graphs so far."""
         return len(self._captured)
 
-    def run(self, ids: Array, positions: Array, slots: Array, table: Array, lengths: Array) -> tuple[Tensor, Tensor]:
-        """Hidden states [R, C] and logits [R, V] of one step; both are overwritten by the next.
+    def run(self, ids: Array, positions: Array, slots: Array, table: Array, lengths: Array) -> Tensor:
+        """fp32 logits [R, V] of one step, overwritten by the next.
 
-        All arrays int64 [R], `table` [R, M]; `lengths` count the new tokens.
+        ids, positions, slots: int64 [R]; lengths (the new tokens counted): int32 [R]; table: int32 [R, M].
         """
         rows = len(ids)
         size, longest = self.sizes(rows, int(lengths.max()))
@@ -92,7 +91,7 @@ class DecodeGraphs:
         step.lengths_R.copy_(inputs[:, 3])
         step.block_table_RM.copy_(inputs[:, 4:])
         captured.graph.replay()
-        return captured.hidden_RC[:rows], captured.logits_RV[:rows]
+        return captured.logits_RV[:rows]
 
     def sizes(self, rows: int, length: int) -> tuple[int, int]:
         """Rows and keys of the graph for a step of so many."""
@@ -127,5 +126,5 @@ class DecodeGraphs:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            hidden_RC, logits_RV = self._compute(ids_R[None], step)
-        return Captured(graph, ids_R, step, hidden_RC, logits_RV)
+            logits_RV = self._compute(ids_R[None], step)
+        return Captured(graph, ids_R, step, logits_RV)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from trine.engine.errors import TrineError
 from trine.engine.generate.engine import Engine, GenerationRequest, Output
-from trine.engine.generate.plain import encode_prompt
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
+from trine.engine.text.prompt import encode_prompt
 
 Prompt = str | Sequence[int]
 
@@ -27,25 +27,30 @@ class _Pending:
     refused: str | None = None
 
 
-def complete(
-    engine: Engine,
-    prompts: Iterable[Prompt] | Iterable[tuple[Prompt, SamplingParams]],
-    params: SamplingParams | None = None,
-    *,
-    first_index: int = 0,
-    on_output: Callable[[Output], None] | None = None,
-) -> Iterator[Completion]:
+def complete(engine: Engine, prompts: Iterable[Prompt], params: SamplingParams) -> Iterator[Completion]:
     """Complete each prompt; yields completions as soon as all before them are there, the choices of each together.
 
     Args:
         engine: one with nothing else to do.
-        prompts: texts or ids, as for `plain.generate`; without `params` pairs of a prompt and its own parameters.
-        params: for all prompts.
-        first_index: `prompt_index` of the first.
-        on_output: called with every output of the engine, as it comes.
+        prompts: texts or ids, as for `plain.generate`.
+        params: for all of them.
 
     A prompt that the engine refuses, or whose completion fails, gives a completion with `finish_reason` "error" and the
     reason; the others go on.
+    """
+    return complete_each(engine, ((prompt, params) for prompt in prompts))
+
+
+def complete_each(
+    engine: Engine,
+    prompts: Iterable[tuple[Prompt, SamplingParams]],
+    *,
+    first_index: int = 0,
+    on_output: Callable[[Output], None] | None = None,
+) -> Iterator[Completion]:
+    """As `complete`, with parameters for each prompt.
+
+    `first_index`: `prompt_index` of the first. `on_output`: called with every output of the engine, as it comes.
     """
     source = iter(prompts)
     pending: dict[int, _Pending] = {}
@@ -58,8 +63,7 @@ def complete(
                 if item is None:
                     exhausted = True
                     break
-                prompt, wanted = (item, params) if params is not None else item
-                pending[next_index] = _add(engine, next_index, prompt, wanted)  # type: ignore[arg-type]
+                pending[next_index] = _add(engine, next_index, *item)
                 next_index += 1
             while first_out in pending and not pending[first_out].open:
                 yield from _completions(first_out, pending.pop(first_out))

@@ -30,7 +30,8 @@ class EngineConfig:
             half or a quarter of the room, at some loss.
         compute_dtype: of the activations; None takes the dtype of the parameters.
         prefix_caching: find computed blocks again for prompts that begin alike (under the same salt).
-        cuda_graphs: record decoding steps once and replay them; on a GPU only.
+        decode_steps: compute steps that only decode by captured graphs on a GPU, by compiled loops on a CPU where the
+            model's shape is known to them and they were seen to give the same logits.
         deterministic: what a request gets does not depend on what runs beside it, on how its prompt is cut, on
             preemption or on cached blocks, to the last bit, and log-probabilities are those of `Transformer.forward`
             with `deterministic=True` in the same dtype. Slower; refused where this machine does not keep the bits.
@@ -47,7 +48,7 @@ class EngineConfig:
     kv_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     prefix_caching: bool = True
-    cuda_graphs: bool = True
+    decode_steps: bool = True
     deterministic: bool = False
     speculate: int = 0
     speculate_max_running: int = 4

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trine.engine.generate.cpu_step import CpuDecoder, make_decoder
 from trine.engine.generate.graphs import Array, DecodeGraphs
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.sequence import Sequence
@@ -26,12 +27,12 @@ from trine.kernels.hardware import CHECKING
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Hidden states [N, C] of all tokens of a step, and their logits where a graph has made them along the way.
+    """Hidden states [N, C] of all tokens of a step, or their logits [N, V], which a step that only decodes makes.
 
-    On a GPU the next step may overwrite both.
+    The next step may overwrite both.
     """
 
-    hidden_NC: Tensor
+    hidden_NC: Tensor | None = None
     logits_NV: Tensor | None = None
 
 
@@ -44,7 +45,7 @@ class Runner:
         max_running: sequences that hold blocks at one time, at most.
         max_tokens: tokens a sequence can have.
         compute_dtype: of the activations.
-        cuda_graphs: capture decoding steps, on a GPU.
+        decode_steps: compute steps that only decode by captured graphs (GPU) or compiled loops (CPU), where that works.
         deterministic: see `Transformer.forward`.
     """
 
@@ -56,7 +57,7 @@ class Runner:
         max_running: int,
         max_tokens: int,
         compute_dtype: torch.dtype,
-        cuda_graphs: bool = True,
+        decode_steps: bool = True,
         deterministic: bool = False,
     ) -> None:
         self.model = model
@@ -64,11 +65,18 @@ class Runner:
         self.compute_dtype = compute_dtype
         self.deterministic = deterministic
         self._tables = BlockTables(max_running, -(-max_tokens // cache.block_size))
-        self.graphs: DecodeGraphs | None = None
-        if cuda_graphs and cache.device.type == "cuda":
-            self.graphs = DecodeGraphs(
+        self._decoder: DecodeGraphs | CpuDecoder | None = None
+        if decode_steps and cache.device.type == "cuda":
+            self._decoder = DecodeGraphs(
                 self._decode, cache, max_rows=max_running, max_tokens=max_tokens, deterministic=deterministic
             )
+        elif decode_steps and not deterministic:
+            self._decoder = make_decoder(model, cache, compute_dtype)
+
+    @property
+    def num_decode_steps(self) -> int:
+        """Kinds of decoding steps that were captured or compiled; 0 where the forward computes them."""
+        return 0 if self._decoder is None else self._decoder.num_kinds
 
     def forward(self, plan: Plan) -> Computed:
         """Copy the plan's blocks and compute its tokens."""
@@ -76,17 +84,21 @@ class Runner:
             self.release(sequence)
         self.cache.copy_blocks(plan.copies)
         arrays = self._arrays(plan.chunks)
-        if self.graphs is not None and len(arrays.ids) == len(plan.chunks):
-            return Computed(*self.graphs.run(arrays.ids, arrays.positions, arrays.slots, arrays.table, arrays.lengths))
+        if self._decoder is not None and all(chunk.count == 1 and chunk.samples for chunk in plan.chunks):
+            inputs = (arrays.ids, arrays.positions, arrays.slots, arrays.table, arrays.lengths)
+            return Computed(logits_NV=self._decoder.run(*inputs))
         ids_N, step = self._step(arrays)
         return Computed(self._hidden(ids_N[None], step))
 
     def logits(self, computed: Computed, rows: SequenceOf[int]) -> Tensor:
         """fp32 logits [R, V] of some rows of a step."""
-        source_N = computed.hidden_NC if computed.logits_NV is None else computed.logits_NV
-        if len(rows) < len(source_N):
-            source_N = source_N[torch.tensor(rows).to(source_N.device, non_blocking=True)]
-        return source_N if computed.logits_NV is not None else self._logits(source_N)
+        if computed.logits_NV is not None:
+            return computed.logits_NV  # every row of a step that only decodes samples
+        assert computed.hidden_NC is not None
+        hidden_RC = computed.hidden_NC
+        if len(rows) < len(hidden_RC):
+            hidden_RC = hidden_RC[torch.tensor(rows).to(hidden_RC.device, non_blocking=True)]
+        return self._logits(hidden_RC)
 
     def _hidden(self, ids_1N: Tensor, step: PagedStep) -> Tensor:
         self.cache.step = step
@@ -98,9 +110,8 @@ class Runner:
     def _logits(self, hidden_NC: Tensor) -> Tensor:
         return self.model.logits(hidden_NC, deterministic=self.deterministic)
 
-    def _decode(self, ids_1R: Tensor, step: PagedStep) -> tuple[Tensor, Tensor]:
-        hidden_RC = self._hidden(ids_1R, step)
-        return hidden_RC, self._logits(hidden_RC)
+    def _decode(self, ids_1R: Tensor, step: PagedStep) -> Tensor:
+        return self._logits(self._hidden(ids_1R, step))
 
     def _arrays(self, chunks: SequenceOf[Chunk]) -> _Arrays:
         """A plan's chunks as arrays, end to end."""
@@ -160,34 +171,34 @@ class _Arrays:
 
 
 class BlockTables:
-    """The block tables of the running sequences as rows of one array: int32 [max_running, max_blocks]."""
+    """The block tables of the running sequences as rows of one array: int32 [max_running, max_blocks].
+
+    Only what may have changed is written: a block that was full when a sequence was computed last stays in its place.
+    """
 
     def __init__(self, max_running: int, max_blocks: int) -> None:
         self._table = np.zeros((max_running, max_blocks), np.int32)
         self._free = list(range(max_running - 1, -1, -1))
-        self._row_of: dict[Sequence, int] = {}
+        self._rows: dict[Sequence, tuple[int, int]] = {}  # the row, and how many of its entries cannot change
 
-    def rows(self, sequences: SequenceOf[Sequence], first_changed: Array) -> Array:
-        """Their rows, [R, M], a copy. Entries before `first_changed` [R] are as they were at the last call."""
+    def rows(self, sequences: SequenceOf[Sequence], full: Array) -> Array:
+        """Their rows, [R, M], a copy. `full` [R]: blocks of each that are full before this step."""
         rows = []
-        for sequence, first in zip(sequences, first_changed.tolist(), strict=True):
-            row = self._row_of.get(sequence)
-            if row is None:
-                row = self._row_of[sequence] = self._free.pop()
-                first = 0
-            blocks = sequence.blocks
-            self._table[row, first : len(blocks)] = blocks[first:]
+        for sequence, count in zip(sequences, full.tolist(), strict=True):
+            row, kept = self._rows.get(sequence) or (self._free.pop(), 0)
+            self._table[row, kept : len(sequence.blocks)] = sequence.blocks[kept:]
+            self._rows[sequence] = row, count
             rows.append(row)
         width = max(len(sequence.blocks) for sequence in sequences)
         return self._table[rows, :width]
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence; one that has no row is passed over."""
-        row = self._row_of.pop(sequence, None)
-        if row is not None:
-            self._free.append(row)
+        known = self._rows.pop(sequence, None)
+        if known is not None:
+            self._free.append(known[0])
 
     def clear(self) -> None:
         """Forget every sequence."""
-        for sequence in list(self._row_of):
+        for sequence in list(self._rows):
             self.release(sequence)

@@ -98,11 +98,11 @@ def test_greedy_equals_the_plain_generator(
     params = [dataclasses.replace(GREEDY, max_tokens=length) for length in lengths]
     expected = generate(model, tiny_tokenizer, PROMPTS, params)
     assert len({token for one in expected for token in one.token_ids}) > 20
-    engine = engine_for(model, tiny_tokenizer, blocks=blocks, cuda_graphs=graphs, **settings)
+    engine = engine_for(model, tiny_tokenizer, blocks=blocks, decode_steps=graphs, **settings)
     for _ in range(2):
         assert_equal(run(engine, tiny_tokenizer, params), expected)
     assert engine.stats().prefix_hit_tokens > 0
-    assert (engine.num_graphs > 0) == graphs
+    assert (engine.num_decode_steps > 0) == graphs
 
 
 def test_seeded_requests_equal_the_plain_generator(model: Transformer, tiny_tokenizer: Tokenizer) -> None:

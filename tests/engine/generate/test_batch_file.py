@@ -76,7 +76,8 @@ def test_prompts_are_taken_as_there_is_room(engine: Engine) -> None:
 
 
 def test_one_bad_prompt_fails_alone(engine: Engine, model: Transformer, tiny_tokenizer: Tokenizer) -> None:
-    found = list(complete(engine, ["x", [1] * 500, [10**6], "the cat"], PARAMS))
+    prompts: list[str | list[int]] = ["x", [1] * 500, [10**6], "the cat"]
+    found = list(complete(engine, prompts, PARAMS))
     assert [one.finish_reason for one in found] == ["length", "error", "error", "length"]
     assert "500 tokens" in str(found[1].error)
     assert "1000000" in str(found[2].error)

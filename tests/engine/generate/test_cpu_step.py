@@ -1,0 +1,123 @@
+"""Compiled decoding steps are used where they give the model's own logits, and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from trine.engine.generate import cpu_step
+from trine.engine.generate.cpu_step import make_decoder
+from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest
+from trine.engine.generate.plain import generate
+from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.blocks import Block
+from trine.engine.model.config import ModelConfig, RopeConfig
+from trine.engine.model.layers import Linear
+from trine.engine.model.paged_cache import PagedCache
+from trine.engine.model.transformer import Transformer
+from trine.engine.text.tokenizer import Tokenizer
+from trine.kernels.cpu.compiled import available
+
+needs_loops = pytest.mark.skipif(not available(), reason="compiled loops need Numba")
+CONFIG = ModelConfig(
+    family="llama", vocab_size=300, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, ffn_width=48,
+    max_positions=96,
+)  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "scaled rope": {"rope": RopeConfig(kind="linear", factor=4.0)},
+    "qwen3, tied": {"family": "qwen3", "qk_norm": "head", "tie_embeddings": True},
+    "gelu": {"activation": "gelu_tanh"},
+}
+
+
+def make_model(**changes: Any) -> Transformer:
+    model = Transformer(replace(CONFIG, **changes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.1 if parameter.dim() == 1 else 0.4, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.add_(1.0)
+    return model
+
+
+@needs_loops
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_steps_give_the_plain_generators_texts(tiny_tokenizer: Tokenizer, variant: str) -> None:
+    model = make_model(**VARIANTS[variant])
+    names = dict(model.named_parameters())
+    values = {name: parameter.clone() for name, parameter in names.items()}
+    prompts = [tuple(tiny_tokenizer.encode(text)) for text in ("the cat", "def add(", "x", "return", "second")]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    expected = generate(model, tiny_tokenizer, prompts, params)
+    engine = Engine(model, tiny_tokenizer, EngineConfig(max_running=8))
+    assert engine.num_decode_steps == 1
+    found: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
+    for number, ids in enumerate(prompts):
+        engine.add(GenerationRequest(id=str(number), prompt_ids=ids, params=params))
+    while engine.has_work:
+        for output in engine.step():
+            found[int(output.request_id)] += output.token_ids
+    assert [tuple(found[one.prompt_index]) for one in expected] == [one.token_ids for one in expected]
+    assert all(torch.equal(parameter, values[name]) for name, parameter in model.named_parameters())
+    assert all(parameter is names[name] for name, parameter in model.named_parameters())
+
+
+@needs_loops
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"norm": "layer", "rope": None, "positions": "learned"}, 'norm = "layer"'),
+        ({"rope": None, "positions": "learned"}, 'positions = "learned"'),
+        ({"mlp": "plain"}, 'mlp = "plain"'),
+        ({"activation": "relu"}, 'activation = "relu"'),
+    ],
+)
+def test_other_shapes_are_left_to_the_model(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trine.engine.log._said", set())
+    model = make_model(**changes)
+    cache = PagedCache(model.config, num_blocks=2, block_size=16)
+    assert make_decoder(model, cache, torch.float32) is None
+    assert reason in capsys.readouterr().err
+
+
+@needs_loops
+def test_a_field_that_the_loops_do_not_know_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(norm_eps=1e-5)
+    cache = PagedCache(model.config, num_blocks=2, block_size=16)
+    assert make_decoder(model, cache, torch.float32) is not None
+    monkeypatch.setattr(cpu_step, "_KNOWN", cpu_step._KNOWN - {"norm_eps"})
+    assert make_decoder(model, cache, torch.float32) is None
+
+
+@needs_loops
+def test_logits_that_differ_are_found_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    original = cpu_step._layer
+
+    def wrong(block: Any, cache: PagedCache, config: ModelConfig) -> Any:
+        return original(block, cache, replace(config, norm_eps=0.05))
+
+    monkeypatch.setattr(cpu_step, "_layer", wrong)
+    assert make_decoder(model, PagedCache(model.config, num_blocks=2, block_size=16), torch.float32) is None
+
+
+@needs_loops
+def test_other_layers_and_dtypes_are_left_to_the_model() -> None:
+    class Adapted(Linear):
+        """A linear layer with something added."""
+
+    model = make_model()
+    cache = PagedCache(model.config, num_blocks=2, block_size=16)
+    assert make_decoder(model, cache, torch.bfloat16) is None
+    block = model.layers[1]
+    assert isinstance(block, Block)
+    block.mlp.down_proj.__class__ = Adapted
+    assert make_decoder(model, cache, torch.float32) is None
