@@ -61,7 +61,8 @@ def llama(python: str, shape: Shape, weights: str, threads: int) -> Iterator[tup
 
 def race(turns: dict[str, Turn], rounds: int) -> dict[str, list[list[float]]]:
     """Seconds of the steps of every turn; the first round does not count."""
-    names, seconds = list(turns), {name: [] for name in turns}  # type: dict[str, list[list[float]]]
+    names = list(turns)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in turns}
     for i in range(rounds + 1):
         for name in names if i % 2 else reversed(names):
             taken = turns[name]()

@@ -105,8 +105,9 @@ class Transformers:
         self.rows, self.model = rows, LlamaForCausalLM(config).bfloat16().eval()
         for parameter in self.model.parameters():
             parameter.data += torch.randn_like(parameter) * 0.1 / shape.width**0.5
-        prompt = torch.randint(0, shape.vocabulary, (rows, CONTEXT))
+        prompt = torch.randint(0, shape.vocabulary, (1, CONTEXT))
         self.cache: Any = self.model(prompt, use_cache=True).past_key_values
+        self.cache.batch_repeat_interleave(rows)
 
     def turn(self) -> list[float]:
         """Seconds of every step."""

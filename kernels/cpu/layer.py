@@ -69,7 +69,8 @@ class Projection:
         pairs = self.weight.unflatten(1, (-1, CODES_OF_HALF))
         codes = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1).to(torch.int8) - 8
         values = codes.float().unflatten(1, (-1, SCALED)) * self.scales.float()[:, :, None]
-        return values.flatten(1)[:, : self.num_inputs].contiguous()
+        filled: Tensor = values.flatten(1)
+        return filled[:, : self.num_inputs].contiguous()
 
     def check(self, name: str, inputs: int | None = None) -> None:
         """Raise ValueError for what the loops do not take."""

@@ -24,10 +24,13 @@ from trine.kernels.cpu.vector_loops import (
     LANES,
     STREAMS,
     bfloat16_rows,
+    bfloat16_rows_4,
     float32_rows,
+    float32_rows_4,
     int4_code_rows,
     int8_code_rows,
     int8_rows,
+    int8_rows_4,
 )
 
 # Kinds of weights; the last two are multiplied by inputs of int8.
@@ -131,17 +134,27 @@ def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: 
     blocks, size = blocks_of(kind, K)
     apart = (end - begin) // STREAMS
     for n in range(begin, end - apart * (STREAMS - 1)):
-        row, place = projection[WEIGHT] + n * step, y + 4 * n
-        for m in range(num_rows):
+        row, place, m = projection[WEIGHT] + n * step, y + 4 * n, 0
+        while m < num_rows:
             to, at = place + m * y_step, m * blocks
             if kind < INT8_CODES:
-                x = prepared + 4 * at * size
+                x, x_step = prepared + 4 * at * size, 4 * blocks * size
+                if num_rows - m >= 4:
+                    if kind == FLOAT32:
+                        float32_rows_4(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
+                    elif kind == BFLOAT16:
+                        bfloat16_rows_4(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
+                    else:
+                        int8_rows_4(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
+                    m += 4
+                    continue
                 if kind == FLOAT32:
-                    float32_rows(row, apart * step, K, x, to, 4 * apart)
+                    float32_rows(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
                 elif kind == BFLOAT16:
-                    bfloat16_rows(row, apart * step, K, x, to, 4 * apart)
+                    bfloat16_rows(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
                 else:
-                    int8_rows(row, apart * step, K, x, to, 4 * apart)
+                    int8_rows(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
+                m += 1
                 continue
             codes = prepared + at * size
             scales = prepared + num_rows * blocks * size + 4 * at
@@ -153,6 +166,7 @@ def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: 
                 int4_code_rows(
                     row, apart * step, blocks // 2, w_scales, apart * w_step, codes, scales, sums, to, 4 * apart
                 )
+            m += 1
 
 
 @callback("void(int64, int64, int64, int64, int64, int64, int64, int64)")

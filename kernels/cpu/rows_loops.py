@@ -11,7 +11,7 @@ from trine.kernels.cpu.numbers_loops import exponential, store
 
 
 @serial
-def rms_norm(x_D: Any, weight_D: Any, eps: float, offset: float, y_D: Any) -> None:
+def rms_norm(x_D: Any, weight_D: Any, eps: Any, offset: Any, y_D: Any) -> None:
     """y = x / sqrt(mean(x^2) + eps) (weight + offset), in fp32; y may be x."""
     total = np.float32(0)
     for d in range(x_D.shape[0]):

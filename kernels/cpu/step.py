@@ -27,7 +27,7 @@ from trine.kernels.cpu.team import run_step
 SPLIT = 512
 # Rows up to which the loops are faster than torch's products: they read a weight once from memory and then, for each
 # row, from the fastest cache; codes are read faster.
-LOOP_ROWS, LOOP_ROWS_CODES = 3, 8
+LOOP_ROWS, LOOP_ROWS_CODES = 8, 8
 
 
 class StepInputs:

@@ -186,7 +186,7 @@ def attend_pools(
     group = H // num_kv_heads
     angles = (floats(header[COS] + 4 * m * R, R), floats(header[SIN] + 4 * m * R, R))
     qkv = floats(header[QKV] + 4 * m * (H + 2 * num_kv_heads) * D, (H + 2 * num_kv_heads) * D)
-    length = np.int64(words(header[LENGTHS], header[ROWS])[m])
+    length = words(header[LENGTHS], header[ROWS])[m]
     first_key, first_split = visible(length, layer[WINDOW])
     begin = max(first_key, (first_split + split) * SPLIT)
     end = min(length, (first_split + split + 1) * SPLIT)

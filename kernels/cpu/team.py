@@ -37,8 +37,8 @@ class Team:
 def team() -> Team | None:
     """Torch's OpenMP, or None where it cannot be called: logged once."""
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    functions = [getattr(library, name, None) for name in _NAMES]
-    if any(function is None for function in functions):
+    functions: list[Any] = [getattr(library, name, None) for name in _NAMES]
+    if None in functions:
         log.info("compiled steps run on Numba's threads: torch has loaded no OpenMP library with %s", _NAMES[0])
         return None
     start, *others = functions

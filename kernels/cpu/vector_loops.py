@@ -118,13 +118,23 @@ def _floats_of(builder: Any, address: Any, kind: Any) -> Any:
     return builder.bitcast(builder.shl(bits, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
 
 
-def _float_rows(kind: Any) -> Any:
-    """The intrinsic for rows of one kind of number: (row, step between rows in bytes, inputs, x, y, step of y)."""
+def _float_rows(kind: Any, count: int) -> Any:
+    """The intrinsic for rows of one kind of number and `count` inputs, for which a weight is converted once.
 
-    def declare(typing: Any, row: Any, step: Any, num_inputs: Any, x: Any, y: Any, y_step: Any) -> Any:
+    (row, step between rows in bytes, inputs' length, x, y, step of y); inputs and their results follow each other after
+    `x_step` and `y_next` bytes.
+    """
+
+    def declare(
+        typing: Any, row: Any, step: Any, num_inputs: Any, x: Any, x_step: Any, y: Any, y_step: Any, y_next: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            row, step, num_inputs, x, y, y_step = arguments
-            rows, totals = _begin(builder, row, step)
+            row, step, num_inputs, x, x_step, y, y_step, y_next = arguments
+            rows, _ = _begin(builder, row, step)
+            totals = [
+                [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in rows] for _ in range(count)
+            ]
+            places = [builder.add(x, builder.mul(_I64(m), x_step)) for m in range(count)]
             size = _I64({_F32: 4, _I16: 2, _I8: 1}[kind])
             blocks = builder.sdiv(builder.add(num_inputs, _I64(FLOAT_BLOCK - 1)), _I64(FLOAT_BLOCK))
             with cgutils.for_range(builder, blocks) as loop:
@@ -132,19 +142,24 @@ def _float_rows(kind: Any) -> Any:
                 for half in range(0, FLOAT_BLOCK, LANES):
                     offset = builder.mul(builder.add(begin, _I64(half)), size)
                     x_offset = builder.add(builder.mul(loop.index, _I64(4 * FLOAT_BLOCK)), _I64(4 * half))
-                    inputs = _load(builder, builder.add(x, x_offset), _FLOATS)
-                    for address, total in zip(rows, totals, strict=True):
+                    inputs = [_load(builder, builder.add(place, x_offset), _FLOATS) for place in places]
+                    for s, address in enumerate(rows):
                         weights = _floats_of(builder, builder.add(address, offset), kind)
-                        builder.store(_multiply_add(builder, weights, inputs, builder.load(total)), total)
-            _sums(builder, totals, y, y_step)
+                        for m in range(count):
+                            total = builder.load(totals[m][s])
+                            builder.store(_multiply_add(builder, weights, inputs[m], total), totals[m][s])
+            for m in range(count):
+                _sums(builder, totals[m], builder.add(y, builder.mul(_I64(m), y_next)), y_step)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 6), generate
+        return types.void(*(types.int64,) * 8), generate
 
     return intrinsic(declare)
 
 
-float32_rows, bfloat16_rows, int8_rows = _float_rows(_F32), _float_rows(_I16), _float_rows(_I8)
+# For one input, and for four at once: 24 vectors of sums, as many as registers hold beside what is loaded.
+float32_rows, bfloat16_rows, int8_rows = (_float_rows(kind, 1) for kind in (_F32, _I16, _I8))
+float32_rows_4, bfloat16_rows_4, int8_rows_4 = (_float_rows(kind, 4) for kind in (_F32, _I16, _I8))
 
 
 @intrinsic

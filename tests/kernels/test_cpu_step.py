@@ -1,0 +1,228 @@
+"""Compiled decoding steps: wide layers with codes, many rows, split keys, other threads, the output projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trine.kernels.cpu import compiled, team
+from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection, int4_projection
+from trine.kernels.cpu.step import LOOP_ROWS_CODES, DecodeStep, StepInputs, decode_layers
+from trine.kernels.paged_attention.reference import paged_attention_reference
+from trine.kernels.rms_norm import rms_norm
+from trine.kernels.rope.op import rope_reference
+
+pytestmark = pytest.mark.skipif(not compiled.available(), reason=compiled.why_not() or "")
+C, H, K, D, FEED, BLOCK = 160, 4, 2, 40, 224, 8
+
+
+def quantize(weight: Tensor, kind: str) -> Projection:
+    if kind == "int4":
+        groups = F.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
+        scales = groups.abs().amax(dim=2) / 7
+        codes = (groups / scales[:, :, None].clamp(min=1e-9)).round().clamp(-8, 7).to(torch.int8).flatten(1)
+        return int4_projection(codes, scales)
+    if kind.startswith("int8"):
+        scales = weight.abs().amax(dim=1) / 127
+        codes = (weight / scales[:, None]).round().to(torch.int8)
+        return Projection(codes, scales, round_inputs=kind == "int8")
+    return Projection(weight.to(getattr(torch, kind)))
+
+
+def make_layer(kind: str, seed: int, blocks: int, width: int = C, feed: int = FEED, **options: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    pools = random(2, blocks, BLOCK, K, D)
+    shapes = {
+        "qkv": ((H + 2 * K) * D, width),
+        "out": (width, H * D),
+        "gate_up": (2 * feed, width),
+        "down": (width, feed),
+    }
+    return {
+        "attention_norm_C": random(width) * 0.1 + 1,
+        "mlp_norm_C": random(width) * 0.1 + 1,
+        **{name: quantize(random(n, k) / k**0.5, kind) for name, (n, k) in shapes.items()},
+        "cache": Cache(pools[0], pools[1]),
+        "num_heads": H,
+        **options,
+    }
+
+
+def make_inputs(lengths: list[int], seed: int = 0) -> tuple[dict[str, Tensor], int]:
+    """Tensors of a step for requests of these lengths, in blocks that lie in any order; the number of blocks."""
+    counts = [-(-length // BLOCK) for length in lengths]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)).to(torch.int32)
+    table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    for row, part in enumerate(order.split(counts)):
+        table[row, : len(part)] = part
+    positions = torch.tensor(lengths) - 1
+    blocks = table.gather(1, (positions // BLOCK)[:, None]).flatten().long()
+    angles = positions[:, None] * 0.7 ** torch.arange(D // 2)
+    tensors = {
+        "block_table_MB": table,
+        "lengths_M": torch.tensor(lengths, dtype=torch.int32),
+        "slots_M": blocks * BLOCK + positions % BLOCK,
+        "cos_MR": angles.cos(),
+        "sin_MR": angles.sin(),
+    }
+    return tensors, sum(counts)
+
+
+def by_64(x: Tensor) -> Tensor:
+    """Numbers rounded as inputs of codes are: to 8 bits with a scale for every 64 of a row."""
+    parts = []
+    for part in x.split(64, dim=-1):
+        scale = part.abs().amax(dim=-1, keepdim=True) / 127
+        parts.append((part / scale).round() * scale)
+    return torch.cat(parts, dim=-1)
+
+
+def by_float64(x: Tensor, arguments: dict[str, Any], tensors: dict[str, Tensor], rounded: bool = False) -> Tensor:
+    """The layer with its dequantized weights, inputs rounded or not; the pools are left alone."""
+
+    def apply(name: str, inputs: Tensor) -> Tensor:
+        return F.linear(by_64(inputs) if rounded else inputs, arguments[name].dense().double())
+
+    x, k, v = x.double(), arguments["cache"].k.double(), arguments["cache"].v.double()
+    h = rms_norm(x, arguments["attention_norm_C"].double(), 1e-6)
+    heads = apply("qkv", h).unflatten(1, (-1, D))
+    q, new_k, new_v = heads.split([H, K, K], dim=1)
+    cos, sin = (tensors[name].double()[None] for name in ("cos_MR", "sin_MR"))
+    q, new_k = (rope_reference(part[None], cos, sin)[0] for part in (q, new_k))
+    k.flatten(0, 1)[tensors["slots_M"]], v.flatten(0, 1)[tensors["slots_M"]] = new_k, new_v
+    starts = torch.arange(len(x) + 1, dtype=torch.int32)
+    o = paged_attention_reference(
+        q, k, v, block_table_RM=tensors["block_table_MB"], lengths_R=tensors["lengths_M"], query_starts=starts
+    )
+    x = x + apply("out", o.flatten(1))
+    h = rms_norm(x, arguments["mlp_norm_C"].double(), 1e-6)
+    gate, up = apply("gate_up", h).chunk(2, dim=1)
+    return x + apply("down", F.silu(gate) * up)
+
+
+def relative_rms(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+# What a step may be off: fp32's rounding, or that of bf16 products of more rows. With inputs of codes one row may be
+# off by more: where an input lies between two codes, the last bit decides which one it becomes (in float64 as well).
+@pytest.mark.parametrize(
+    ("kind", "rows", "allowed"),
+    [
+        ("float32", 1, 1e-6),
+        ("bfloat16", 3, 1e-6),
+        ("bfloat16", 7, 1e-6),
+        ("int8 by floats", 2, 1e-6),
+        ("int8", 2, 1e-5),
+        ("int8", 8, 1e-5),
+        ("int4", 2, 1e-5),
+        ("int4", 5, 1e-5),
+        ("float32", 9, 1e-6),
+        ("bfloat16", 17, 8e-3),
+        ("int8", 64, 8e-3),
+        ("int4", 33, 8e-3),
+    ],
+)
+def test_a_layer_equals_float64_at_any_number_of_rows(kind: str, rows: int, allowed: float) -> None:
+    tensors, blocks = make_inputs([1 + 7 * row % 30 for row in range(rows)])
+    arguments = make_layer(kind, 0, blocks)
+    x = torch.randn(rows, C, generator=torch.Generator().manual_seed(1))
+    exact = by_float64(x, arguments, tensors, rounded=kind in ("int8", "int4") and rows <= LOOP_ROWS_CODES)
+    found = decode_layers(x.clone(), [DecodeLayer(**arguments)], StepInputs(**tensors))
+    errors = sorted(map(relative_rms, found, exact))
+    assert errors[-2 if allowed == 1e-5 else -1] < allowed
+    assert errors[-1] < 2e-2
+    assert relative_rms(x, exact) > 0.1  # the layer does something
+
+
+def test_keys_of_a_long_request_are_split_and_added_up() -> None:
+    tensors, blocks = make_inputs([1200, 3, 600])
+    arguments = make_layer("float32", 0, blocks)
+    x = torch.randn(3, C, generator=torch.Generator().manual_seed(1))
+    exact = by_float64(x, arguments, tensors)
+    found = decode_layers(x.clone(), [DecodeLayer(**arguments)], StepInputs(**tensors))
+    assert relative_rms(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+def test_a_step_ends_with_logits(rows: int) -> None:
+    tensors, blocks = make_inputs([9] * rows)
+    arguments = make_layer("float32", 0, blocks)
+    norm, weight = torch.rand(C) + 0.5, torch.randn(77, C)
+    step = DecodeStep([DecodeLayer(**arguments)], norm, Projection(weight))
+    x = torch.randn(rows, C, generator=torch.Generator().manual_seed(1))
+    exact = F.linear(rms_norm(by_float64(x, arguments, tensors), norm.double(), 1e-6), weight.double())
+    for _ in range(2):  # the second step finds buffers and the same slots
+        assert relative_rms(step.run(x.clone(), StepInputs(**tensors)), exact) < 1e-6
+
+
+def test_numba_runs_a_step_to_the_same_bits_where_openmp_cannot_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, blocks = make_inputs([700, 4])
+    x = torch.randn(2, C, generator=torch.Generator().manual_seed(1))
+    results = []
+    for found in (team.team(), None):
+        monkeypatch.setattr(team, "team", lambda found=found: found)
+        layer = DecodeLayer(**make_layer("int8", 0, blocks))
+        results.append(decode_layers(x.clone(), [layer], StepInputs(**tensors)))
+    assert torch.equal(results[0], results[1])
+
+
+def test_rows_do_not_depend_on_others_in_the_loops() -> None:
+    tensors, blocks = make_inputs([5, 30])
+    x = torch.randn(2, C, generator=torch.Generator().manual_seed(1))
+    together = decode_layers(x.clone(), [DecodeLayer(**make_layer("int4", 0, blocks))], StepInputs(**tensors))
+    alone = {name: tensor[:1].contiguous() for name, tensor in tensors.items()}
+    first = decode_layers(x[:1].clone(), [DecodeLayer(**make_layer("int4", 0, blocks))], StepInputs(**alone))
+    assert torch.equal(together[:1], first)
+
+
+@pytest.mark.parametrize("columns", [64, 100, 128, 200])
+def test_int4_codes_come_back_from_their_layout(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (5, columns), generator=generator, dtype=torch.int8)
+    scales = torch.rand(5, 1, generator=generator).half().float() + 0.5
+    assert torch.equal(int4_projection(codes, scales).dense(), codes * scales.half().float())
+
+
+def test_the_constants_of_python_are_those_of_the_loops() -> None:
+    from trine.kernels.cpu import attention_loops, layer, product_loops, step, vector_loops
+
+    assert step.SPLIT == attention_loops.SPLIT
+    assert layer.SHORTEST == vector_loops.CODE_BLOCK == layer.CODES_OF_HALF
+    kinds = ("FLOAT32", "BFLOAT16", "INT8", "INT8_CODES", "INT4_CODES")
+    assert [getattr(layer, kind) for kind in kinds] == [getattr(product_loops, kind) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "message"),
+    [
+        (torch.zeros(2, 64), torch.ones(2, 2), r"codes are torch.float32 \(2, 64\)"),
+        (torch.zeros(2, 64, dtype=torch.int8), torch.ones(3, 2), r"scales \(3, 2\); expected"),
+        (torch.zeros(2, 64, dtype=torch.int8), torch.ones(2, 4), "a scale stands for 16 inputs; supported are 32"),
+        (torch.full((2, 64), 8, dtype=torch.int8), torch.ones(2, 2), "codes lie in 8 to 8; 4 bits hold -8 to 7"),
+        (torch.zeros(2, 64, dtype=torch.int8), torch.full((2, 2), 1e6), r"scales reach 1e\+06; fp16 holds"),
+    ],
+)
+def test_int4_codes_that_do_not_fit_are_refused(codes: Tensor, scales: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        int4_projection(codes, scales)
+
+
+def test_steps_that_do_not_fit_together_are_refused() -> None:
+    layer = DecodeLayer(**make_layer("float32", 0, 1))
+    with pytest.raises(ValueError, match="a step has no layers"):
+        DecodeStep([])
+    with pytest.raises(ValueError, match="layer 1 has width 64, layer 0 160"):
+        DecodeStep([layer, DecodeLayer(**make_layer("float32", 0, 1, width=64))])
+    with pytest.raises(ValueError, match="the final norm and the output projection go together"):
+        DecodeStep([layer], torch.ones(C))
+    with pytest.raises(ValueError, match="output takes 7 inputs; its layer gives 160"):
+        DecodeStep([layer], torch.ones(C), Projection(torch.ones(9, 7)))
