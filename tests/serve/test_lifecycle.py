@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from trine.serve.server import default_name
+
 Scripted = Callable[..., Any]
 
 
@@ -144,6 +146,14 @@ def test_impossible_options_are_refused(tiny_checkpoint: Path, options: list[obj
     status, line = trine_serve(tiny_checkpoint, *options)
     assert status == 2
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("a/small", "small"), ("a/small/final", "small"), ("a/small/step-00000100", "small"), ("a/finally", "finally")],
+)
+def test_a_model_is_called_as_its_folder_or_run(tmp_path: Path, folder: str, name: str) -> None:
+    assert default_name(tmp_path / folder) == name
 
 
 def test_an_empty_file_of_keys_is_refused_and_does_not_open_the_server(tiny_checkpoint: Path, tmp_path: Path) -> None:
