@@ -187,7 +187,7 @@ def _address(host: str, listener: socket.socket) -> str:
 
 
 def default_name(checkpoint: Path) -> str:
-    """What a model is called where nobody says: the name of its folder; of a run's `final/` or step, that of the run."""
+    """What a model is called where nobody says: as its folder, or for a run's `final/` or step as the run."""
     folder = checkpoint.resolve()
     inside_run = folder.name == "final" or folder.name.startswith("step-")
     return folder.parent.name if inside_run and folder.parent.name else folder.name
