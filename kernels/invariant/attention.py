@@ -166,7 +166,8 @@ def _forward(
             softcap=softcap,
             sinks_H=sinks_H,
         )
-    return o_NHD.unflatten(0, sequences.shape).transpose(1, 2)
+    o_BTHD: Tensor = o_NHD.unflatten(0, sequences.shape)  # type: ignore[no-untyped-call]
+    return o_BTHD.transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):
@@ -188,7 +189,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sequences, scale, softcap = ctx.arguments
-        leaves = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
         q_BHTD, k_BKTD, v_BKTD, sinks_H = leaves
         with torch.enable_grad():
             o_BHTD = attention(

@@ -76,7 +76,8 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate_NF, up_NF = (None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors)
+        gate_NF, up_NF = ctx.saved_tensors
+        gate_NF, up_NF = None if gate_NF is None else gate_NF.detach().requires_grad_(), up_NF.detach().requires_grad_()
         leaves = [x for x in (gate_NF, up_NF) if x is not None]
         with torch.enable_grad():
             found = torch.autograd.grad(_unit(gate_NF, up_NF, *ctx.arguments), leaves, grads[0])

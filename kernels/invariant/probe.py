@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ _BLOCK = 16
 class Sizes:
     """The sizes of a model: width, feed-forward width, vocabulary, query heads, key/value heads, head dimension.
 
-    The operations are probed at these, but the vocabulary at no more than 16384 tokens and the same rest by 32.
+    The operations are probed at these, but the output layer at no more than 16384 tokens and the same rest by 32.
     """
 
     width: int = 512
@@ -51,8 +51,8 @@ class Sizes:
 def probe(dtype: torch.dtype, device: torch.device | str, sizes: Sizes = Sizes()) -> tuple[str, ...]:
     """What does not keep its bits here, a sentence each; empty where everything does.
 
-    Once for each dtype, device, sizes and number of threads: a second or so on a CPU, less on a GPU. Raises ValueError
-    for a dtype that the operations do not take.
+    Once for each dtype, device, sizes and number of threads: some seconds on a CPU (and once those of compiling the
+    attention), less on a GPU. Raises ValueError for a dtype that the operations do not take.
     """
     return _probe(dtype, str(torch.device(device)), sizes, torch.get_num_threads())
 
@@ -108,9 +108,8 @@ def _linear(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> bool:
     )
     for width, columns in dict.fromkeys(shapes):
         weight = _draw(1, columns, width, dtype=dtype, device=device)
-        if not _rows_agree(
-            lambda x, w=weight: invariant_matmul(x, w), _draw(0, _ROWS, width, dtype=dtype, device=device)
-        ):  # type: ignore[misc]
+        x_NC = _draw(0, _ROWS, width, dtype=dtype, device=device)
+        if not _rows_agree(partial(invariant_matmul, weight_FC=weight), x_NC):
             return False
     return keeps_row_bits(dtype, device)
 
@@ -118,9 +117,8 @@ def _linear(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> bool:
 def _norms(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> bool:
     for width in (sizes.width, sizes.head_dim):
         x, weight = (_draw(n, *shape, dtype=dtype, device=device) for n, shape in enumerate(((_ROWS, width), (width,))))
-        if not _rows_agree(lambda rows, w=weight: rms_norm(rows, w, 1e-6), x):  # type: ignore[misc]
-            return False
-        if not _rows_agree(lambda rows, w=weight: layer_norm(rows, w, w, 1e-5), x):  # type: ignore[misc]
+        root = partial(rms_norm, weight_C=weight, eps=1e-6)
+        if not (_rows_agree(root, x) and _rows_agree(partial(layer_norm, weight_C=weight, bias_C=weight, eps=1e-5), x)):
             return False
     return True
 
@@ -146,7 +144,7 @@ def _units(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> bool:
         gate, up = (part.contiguous() for part in rows.chunk(2, dim=-1))
         return invariant_unit(gate, up, activation)
 
-    return all(_rows_agree(lambda rows, a=name: unit(rows, a), both) for name in ("silu", "gelu", "gelu_tanh"))  # type: ignore[misc]
+    return all(_rows_agree(partial(unit, activation=name), both) for name in ("silu", "gelu", "gelu_tanh"))
 
 
 def _log_probs(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> bool:

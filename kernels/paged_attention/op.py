@@ -85,7 +85,7 @@ def paged_attention(
             v_scale_PSK, max_queries, max_length, scale, window, softcap or 0.0, split_size or 0,
         )  # fmt: skip
         return o_NHD
-    options = {
+    options: dict[str, Any] = {
         "block_table_RM": block_table_RM, "lengths_R": lengths_R, "scale": scale, "window": window, "softcap": softcap,
         "sinks_H": sinks_H, "k_scale_PSK": k_scale_PSK, "v_scale_PSK": v_scale_PSK,
     }  # fmt: skip

@@ -148,8 +148,8 @@ def test_this_machine_keeps_the_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("name", "spoilt", "what"),
     [
-        ("invariant_matmul", F.linear, "linear layers"),
-        ("rms_norm", lambda x, w, eps: x * w * (1 + 2**-20 * (len(x) == 5)), "norms"),
+        ("invariant_matmul", lambda x, weight_FC: F.linear(x, weight_FC), "linear layers"),
+        ("rms_norm", lambda x, weight_C, eps: x * weight_C * (1 + 2**-20 * (len(x) == 5)), "norms"),
         ("invariant_unit", lambda gate, up, activation: up * (1 + 2**-20 * (len(up) == 5)), "the unit"),
         ("invariant_log_probs", lambda x: x * (1 + 2**-20 * (len(x) == 5)), "log-probabilities"),
         ("rope", lambda x, cos, sin: x * (1 + 2**-20 * (x.shape[1] == 5)), "rotary positions"),
