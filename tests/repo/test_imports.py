@@ -111,8 +111,8 @@ def test_commands_import_the_rooms_inside_their_functions(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.is_relative_to(ROOT / "kernels")], ids=module_name)
 def test_kernels_are_usable_alone(path: Path) -> None:
-    """The kernel room needs torch and triton only (numba where a kernel has a CPU path of its own)."""
-    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "numba", "numpy"}
+    """The kernel room needs torch and triton only (numba and its llvmlite where a kernel has a CPU path of its own)."""
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "numba", "llvmlite", "numpy"}
     for name in imports(path):
         assert name.partition(".")[0] in allowed or name.startswith("trine.kernels."), f"{path.name} imports {name}"
 
