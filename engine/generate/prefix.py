@@ -18,12 +18,12 @@ from trine.engine.generate.sequence import Sequence
 def find(pool: BlockPool, sequence: Sequence) -> list[int]:
     """The blocks in the cache that continue what the sequence has computed; nobody holds them yet.
 
-    None where the sequence is in the middle of a block. The block of the last token is never among them: that token is
-    always computed, since its logits are what the sequence waits for.
+    The first of them may be one of which the sequence has computed a part. The block of the last token is never among
+    them: that token is always computed, since its logits are what the sequence waits for.
     """
-    begin, beyond = divmod(sequence.num_computed, pool.block_size)
-    if beyond or not sequence.reads_cache or not pool.prefix_caching:
+    if not sequence.reads_cache or not pool.prefix_caching:
         return []
+    begin = sequence.num_computed // pool.block_size
     pool.extend_hashes(sequence.block_hashes, sequence.tokens, sequence.num_known, sequence.salt)
     return pool.match(islice(sequence.block_hashes, begin, (len(sequence.tokens) - 1) // pool.block_size))
 

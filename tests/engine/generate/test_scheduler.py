@@ -198,13 +198,20 @@ def test_who_waits_for_an_aborted_request_goes_on_alone() -> None:
     assert counts(step(scheduler)) == {"b": 8}
 
 
+def test_two_long_prompts_share_every_step() -> None:
+    scheduler = make_scheduler(max_batch_tokens=16)
+    added(scheduler, make_sequence("a", 40), make_sequence("b", 40))
+    assert [counts(step(scheduler)) for _ in range(3)] == [{"a": 8, "b": 8}] * 3
+
+
 def test_a_prompt_under_way_takes_over_what_another_has_computed() -> None:
     scheduler = make_scheduler(num_blocks=64, block_size=4, max_batch_tokens=8)
     slow = make_sequence("slow", list(range(24)), new=1, priority=1)
     scheduler.add(slow)
-    step(scheduler)
+    scheduler.add(make_sequence("other", 3, new=1, priority=1))
+    assert counts(step(scheduler)) == {"slow": 5, "other": 3}
     scheduler.add(make_sequence("quick", list(range(24)), new=1))  # before the other in order: it computes the rest
-    assert [counts(step(scheduler)) for _ in range(3)] == [{"quick": 8}, {"quick": 8}, {"slow": 4}]
+    assert [counts(step(scheduler)) for _ in range(4)] == [{"quick": 8}, {"quick": 8}, {"quick": 4, "slow": 4}, {}]
     assert slow.num_cached == 0  # when it was admitted
     scheduler.pool.audit([])
 
