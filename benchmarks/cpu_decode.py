@@ -1,20 +1,23 @@
 """Decoding on a CPU beside llama.cpp (one request) and transformers (several): tokens per second, in turns.
 
     python -m trine.benchmarks.cpu_decode [--llama PYTHON] [--models 34M,350M] [--weights bf16,int8,int4]
-        [--rows 1,4,16,64] [--threads N] [--rounds N]
+        [--rows 1,4,16,64] [--threads N] [--rounds N] [--real-time]
 
 Every contestant decodes greedily from a context of 128 tokens with random weights of Llama's shape; a step includes the
 embedding, the output projection and the choice of the next token. llama.cpp runs in a process of the Python that is
 named (with llama-cpp-python and gguf), with bf16, q8_0 and q4_0 weights; transformers runs bf16. In every round each
 contestant takes one turn of 24 steps, in another order than the round before. Figures are medians over all steps; the
 ratios are medians over rounds of the ratio of the two turns' medians, so that a machine whose speed drifts, or that
-others use, slows both. The last line on stdout is one JSON object.
+others use, slows both. `--real-time` (Linux, as root) gives all threads of all contestants real-time priority during
+the turns, for a machine that others use: threads that wait for each other by spinning lose most of their time there.
+The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,8 +37,8 @@ LLAMA_WEIGHTS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 
 
 @contextmanager
-def llama(python: str, shape: Shape, weights: str, threads: int) -> Iterator[tuple[Turn, dict[str, str]]]:
-    """llama.cpp in its process: its turn, and what it says of itself. RuntimeError with its last words if it ends."""
+def llama(python: str, shape: Shape, weights: str, threads: int) -> Iterator[tuple[Turn, int, dict[str, str]]]:
+    """llama.cpp in its process: its turn, its id, and what it says of itself. RuntimeError if it ends."""
     sizes = (shape.width, shape.feed, shape.num_layers, shape.heads, shape.vocabulary)
     script = str(Path(__file__).with_name("cpu_decode_llama.py"))
     command = [python, script, shape.name, *map(str, sizes), weights, *map(str, (threads, CONTEXT, STEPS))]
@@ -55,17 +58,37 @@ def llama(python: str, shape: Shape, weights: str, threads: int) -> Iterator[tup
             sink.flush()
             return list(answer())
 
-        yield turn, answer()
+        yield turn, process.pid, answer()
         sink.close()
 
 
-def race(turns: dict[str, Turn], rounds: int) -> dict[str, list[list[float]]]:
-    """Seconds of the steps of every turn; the first round does not count."""
+def set_real_time(process: int, on: bool) -> None:
+    """Real-time priority, or none, for all threads of a process."""
+    policy, priority = (os.SCHED_RR, 1) if on else (os.SCHED_OTHER, 0)
+    for thread in os.listdir(f"/proc/{process}/task"):
+        os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
+
+
+@contextmanager
+def real_time(processes: Sequence[int]) -> Iterator[None]:
+    """Real-time priority inside."""
+    try:
+        for process in processes:
+            set_real_time(process, on=True)
+        yield
+    finally:
+        for process in processes:
+            set_real_time(process, on=False)
+
+
+def race(turns: dict[str, Turn], rounds: int, processes: Sequence[int] = ()) -> dict[str, list[list[float]]]:
+    """Seconds of the steps of every turn; the first round does not count. `processes`: run turns in real time."""
     names = list(turns)
     seconds: dict[str, list[list[float]]] = {name: [] for name in turns}
     for i in range(rounds + 1):
         for name in names if i % 2 else reversed(names):
-            taken = turns[name]()
+            with real_time(processes):
+                taken = turns[name]()
             if i:
                 seconds[name].append(taken)
     return seconds
@@ -98,18 +121,20 @@ def compare(shape: Shape, rows: int, weights: str, options: argparse.Namespace) 
     """One kind of weights beside its peer: llama.cpp for one row, transformers for more."""
     ours = Trine(shape, weights, rows)
     turns: dict[str, Turn] = {f"trine {weights}": ours.turn}
+    processes = [os.getpid()] if options.real_time else []
     if rows > 1:
         if find_spec("transformers") is not None:
             turns["transformers bf16"] = Transformers(shape, rows).turn
-        seconds = race(turns, options.rounds)
+        seconds = race(turns, options.rounds, processes)
         yield report(shape, rows, options.threads, seconds, "transformers bf16")
     elif options.llama is None:
-        yield report(shape, rows, options.threads, race(turns, options.rounds), "")
+        yield report(shape, rows, options.threads, race(turns, options.rounds, processes), "")
     else:
         base = f"llama.cpp {LLAMA_WEIGHTS[weights]}"
-        with llama(options.llama, shape, LLAMA_WEIGHTS[weights], options.threads) as (turn, about):
+        with llama(options.llama, shape, LLAMA_WEIGHTS[weights], options.threads) as (turn, process, about):
             turns[base] = turn
-            result = report(shape, rows, options.threads, race(turns, options.rounds), base)
+            seconds = race(turns, options.rounds, [*processes, process] if processes else ())
+            result = report(shape, rows, options.threads, seconds, base)
         yield {**result, "llama_cpp": about, "weights_bytes": ours.bytes}
 
 
@@ -122,6 +147,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default="1,4,16,64")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--real-time", action="store_true", help="real-time priority during the turns")
     options = parser.parse_args(arguments)
     for name, known in (("models", [shape.name for shape in SHAPES]), ("weights", list(LLAMA_WEIGHTS))):
         chosen = getattr(options, name).split(",")
@@ -150,7 +176,8 @@ def main(arguments: Sequence[str]) -> None:
                     for result in compare(shape, rows, weights, options):
                         print(json.dumps(result), flush=True)
                         results.append(result)
-    print(json.dumps({"environment": environment(), "context": CONTEXT, "steps": STEPS, "results": results}))
+    about = {"context": CONTEXT, "steps": STEPS, "rounds": options.rounds, "real_time": options.real_time}
+    print(json.dumps({"environment": environment(), **about, "results": results}))
 
 
 if __name__ == "__main__":
