@@ -23,11 +23,12 @@ def examine(device_name: str) -> dict[str, Any]:
 
     from trine.engine import env
     from trine.kernels.hardware import peak_flops
-    from trine.kernels.implementations import implementations
+    from trine.kernels.implementations import implementations, products_on_cpu
 
     device, device_reason = env.choose_device(device_name), env.why_device(device_name)
     dtype, dtype_reason = env.choose_dtype(device)
     threads, threads_reason = env.set_threads(0), env.why_threads()
+    measured_on, products = products_on_cpu() if device.type == "cpu" else ("", ())
     peaks = []
     for peak_dtype in (torch.bfloat16, torch.float32):
         peak, source = peak_flops(device, peak_dtype)
@@ -44,6 +45,18 @@ def examine(device_name: str) -> dict[str, Any]:
         "kernels": [
             {"operation": row.operation, "implementation": row.implementation, "reason": row.reason}
             for row in implementations(device, dtype)
+        ],
+        "products_measured_on": measured_on,
+        "products": [
+            {
+                "kind": row.kind,
+                "first": row.first,
+                "last": row.last,
+                "path": row.path,
+                "speeds": row.speeds,
+                "reason": row.reason,
+            }
+            for row in products
         ],
     }
 
@@ -78,11 +91,24 @@ def render(findings: dict[str, Any]) -> str:
     kernels = findings["kernels"]
     width = max(len(row["implementation"]) for row in kernels)
     rows = [(row["operation"], f"{row['implementation']:<{width}}  {row['reason']}") for row in kernels]
-    tables = (("Hardware", hardware), ("Versions", versions), ("Choices", choices), ("Kernels", rows))
+    tables = [("Hardware", hardware), ("Versions", versions), ("Choices", choices), ("Kernels", rows)]
+    if findings["products"]:
+        title = (
+            "Products by number of rows (speed against plain bf16)\n  measured on " + findings["products_measured_on"]
+        )
+        tables.append((title, [(row["kind"], _product(row)) for row in findings["products"]]))
     lines = []
     for title, table in tables:
         lines += [title, *(f"  {label:<21} {text}" for label, text in table), ""]
     return "\n".join(lines).rstrip()
+
+
+def _product(row: dict[str, Any]) -> str:
+    """One line of the table of products: rows, path, its speeds at the least and most of them, reason."""
+    last = "and more" if row["last"] is None else f"to {row['last']}"
+    number = f"{row['first']}" if row["first"] == row["last"] else f"{row['first']} {last}"
+    speeds = [f"{speed:.2g}x" for speed in (row["speeds"][0], row["speeds"][-1])]
+    return f"{number:<12} {row['path']:<9} {' to '.join(dict.fromkeys(speeds)):<14} {row['reason']}"
 
 
 def _name(dtype: object) -> str:

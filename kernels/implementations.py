@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
+from trine.kernels.cpu.measured import MEASURED_ON
+from trine.kernels.cpu.table import KINDS, Range, cpu_class, ranges
 from trine.kernels.hardware import INTERPRETING
 
 # What each operation does on a CPU: (implementation, why).
@@ -29,7 +31,7 @@ _ON_CPU: dict[str, tuple[str, str]] = {
     "moe": ("torch, expert by expert", "products of the tokens that an expert has"),
     "newton_schulz": ("torch", "batched products"),
     "paged_attention": ("Numba loops, torch SDPA", "single tokens without a copy; longer requests on gathered keys"),
-    "quantized": ("torch", "packed products where this CPU has them"),
+    "quantized": ("Numba loops, torch", "by the number of rows: see the products below; int8 by oneDNN"),
     "quantized_moe": ("torch, expert by expert", "as quantized; float8 and MXFP4 dequantized in pieces"),
     "rms_norm": ("torch, own backward", "keeps no fp32 activation"),
     "rope": ("torch, own backward", "saves no activation"),
@@ -74,6 +76,11 @@ def implementations(device: torch.device, dtype: torch.dtype) -> tuple[Choice, .
         rows = [Choice(name, *row) for name, row in _ON_CPU.items()]
         rows += _attention_on_cpu(device, dtype)
     return tuple(sorted(rows, key=lambda row: row.operation))
+
+
+def products_on_cpu() -> tuple[str, tuple[Range, ...]]:
+    """Which path multiplies how many rows by a weight on this CPU; before it, on what that was measured."""
+    return MEASURED_ON[cpu_class()], tuple(part for kind in KINDS for part in ranges(kind))
 
 
 def _attention_on_cpu(device: torch.device, dtype: torch.dtype) -> tuple[Choice, Choice]:

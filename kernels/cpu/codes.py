@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -132,3 +132,32 @@ def dequantize_lanes(weight: LanesWeight, dtype: torch.dtype) -> Tensor:
     for outputs, w_Kn in lanes_pieces(weight, dtype):
         w_NK[outputs] = w_Kn.t()
     return w_NK
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether this CPU has matrix tiles (AMX) that this process may use; asks the system for them."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+@lru_cache(maxsize=1)
+def _tile_shapes() -> np.ndarray[Any, Any]:
+    """Palette 1; every tile 16 rows of 64 bytes."""
+    table = np.zeros(64, np.uint8)
+    table[0] = 1
+    table[16:32:2] = 64
+    table[48:56] = 16
+    return table
+
+
+def tiles_matmul(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None) -> Tensor:
+    """x w^T + bias in bf16 for rows of bf16, in matrix tiles (`tiles_loops.py`). RuntimeError where there are none."""
+    if not has_tiles():
+        raise RuntimeError("this CPU has no matrix tiles (AMX), or the system does not lend them; use codes_matvec")
+    from trine.kernels.cpu.tiles_loops import multiply_in_tiles
+
+    use_torch_threads()
+    y_MN = torch.empty(len(x_MK), weight.num_features)
+    x_MX = F.pad(x_MK, (0, -weight.width % weight.chunk, 0, -len(x_MK) % LANES))
+    multiply_in_tiles(*weight.arguments, array(x_MX), _tile_shapes(), array(y_MN))
+    return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)

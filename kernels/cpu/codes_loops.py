@@ -27,6 +27,9 @@ from trine.kernels.cpu.lanes_loops import (
     store_lanes,
 )
 
+# Numbers of K that are dequantized at once; chunks are multiples.
+DEPTH = 32
+
 
 @serial
 def multiply_tile(weight: Any, tile: Any, shifts: Any, x_MX: Any, rows: Any, y_MN: Any) -> None:
@@ -85,19 +88,24 @@ def multiply_codes(weight: Any, shifts: Any, x_MX: Any, bias_N: Any, y_MN: Any) 
 
 @parallel
 def dequantize_codes(weight: Any, shifts: Any, first_tile: int, num_tiles: int, w_XN: Any) -> None:
-    """w[k, n] = (q - z) s of the outputs of some tiles, the first ones of w; K filled up to whole chunks."""
+    """w[k, n] = (q - z) s of the outputs of some tiles, the first ones of w; K filled up to whole chunks.
+
+    All tiles for 32 numbers of K at a time: of more rows of w, which lie far apart, the cache would lose one half of a
+    line before the next tile writes the other.
+    """
     words, scales, zeros, shape = weight
-    chunk_words, per_group = shape[2], shape[3]
-    C = w_XN.shape[0] // (chunk_words * len(shifts))
-    for c in prange(C):
+    step = DEPTH // len(shifts)
+    chunk_steps, per_group = shape[2] // step, shape[3]
+    C = w_XN.shape[0] // (DEPTH * chunk_steps)
+    for unit in prange(C * chunk_steps):
+        c, first_word = unit // chunk_steps, unit % chunk_steps * step
         for t in range(num_tiles):
             tile = first_tile + t
-            first = (tile * C + c) * chunk_words
             group = (tile * (C // per_group) + c // per_group) * LANES
             scale = load_lanes(scales, group)
-            for j in range(chunk_words):
-                loaded = load_words(words, (first + j) * LANES)
-                k = (c * chunk_words + j) * len(shifts)
+            for j in range(step):
+                loaded = load_words(words, ((tile * C + c) * shape[2] + first_word + j) * LANES)
+                k = unit * DEPTH + j * len(shifts)
                 if zeros.shape[0] > 0:
                     store_codes(loaded, shifts, load_lanes(zeros, group), scale, w_XN, k, t * LANES)
                 else:

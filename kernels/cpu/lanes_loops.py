@@ -65,7 +65,7 @@ def _ways(count: int) -> int:
     return max(1, 4 // count)
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, *indices: Any) -> Any:
+def place_of(context: Any, builder: Any, kind: Any, array: Any, *indices: Any) -> Any:
     """The address of a number of a contiguous array of one or two dimensions."""
     view = context.make_array(kind)(context, builder, array)
     index = indices[-1]
@@ -82,18 +82,19 @@ def _spread(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, empty, ir.Constant(_INTS, [0] * LANES))
 
 
-def _same(value: int) -> Any:
+def same(value: int) -> Any:
+    """16 times one int32 known when compiling."""
     return ir.Constant(_INTS, [value] * LANES)
 
 
-def _load(context: Any, builder: Any, kind: Any, array: Any, *indices: Any) -> Any:
+def load_as_floats(context: Any, builder: Any, kind: Any, array: Any, *indices: Any) -> Any:
     """16 neighbours as fp32."""
     element = _STORED[kind.dtype]
-    address = _place(context, builder, kind, array, *indices)
+    address = place_of(context, builder, kind, array, *indices)
     stored = builder.load(builder.bitcast(address, ir.VectorType(element, LANES).as_pointer()))
     stored.align = 4 if kind.dtype == types.float32 else element.width // 8
     if kind.dtype == types.uint16:
-        return builder.bitcast(builder.shl(builder.zext(stored, _INTS), _same(16)), _FLOATS)
+        return builder.bitcast(builder.shl(builder.zext(stored, _INTS), same(16)), _FLOATS)
     if kind.dtype == types.int16:
         halves = builder.bitcast(stored, ir.VectorType(ir.HalfType(), LANES))
         return builder.fpext(halves, _FLOATS)
@@ -109,7 +110,8 @@ def _fetch(builder: Any, address: Any) -> None:
     builder.call(prefetch, [ahead, _INT(0), _INT(3), _INT(1)])  # to read, keep in all caches, data
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, which may be one instruction."""
     return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
 
 
@@ -118,7 +120,7 @@ def fetch_ahead(typing: Any, array: Any, place: Any) -> Any:
     """Have the memory behind array[place] read, AHEAD_BYTES on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _fetch(builder, _place(context, builder, signature.args[0], *arguments))
+        _fetch(builder, place_of(context, builder, signature.args[0], *arguments))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
@@ -129,7 +131,7 @@ def load_words(typing: Any, words: Any, place: Any) -> Any:
     """words[place : place + 16] of int32; what lies ahead is asked for."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _place(context, builder, signature.args[0], *arguments)
+        address = place_of(context, builder, signature.args[0], *arguments)
         _fetch(builder, address)
         loaded = builder.load(builder.bitcast(address, _INTS.as_pointer()))
         loaded.align = 4
@@ -155,16 +157,16 @@ def _host_has(feature: str) -> bool:
     return own and bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
-def _codes(builder: Any, words: Any, count: int) -> list[Any]:
+def codes_of(builder: Any, words: Any, count: int) -> list[Any]:
     """The codes of each word, of which there are `count`, as vectors of fp32."""
     bits = 32 // count
     if bits == 4 and _host_has("avx512f"):  # a shift and a look-up instead of two shifts and a conversion
         signature = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
         look_up = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512.permvar.sf.512")
         table = ir.Constant(_FLOATS, [float(code - 16 if code > 7 else code) for code in range(LANES)])
-        return [builder.call(look_up, [table, builder.lshr(words, _same(4 * index))]) for index in range(count)]
-    on_top = [builder.shl(words, _same(32 - bits * (index + 1))) for index in range(count)]
-    return [builder.sitofp(builder.ashr(word, _same(32 - bits)), _FLOATS) for word in on_top]
+        return [builder.call(look_up, [table, builder.lshr(words, same(4 * index))]) for index in range(count)]
+    on_top = [builder.shl(words, same(32 - bits * (index + 1))) for index in range(count)]
+    return [builder.sitofp(builder.ashr(word, same(32 - bits)), _FLOATS) for word in on_top]
 
 
 @intrinsic
@@ -177,15 +179,17 @@ def add_codes(typing: Any, sums: Any, words: Any, shifts: Any, origin: Any, x: A
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, words, _, origin, x, k, rows = arguments
         count, ways = signature.args[6].count, signature.args[0].ways
-        places = [_place(context, builder, signature.args[4], x, row, k) for row in cgutils.unpack_tuple(builder, rows)]
+        places = [
+            place_of(context, builder, signature.args[4], x, row, k) for row in cgutils.unpack_tuple(builder, rows)
+        ]
         parts = cgutils.unpack_tuple(builder, sums)
-        for index, code in enumerate(_codes(builder, words, signature.args[2].count)):
+        for index, code in enumerate(codes_of(builder, words, signature.args[2].count)):
             if signature.args[3] != types.none:
                 code = builder.fsub(code, builder.extract_value(origin, 0))
             for m, place in enumerate(places):
                 number = _spread(builder, builder.load(builder.gep(place, [_LONG(index)])))
                 part = m + count * (index % ways)
-                parts[part] = _multiply_add(builder, code, number, parts[part])
+                parts[part] = multiply_add(builder, code, number, parts[part])
         return _array(builder, sums, parts)
 
     return sums(sums, words, shifts, origin, x, types.int64, rows), generate
@@ -213,9 +217,9 @@ def add_scaled(typing: Any, totals: Any, sums: Any, scales: Any, place: Any) -> 
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         totals, sums, scales, place = arguments
-        numbers = _load(context, builder, signature.args[2], scales, place)
+        numbers = load_as_floats(context, builder, signature.args[2], scales, place)
         for m, part in enumerate(_joined(builder, signature.args[1], sums)):
-            total = _multiply_add(builder, part, numbers, builder.extract_value(totals, m))
+            total = multiply_add(builder, part, numbers, builder.extract_value(totals, m))
             totals = builder.insert_value(totals, total, m)
         return totals
 
@@ -230,7 +234,7 @@ def store_lanes(typing: Any, totals: Any, y: Any, rows: Any, place: Any) -> Any:
         totals, y, rows, place = arguments
         vectors = _joined(builder, signature.args[0], totals)
         for row, total in zip(cgutils.unpack_tuple(builder, rows), vectors, strict=True):
-            address = _place(context, builder, signature.args[1], y, row, place)
+            address = place_of(context, builder, signature.args[1], y, row, place)
             builder.store(total, builder.bitcast(address, _FLOATS.as_pointer())).align = 4
         return context.get_dummy_value()
 
@@ -239,7 +243,7 @@ def store_lanes(typing: Any, totals: Any, y: Any, rows: Any, place: Any) -> Any:
 
 @intrinsic
 def add_row(typing: Any, sums: Any, weights: Any, n: Any, x: Any, k: Any, rows: Any) -> Any:
-    """sums + weights[n, k + lane] x[row, k + lane], the weights in any stored numbers."""
+    """sums + weights[n, k + lane] x[row, k + lane], the weights in any stored numbers; 16 further on for each way."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, weights, n, x, k, rows = arguments
@@ -247,10 +251,11 @@ def add_row(typing: Any, sums: Any, weights: Any, n: Any, x: Any, k: Any, rows: 
         parts = cgutils.unpack_tuple(builder, sums)
         for way in range(kind.ways):
             at = builder.add(k, _LONG(way * LANES))
-            numbers = _load(context, builder, signature.args[1], weights, n, at)
+            numbers = load_as_floats(context, builder, signature.args[1], weights, n, at)
+            _fetch(builder, place_of(context, builder, signature.args[1], weights, n, at))
             for m, row in enumerate(cgutils.unpack_tuple(builder, rows)):
-                others = _load(context, builder, signature.args[3], x, row, at)
-                parts[m + count * way] = _multiply_add(builder, numbers, others, parts[m + count * way])
+                others = load_as_floats(context, builder, signature.args[3], x, row, at)
+                parts[m + count * way] = multiply_add(builder, numbers, others, parts[m + count * way])
         return _array(builder, sums, parts)
 
     return sums(sums, weights, types.int64, x, types.int64, rows), generate
@@ -267,7 +272,7 @@ def store_totals(typing: Any, sums: Any, y: Any, rows: Any, n: Any) -> Any:
         vectors = _joined(builder, signature.args[0], sums)
         for row, vector in zip(cgutils.unpack_tuple(builder, rows), vectors, strict=True):
             total = builder.call(add_up, [_FLOAT(-0.0), vector], fastmath=("reassoc",))
-            builder.store(total, _place(context, builder, signature.args[1], y, row, n))
+            builder.store(total, place_of(context, builder, signature.args[1], y, row, n))
         return context.get_dummy_value()
 
     return types.void(sums, y, rows, types.int64), generate
@@ -291,9 +296,9 @@ def _narrow(builder: Any, kind: Any, vector: Any) -> Any:
     if _host_has("avx512bf16"):  # elsewhere LLVM would call a library
         return builder.bitcast(builder.fptrunc(vector, ir.VectorType(_Bfloat(), LANES)), short)
     bits = builder.bitcast(vector, _INTS)
-    odd = builder.and_(builder.lshr(bits, _same(16)), _same(1))
-    bits = builder.add(builder.add(bits, _same(0x7FFF)), odd)
-    return builder.trunc(builder.lshr(bits, _same(16)), short)
+    odd = builder.and_(builder.lshr(bits, same(16)), same(1))
+    bits = builder.add(builder.add(bits, same(0x7FFF)), odd)
+    return builder.trunc(builder.lshr(bits, same(16)), short)
 
 
 @intrinsic
@@ -301,7 +306,7 @@ def load_lanes(typing: Any, numbers: Any, place: Any) -> Any:
     """numbers[place + lane] in fp32, as sums of one row."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        loaded = _load(context, builder, signature.args[0], *arguments)
+        loaded = load_as_floats(context, builder, signature.args[0], *arguments)
         return _array(builder, ir.Constant(context.get_value_type(_LANES), None), [loaded])
 
     return _LANES(numbers, types.int64), generate
@@ -314,11 +319,11 @@ def store_codes(typing: Any, words: Any, shifts: Any, origin: Any, scale: Any, o
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         words, _, origin, scale, out, k, place = arguments
         kind, scale = signature.args[4], builder.extract_value(scale, 0)
-        for index, code in enumerate(_codes(builder, words, signature.args[1].count)):
+        for index, code in enumerate(codes_of(builder, words, signature.args[1].count)):
             if signature.args[2] != types.none:
                 code = builder.fsub(code, builder.extract_value(origin, 0))
             stored = _narrow(builder, kind.dtype, builder.fmul(code, scale))
-            address = _place(context, builder, kind, out, builder.add(k, _LONG(index)), place)
+            address = place_of(context, builder, kind, out, builder.add(k, _LONG(index)), place)
             aligned = builder.store(stored, builder.bitcast(address, stored.type.as_pointer()))
             aligned.align = 4 if kind.dtype == types.float32 else 2
         return context.get_dummy_value()

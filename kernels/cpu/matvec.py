@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.compiled import array, single, use_torch_threads
-from trine.kernels.cpu.table import choose
+from trine.kernels.cpu.table import PLAIN_PATHS, choose
 
 _FLOATS = (torch.float32, torch.bfloat16)
 # Sums of more products of two int8 than this may not fit 32 bits.
@@ -30,7 +30,7 @@ def matvec(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
     for name, x in (("x", x_MK), ("weight", weight_NK)):
         if x.dtype not in _FLOATS:
             raise ValueError(f"{name} is {x.dtype}; supported are float32 and bfloat16")
-    if _torch_only(x_MK, weight_NK, bias_N) or choose(_name(weight_NK), len(x_MK)) == "torch":
+    if _torch_only(x_MK, weight_NK, bias_N) or not _loops(_name(weight_NK), len(x_MK)):
         work = x_MK.dtype if x_MK.dtype == weight_NK.dtype else torch.float32
         return F.linear(x_MK.to(work), weight_NK.to(work), _cast(bias_N, work)).to(x_MK.dtype)
     return compiled_matvec(x_MK, weight_NK, None, bias_N)
@@ -45,7 +45,7 @@ def int8_matvec(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor, bias_N: Tensor
     _check_scales(codes_NK, scales_N)
     if x_MK.dtype not in _FLOATS:
         raise ValueError(f"x is {x_MK.dtype}; supported are float32 and bfloat16")
-    if not _torch_only(x_MK, codes_NK, bias_N) and choose(f"int8 by {_name(x_MK)}", len(x_MK)) == "compiled":
+    if not _torch_only(x_MK, codes_NK, bias_N) and _loops(f"int8 by {_name(x_MK)}", len(x_MK)):
         return compiled_matvec(x_MK, codes_NK, scales_N, bias_N)
     if x_MK.dtype == torch.bfloat16 and codes_NK.shape[1] % 32 == 0 and 0 not in codes_NK.shape and len(x_MK):
         y_MN = torch._weight_int8pack_mm(x_MK.contiguous(), codes_NK.contiguous(), scales_N.bfloat16())
@@ -69,7 +69,7 @@ def int8_codes_matvec(
         raise ValueError(f"x_scales is {x_scales_M.dtype} {tuple(x_scales_M.shape)}; expected ({len(x_codes_MK)},)")
     if codes_NK.shape[1] > _MAX_CODES:
         raise ValueError(f"rows have {codes_NK.shape[1]} codes; sums of more than {_MAX_CODES} may not fit 32 bits")
-    if _torch_only(x_codes_MK, codes_NK, bias_N) or choose("int8 by int8", len(x_codes_MK)) == "torch":
+    if _torch_only(x_codes_MK, codes_NK, bias_N) or not _loops("int8 by int8", len(x_codes_MK)):
         sums_MN = torch._int_mm(x_codes_MK, codes_NK.t()).float()
         y_MN = sums_MN.mul_(x_scales_M.float()[:, None]).mul_(scales_N.float())
         return y_MN if bias_N is None else y_MN + bias_N.float()
@@ -97,6 +97,10 @@ def compiled_codes_matvec(
     scales, bias = single(scales_N), single(bias_N)
     multiply_int8(array(codes_NK), scales, array(x_codes_MK.contiguous()), single(x_scales_M), bias, array(y_MN))
     return y_MN
+
+
+def _loops(kind: str, rows: int) -> bool:
+    return choose(kind, rows, PLAIN_PATHS) == "loops"
 
 
 def _name(x: Tensor) -> str:

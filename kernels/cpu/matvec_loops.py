@@ -8,18 +8,25 @@ import numpy as np
 from numba import prange
 
 from trine.kernels.cpu.compiled import parallel, serial
-from trine.kernels.cpu.numbers_loops import add_product, dot, widen
+from trine.kernels.cpu.lanes_loops import LANES, add_row, fetch_ahead, no_sums, store_totals
+from trine.kernels.cpu.numbers_loops import add_product, dot
+
+# Numbers of int8 between two requests for the memory ahead: a line of the cache.
+LINE = 64
 
 
 @serial
-def dot_pair(row: Any, x: Any, other: Any) -> Any:
-    """`dot` with two rows, the weight's numbers converted once. (With three the rows leave the fastest cache.)"""
-    total, second = np.float32(0), np.float32(0)
-    for j in range(x.shape[0]):
-        weight = widen(row[j])
-        total += weight * x[j]
-        second += weight * other[j]
-    return total, second
+def multiply_row(w_NK: Any, n: Any, x_MK: Any, rows: Any, y_MN: Any) -> None:
+    """y[rows, n]. Four vectors of sums at least, whatever the number of rows."""
+    step = LANES * max(1, 4 // len(rows))
+    sums = no_sums(rows)
+    whole = x_MK.shape[1] // step * step
+    for k in range(0, whole, step):
+        sums = add_row(sums, w_NK, n, x_MK, k, rows)
+    store_totals(sums, y_MN, rows, n)
+    if whole < x_MK.shape[1]:
+        for m in rows:
+            y_MN[m, n] += dot(w_NK[n, whole:], x_MK[m, whole:])
 
 
 @serial
@@ -32,16 +39,28 @@ def finish(total: float, n: int, scales_N: Any, bias_N: Any) -> Any:
 
 @parallel
 def multiply(w_NK: Any, scales_N: Any, x_MK: Any, bias_N: Any, y_MN: Any) -> None:
-    """y = (x w^T) scales + bias; scales and bias may be empty. x, y, scales and bias in fp32."""
-    pairs = x_MK.shape[0] // 2
-    for n in prange(w_NK.shape[0]):
-        row = w_NK[n]
-        for p in range(pairs):
-            total, second = dot_pair(row, x_MK[2 * p], x_MK[2 * p + 1])
-            y_MN[2 * p, n] = finish(total, n, scales_N, bias_N)
-            y_MN[2 * p + 1, n] = finish(second, n, scales_N, bias_N)
-        for m in range(2 * pairs, x_MK.shape[0]):
-            y_MN[m, n] = finish(dot(row, x_MK[m]), n, scales_N, bias_N)
+    """y = (x w^T) scales + bias; scales and bias may be empty. x, y, scales and bias in fp32.
+
+    Rows of x by eights, fours, twos and one.
+    """
+    M = x_MK.shape[0]
+    for unit in prange(w_NK.shape[0]):
+        # One type each, or everything is compiled once for every type.
+        n: Any = np.int64(unit)
+        m: Any = np.int64(0)
+        while M - m >= 8:
+            multiply_row(w_NK, n, x_MK, (m, m + 1, m + 2, m + 3, m + 4, m + 5, m + 6, m + 7), y_MN)
+            m += 8
+        if M - m >= 4:
+            multiply_row(w_NK, n, x_MK, (m, m + 1, m + 2, m + 3), y_MN)
+            m += 4
+        if M - m >= 2:
+            multiply_row(w_NK, n, x_MK, (m, m + 1), y_MN)
+            m += 2
+        if M - m == 1:
+            multiply_row(w_NK, n, x_MK, (m,), y_MN)
+        for row in range(M):
+            y_MN[row, n] = finish(y_MN[row, n], n, scales_N, bias_N)
 
 
 @serial
@@ -58,6 +77,8 @@ def multiply_int8(w_NK: Any, scales_N: Any, x_MK: Any, x_scales_M: Any, bias_N: 
     """As `multiply` for int8 codes on both sides, each with its scale."""
     for n in prange(w_NK.shape[0]):
         row = w_NK[n]
+        for k in range(0, row.shape[0], LINE):
+            fetch_ahead(row, k)
         for m in range(x_MK.shape[0]):
             total = np.float32(dot_int8(row, x_MK[m])) * x_scales_M[m]
             y_MN[m, n] = finish(total, n, scales_N, bias_N)

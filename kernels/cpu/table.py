@@ -1,71 +1,104 @@
-"""Which path multiplies few rows by a weight on a CPU: what was measured, as data, and the choice that follows.
+"""Which path multiplies rows by a weight on a CPU: what was measured (`measured.py`), and the choice that follows.
 
-Speeds are relative to a bf16 product by `torch.nn.functional.linear` of the same shape, which is 1. `compiled` are the
-loops of this folder; `torch` what `matvec.py` calls otherwise; `packed` is oneDNN's product with a weight in its own
-layout, for those who keep one.
+A kind is what is multiplied by what ("4 bits by bfloat16"); a path is one way to do it:
+
+    loops       this folder's compiled loops
+    tiles       compiled loops that multiply in the CPU's matrix tiles (AMX), rows of bf16
+    pieces      some outputs of the weight after the other dequantized into a buffer by compiled loops, then torch
+    torch       torch's product: of the plain weight, or of one dequantized by torch piece by piece
+    packed      oneDNN's product with a weight in its own layout
+    int8pack    torch's product of bf16 rows with int8 weights, one scale a row
+    int4pack    torch's product of bf16 rows with 4-bit weights in its own layout
+
+What needs Numba is left out where Numba is missing (`compiled.py` logs why).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+from trine.kernels.cpu.codes import has_tiles
 from trine.kernels.cpu.compiled import available
+from trine.kernels.cpu.measured import ROWS, SPEEDS
 
-# By `benchmarks/cpu_decode.py`, medians over several runs on a machine that others used too: good to a tenth for one
-# and two rows, to a fifth or so for more.
-MEASURED_ON = "one core of a Zen 5 server CPU (AVX512-BF16, VNNI), weights of 1024 x 2816, torch 2.13, numba 0.68"
+COMPILED = ("loops", "tiles", "pieces")
+# What there is for packed weights of 4 and 8 bits in the layouts "lanes" and "rows" (`quantized/packing.py`), and for
+# plain weights, int8 ones among them.
+LANES_PATHS = ("loops", "tiles", "pieces")
+ROWS_PATHS = ("torch", "int4pack", "int8pack")
+PLAIN_PATHS = ("loops", "torch", "int8pack")
+KINDS = tuple(dict.fromkeys(kind for kinds in SPEEDS.values() for kind in kinds))
+_REASONS = {
+    "loops": "read the weight once, as it is kept",
+    "tiles": "decoded once for 64 rows, multiplied in AMX tiles",
+    "pieces": "dequantized once for all rows, into the cache",
+    "torch": "its product outruns what reading less saves",
+    "packed": "oneDNN's own layout saves a copy a call",
+    "int8pack": "reads int8, rounds scales to bf16",
+    "int4pack": "reads 4 bits, rounds scales to bf16",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Speeds:
-    """Of one kind of weight at one number of rows; None where there is no such path."""
+class Range:
+    """The path of a kind for first <= rows <= last (None: and more), its speed there against plain bf16, and why."""
 
     kind: str
-    rows: int
-    compiled: float
-    torch: float
-    packed: float | None = None
+    first: int
+    last: int | None
+    path: str
+    speeds: tuple[float, ...]
+    reason: str
 
 
-TABLE = (
-    Speeds("bfloat16", 1, compiled=1.6, torch=1.0, packed=1.62),
-    Speeds("bfloat16", 2, compiled=1.24, torch=1.0, packed=1.43),
-    Speeds("bfloat16", 3, compiled=0.79, torch=1.0, packed=1.5),
-    Speeds("bfloat16", 4, compiled=0.79, torch=1.0, packed=1.6),
-    Speeds("bfloat16", 8, compiled=0.49, torch=1.0, packed=1.71),
-    Speeds("float32", 1, compiled=0.92, torch=0.36, packed=0.73),
-    Speeds("float32", 2, compiled=0.79, torch=0.17, packed=0.65),
-    Speeds("float32", 3, compiled=0.65, torch=0.16, packed=0.63),
-    Speeds("float32", 4, compiled=0.70, torch=0.25, packed=0.65),
-    Speeds("float32", 8, compiled=0.44, torch=0.25, packed=0.5),
-    # int8 weights with a scale a row: by rows of bf16 (torch: int8pack) and of fp32 (torch: dequantized first).
-    Speeds("int8 by bfloat16", 1, compiled=2.7, torch=2.17),
-    Speeds("int8 by bfloat16", 2, compiled=2.19, torch=1.87),
-    Speeds("int8 by bfloat16", 3, compiled=1.1, torch=1.8),
-    Speeds("int8 by bfloat16", 4, compiled=1.0, torch=2.04),
-    Speeds("int8 by float32", 1, compiled=2.87, torch=0.24),
-    Speeds("int8 by float32", 2, compiled=2.3, torch=0.15),
-    Speeds("int8 by float32", 3, compiled=1.15, torch=0.15),
-    Speeds("int8 by float32", 4, compiled=1.13, torch=0.18),
-    Speeds("int8 by float32", 8, compiled=0.52, torch=0.15),
-    # int8 on both sides (torch: _int_mm; packed: qlinear).
-    Speeds("int8 by int8", 1, compiled=2.86, torch=2.75, packed=2.13),
-    Speeds("int8 by int8", 2, compiled=2.16, torch=1.28, packed=2.08),
-    Speeds("int8 by int8", 3, compiled=1.7, torch=1.3, packed=2.5),
-    Speeds("int8 by int8", 4, compiled=1.51, torch=1.38, packed=2.51),
-    Speeds("int8 by int8", 8, compiled=0.78, torch=1.22, packed=2.16),
-)
-KINDS = tuple(dict.fromkeys(speeds.kind for speeds in TABLE))
+@lru_cache(maxsize=1)
+def cpu_class() -> str:
+    """Which measurements stand for this CPU: those with or without tiles for matrix products."""
+    return "AMX" if has_tiles() else "AVX512"
 
 
-def measured(kind: str, rows: int) -> Speeds | None:
-    """The entry that stands for `rows` rows: the next larger number that was measured; None beyond the table."""
-    return min((s for s in TABLE if s.kind == kind and s.rows >= rows), key=lambda s: s.rows, default=None)
+def choose(kind: str, rows: int, among: tuple[str, ...] | None = None) -> str:
+    """The fastest path for `rows` rows of one of `KINDS`, of those that can be used here (and are in `among`)."""
+    return _fastest(cpu_class(), kind, rows, among, available())
 
 
-def choose(kind: str, rows: int) -> str:
-    """`compiled` or `torch` for a product of `rows` rows with a weight of one of `KINDS`."""
+@lru_cache(maxsize=4096)
+def _fastest(cpu: str, kind: str, rows: int, among: tuple[str, ...] | None, compiled: bool) -> str:
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; known are {', '.join(KINDS)}")
-    speeds = measured(kind, rows)
-    return "compiled" if speeds is not None and speeds.compiled > speeds.torch and available() else "torch"
+    paths = {
+        path: speeds
+        for path, speeds in SPEEDS[cpu][kind].items()
+        if (among is None or path in among) and (compiled or path not in COMPILED)
+    }
+    place = measured_place(rows)
+    return max(paths, key=lambda path: paths[path][place])
+
+
+def usable(kind: str) -> tuple[str, ...]:
+    """The paths that the functions of this library choose among for a kind."""
+    if "bits" in kind:
+        return LANES_PATHS if available() else ROWS_PATHS
+    return PLAIN_PATHS
+
+
+def measured_place(rows: int) -> int:
+    """The place in `ROWS` that stands for a number of rows: the next larger one that was measured, or the largest."""
+    return next((place for place, number in enumerate(ROWS) if number >= rows), len(ROWS) - 1)
+
+
+def ranges(kind: str) -> tuple[Range, ...]:
+    """What is chosen for a kind on this CPU, from one row on."""
+    found: list[Range] = []
+    for place, number in enumerate(ROWS):
+        path = choose(kind, number, usable(kind))
+        speed = SPEEDS[cpu_class()][kind][path][place]
+        if found and found[-1].path == path:
+            before = found.pop()
+            found.append(Range(kind, before.first, number, path, (*before.speeds, speed), before.reason))
+        else:
+            first = 1 if place == 0 else ROWS[place - 1] + 1
+            found.append(Range(kind, first, number, path, (speed,), _REASONS[path]))
+    last = found.pop()
+    return (*found, Range(kind, last.first, None, last.path, last.speeds, last.reason))

@@ -1,9 +1,10 @@
-"""Products with quantized weights on a CPU, with torch's own kernels.
+"""Products with quantized weights on a CPU, each by the path that was measured fastest (`kernels/cpu/table.py`).
 
-4 and 8 bits with bf16 rows: up to `FEW_ROWS` torch's kernels that read the packed weight (int4pack; int8pack, which is
-for symmetric weights with one scale a row). They take scales in bf16, so that there a weight is rounded once more than
-the dequantized one, by as much. All else is multiplied piece by piece: some rows of the weight are dequantized into a
-buffer that fits a cache, then torch's product reads it there.
+4 and 8 bits: few rows by compiled loops, or without Numba by torch's kernels for packed weights (int4pack; int8pack,
+for symmetric weights with one scale a row), which take bf16 rows and scales in bf16, so that there a weight is rounded
+once more than the dequantized one, by as much. Many rows are multiplied piece by piece: some outputs of the weight are
+dequantized into a buffer, then torch's product reads it there. Rows in fp16 are multiplied in fp32: torch's product of
+fp16 is 10 times slower than that where a CPU has no instructions for it.
 
 int8 codes: an exact integer product (`cpu_int8.py`), then the scales. float8 codes: kept as bf16, which holds them
 exactly; a float8 product is 20 times slower than one in bf16 on a CPU.
@@ -18,24 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trine.kernels.cpu.codes import codes_matvec, dequantize_lanes, lanes_pieces, tiles_matmul
+from trine.kernels.cpu.table import LANES_PATHS, ROWS_PATHS, choose
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import int8_product
-from trine.kernels.quantized.packing import PackedWeight
+from trine.kernels.quantized.packing import PackedWeight, unpack
 from trine.kernels.quantized.scaled_weight import ScaledWeight
 
-# By bits: where dequantizing begins to cost less than torch's kernels lose against a bf16 product. Measured at 2048 x
-# 2048 and 4096 x 4096 on one core of an AVX512 CPU.
-FEW_ROWS = {4: 64, 8: 24}
-# Numbers of the weight dequantized at a time: 2 MiB in bf16.
+# Numbers of the weight dequantized by torch at a time: 4 MiB in fp32.
 _PIECE_NUMBERS = 2**20
 
 
 def dequantize_rows(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """w_NK in `dtype`: (q - z) s, rounded once."""
+    """w_NK in `dtype`: (q - z) s in fp32, rounded once."""
+    if weight.lanes is not None and not torch.compiler.is_compiling():
+        return dequantize_lanes(weight.lanes, dtype if dtype == torch.bfloat16 else torch.float32).to(dtype)
     w_NK = torch.empty(weight.num_features, weight.width, dtype=dtype)
     step = _piece_rows(weight.width)
     for first in range(0, weight.num_features, step):
-        _dequantize_piece(weight, first, w_NK[first : first + step])
+        w_NK[first : first + step] = _dequantize_piece(weight, slice(first, first + step))
     return w_NK
 
 
@@ -43,20 +45,20 @@ def _piece_rows(width: int) -> int:
     return max(1, _PIECE_NUMBERS // max(1, width))
 
 
-def _dequantize_piece(weight: PackedWeight, first: int, out_nK: Tensor) -> None:
-    """Fill out_nK with the rows from `first` on. q - z is exact in every dtype; the product is rounded once."""
-    rows = slice(first, first + len(out_nK))
-    codes = weight.words[rows]
-    if weight.bits == 8:
-        out_nK.copy_(codes)
+def _dequantize_piece(weight: PackedWeight, rows: slice) -> Tensor:
+    """Some rows of w_NK in fp32, by torch. (bf16 times fp32 would take ten times as long as fp32 throughout.)"""
+    if weight.lanes is not None:
+        w_nK = unpack(weight)[0][rows].float()
+    elif weight.bits == 8:
+        w_nK = weight.words[rows].float()
     else:
-        codes = codes.view(torch.int8)
-        out_nK[:, ::2].copy_(codes << 4 >> 4)
-        out_nK[:, 1::2].copy_((codes >> 4)[:, : weight.width // 2])
-    grouped = out_nK.view(len(out_nK), -1, weight.group_size)
+        codes = weight.words[rows].view(torch.int8)
+        w_nK = torch.stack((codes << 4 >> 4, codes >> 4), dim=-1).flatten(1)[:, : weight.width].float()
+    grouped = w_nK.view(len(w_nK), -1, weight.group_size)
     if weight.zeros is not None:
-        grouped -= weight.zeros.t()[rows, :, None].to(out_nK.dtype)
-    torch.mul(grouped, weight.scales.t()[rows, :, None].float(), out=grouped)
+        grouped -= weight.zeros.t()[rows, :, None].float()
+    grouped *= weight.scales.t()[rows, :, None].float()
+    return w_nK
 
 
 def weight_only_rows(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Tensor:
@@ -64,10 +66,10 @@ def weight_only_rows(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) 
     if torch.is_grad_enabled() and (x_MK.requires_grad or (bias_N is not None and bias_N.requires_grad)):
         y_MN: Tensor = _Product.apply(x_MK, weight)  # type: ignore[no-untyped-call]
         return _add(y_MN, bias_N)
-    if x_MK.dtype == torch.bfloat16 and 0 < len(x_MK) <= FEW_ROWS[weight.bits]:
-        few = _few_rows(x_MK.contiguous(), weight)
+    if not torch.compiler.is_compiling() and len(x_MK):
+        few = _few_rows(x_MK, weight, bias_N)
         if few is not None:
-            return _add(few, bias_N)
+            return few
     return _in_pieces(x_MK, weight, bias_N)
 
 
@@ -75,7 +77,20 @@ def _add(y_MN: Tensor, bias_N: Tensor | None) -> Tensor:
     return y_MN if bias_N is None else y_MN + bias_N.to(y_MN.dtype)
 
 
-def _few_rows(x_MK: Tensor, weight: PackedWeight) -> Tensor | None:
+def _few_rows(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Tensor | None:
+    """By what reads the packed weight; None where the table prefers to dequantize it, or nothing can."""
+    half = x_MK.dtype == torch.bfloat16
+    kind = f"{weight.bits} bits by {'bfloat16' if half else 'float32'}"
+    if weight.lanes is not None:
+        few = {"loops": codes_matvec, "tiles": tiles_matmul}.get(choose(kind, len(x_MK), LANES_PATHS))
+        return None if few is None else few(x_MK, weight.lanes, bias_N)
+    if choose(kind, len(x_MK), ROWS_PATHS) == "torch" or not half:
+        return None
+    y_MN = _packed_product(x_MK.contiguous(), weight)
+    return None if y_MN is None else _add(y_MN, bias_N)
+
+
+def _packed_product(x_MK: Tensor, weight: PackedWeight) -> Tensor | None:
     """By torch's kernels for packed weights; None where they cannot."""
     if weight.decode is not None:
         codes, pairs_GN2, *rest = weight.decode
@@ -92,21 +107,23 @@ def _few_rows(x_MK: Tensor, weight: PackedWeight) -> Tensor | None:
 
 
 def _in_pieces(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Tensor:
-    y_MN = x_MK.new_empty(len(x_MK), weight.num_features)
-    bias_N = None if bias_N is None else bias_N.to(x_MK.dtype)
-    for rows, w_nK in _pieces(weight, x_MK.dtype):
-        y_MN[:, rows] = F.linear(x_MK, w_nK, None if bias_N is None else bias_N[rows])
-    return y_MN
+    work = torch.float32 if x_MK.dtype == torch.float16 else x_MK.dtype
+    rows_MK = x_MK.to(work)
+    y_MN = rows_MK.new_empty(len(x_MK), weight.num_features)
+    for outputs, w_Kn in _pieces(weight, work):
+        y_MN[:, outputs] = rows_MK @ w_Kn
+    return _add(y_MN, bias_N).to(x_MK.dtype)
 
 
 def _pieces(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of one piece after the other, dequantized into one buffer."""
-    step = min(_piece_rows(weight.width), weight.num_features)
-    buffer_nK = torch.empty(step, weight.width, dtype=dtype)
-    for first in range(0, weight.num_features, max(1, step)):
-        w_nK = buffer_nK[: weight.num_features - first]
-        _dequantize_piece(weight, first, w_nK)
-        yield slice(first, first + len(w_nK)), w_nK
+    """Some outputs after the other as w_Kn, in a buffer that the next piece may overwrite."""
+    if weight.lanes is not None and not torch.compiler.is_compiling():
+        yield from lanes_pieces(weight.lanes, dtype)
+        return
+    step = _piece_rows(weight.width)
+    for first in range(0, weight.num_features, step):
+        rows = slice(first, min(first + step, weight.num_features))
+        yield rows, _dequantize_piece(weight, rows).to(dtype).t()
 
 
 class _Product(torch.autograd.Function):
@@ -121,8 +138,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy_MN,) = grads
         dx_MK = torch.zeros(len(dy_MN), ctx.weight.width, dtype=torch.promote_types(dy_MN.dtype, torch.float32))
-        for rows, w_nK in _pieces(ctx.weight, dy_MN.dtype):
-            dx_MK += dy_MN[:, rows] @ w_nK
+        work = torch.float32 if dy_MN.dtype == torch.float16 else dy_MN.dtype
+        for outputs, w_Kn in _pieces(ctx.weight, work):
+            dx_MK += dy_MN[:, outputs].to(work) @ w_Kn.t()
         return dx_MK.to(dy_MN.dtype), None
 
 

@@ -25,10 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trine.kernels.cpu.quantize import can_quantize, int8_rows
 from trine.kernels.mlp.activation import ACTIVATIONS
 from trine.kernels.mlp.op import CLAMPED, GATED_ACTIVATIONS
 from trine.kernels.quantized import registered
-from trine.kernels.quantized.activations import LIMITS, MAX_WIDTH, QuantizedRows, quantize_reference
+from trine.kernels.quantized.activations import (
+    LIMITS,
+    MAX_WIDTH,
+    SMALLEST_SCALE,
+    QuantizedRows,
+    quantize_reference,
+)
 from trine.kernels.quantized.cpu import scaled_rows, weight_only_rows
 from trine.kernels.quantized.packing import PackedWeight
 from trine.kernels.quantized.reference import apply
@@ -97,7 +104,7 @@ def quantize_rows(x: Tensor, kind: torch.dtype, *, blocks: bool = False, scale: 
     """
     _check_quantize(x, kind, blocks, scale)
     if not uses_triton(x):
-        return quantize_reference(x, kind, blocks=blocks, scale=_given(scale))
+        return _rows_on_cpu(x, kind, blocks, _given(scale), x.dtype)
     codes, scales = registered.quantize_rows(_flat(x), kind, blocks, _given(scale))
     return _rows(x, codes, scales, scale)
 
@@ -134,8 +141,17 @@ def rms_norm_quantize(
         return _rows(x, codes, scales, scale), None if residual is None else total.view(x.shape)
     total = x if residual is None else x + residual
     normed = rms_norm(total.float(), weight_K, eps, unit_offset=unit_offset)
-    rows = quantize_reference(normed, kind, blocks=blocks, scale=_given(scale))
-    return QuantizedRows(rows.codes, rows.scales, x.dtype), None if residual is None else total
+    rows = _rows_on_cpu(normed, kind, blocks, _given(scale), x.dtype)
+    return rows, None if residual is None else total
+
+
+def _rows_on_cpu(x: Tensor, kind: torch.dtype, blocks: bool, scale: Tensor | None, dtype: torch.dtype) -> QuantizedRows:
+    """int8 codes with a scale a row by compiled loops, all else by torch; for activations that were in `dtype`."""
+    if kind == torch.int8 and scale is None and can_quantize(x):
+        codes_MK, scales_M1 = int8_rows(_flat(x), LIMITS[kind], SMALLEST_SCALE)
+        return QuantizedRows(codes_MK.view(x.shape), scales_M1.view(*x.shape[:-1], 1), dtype)
+    rows = quantize_reference(x, kind, blocks=blocks, scale=scale)
+    return QuantizedRows(rows.codes, rows.scales, dtype)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -237,7 +253,7 @@ def _weight_only(
     activation: str,
     limit: float | None,
 ) -> Tensor:
-    if up.layout == "rows":
+    if up.layout != "tiles":
         gate_MN = None if gate is None else weight_only_rows(x_MK, gate, gate_bias)
         return apply(gate_MN, weight_only_rows(x_MK, up, up_bias), activation, limit)
     trained = any(t is not None and t.requires_grad for t in (x_MK, gate_bias, up_bias))

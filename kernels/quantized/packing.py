@@ -18,8 +18,10 @@ A mask over a word so takes out two neighbours, one in each half, which are two 
 operation (`decode.py`); and one such mask over the 16 words is 32 consecutive numbers of the row, a part of one group.
 K is filled up with zeros to whole blocks. Scales and zero points are [G, N].
 
-The layout "rows", for CPUs: 8 bits int8 [N, K]; 4 bits uint8 [N, ceil(K / 2)], even k in the low half, in two's
-complement. `decode` holds besides what torch's kernel for few rows wants of 4 bits.
+The layout "lanes", for CPUs: `kernels/cpu/codes.py` (`lanes`; `words` are those of it).
+
+The layout "rows", for CPUs without Numba: 8 bits int8 [N, K]; 4 bits uint8 [N, ceil(K / 2)], even k in the low half,
+in two's complement. `decode` holds besides what torch's kernel for few rows wants of 4 bits.
 
 Shapes: N output features, K input features, G groups.
 """
@@ -31,6 +33,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trine.kernels.cpu.codes import LanesWeight, from_lanes, to_lanes
+from trine.kernels.cpu.compiled import available
 from trine.kernels.launch import ceil_div
 from trine.kernels.target import uses_triton
 
@@ -44,7 +48,7 @@ SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight made by `pack`. `scales` [G, N]; `zeros` int8 [G, N] or None; `words` and `decode`: see above."""
+    """A weight made by `pack`. `scales` [G, N]; `zeros` int8 [G, N] or None; the other tensors: see above."""
 
     words: Tensor
     scales: Tensor
@@ -53,6 +57,7 @@ class PackedWeight:
     bits: int
     width: int
     layout: str
+    lanes: LanesWeight | None = None
 
     @property
     def num_features(self) -> int:
@@ -70,8 +75,10 @@ class PackedWeight:
     @property
     def num_bytes(self) -> int:
         """What the weight holds in memory."""
-        tensors = [self.words, self.scales, *([] if self.zeros is None else [self.zeros]), *(self.decode or ())]
-        return sum(tensor.nbytes for tensor in tensors)
+        tensors = [self.words, self.scales, self.zeros, *(self.decode or ())]
+        if self.lanes is not None:
+            tensors += [self.lanes.scales, self.lanes.zeros]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """On another device, in the layout of that device."""
@@ -95,14 +102,20 @@ def pack(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None = None, *
     _check(values_NK, scales_NG, zeros_NG, bits)
     scales_GN = scales_NG.t().contiguous()
     zeros_GN = None if zeros_NG is None else zeros_NG.t().contiguous()
-    tiles = uses_triton(values_NK) or values_NK.is_meta
-    words = _to_tiles(values_NK, bits) if tiles else _to_rows(values_NK, bits)
-    weight = PackedWeight(words, scales_GN, zeros_GN, None, bits, values_NK.shape[1], "tiles" if tiles else "rows")
-    return weight if tiles else replace(weight, decode=_for_few_rows(values_NK, weight))
+    width = values_NK.shape[1]
+    if uses_triton(values_NK) or values_NK.is_meta:
+        return PackedWeight(_to_tiles(values_NK, bits), scales_GN, zeros_GN, None, bits, width, "tiles")
+    if available():
+        lanes = to_lanes(values_NK, scales_NG, zeros_NG, bits)
+        return PackedWeight(lanes.words, scales_GN, zeros_GN, None, bits, width, "lanes", lanes)
+    weight = PackedWeight(_to_rows(values_NK, bits), scales_GN, zeros_GN, None, bits, width, "rows")
+    return replace(weight, decode=_for_few_rows(values_NK, weight))
 
 
 def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """(values_NK, scales_NG, zeros_NG) as `pack` got them."""
+    if weight.lanes is not None:
+        return from_lanes(weight.lanes)
     values_NK = (_from_tiles if weight.layout == "tiles" else _from_rows)(weight)
     zeros = weight.zeros
     return values_NK, weight.scales.t().contiguous(), None if zeros is None else zeros.t().contiguous()

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from trine.kernels.cpu import codes, compiled
-from trine.kernels.cpu.codes import LanesWeight, codes_matvec, dequantize_lanes, from_lanes, lanes_pieces, to_lanes
+from trine.kernels.cpu.codes import (
+    LanesWeight,
+    codes_matvec,
+    dequantize_lanes,
+    from_lanes,
+    has_tiles,
+    lanes_pieces,
+    tiles_matmul,
+    to_lanes,
+)
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason=compiled.why_not() or "")
 
@@ -84,6 +93,24 @@ def test_products_are_as_exact_as_torchs(
             assert found.dtype == dtype
             error, allowed = (float((y.double() - exact).abs().max()) for y in (found, eager))
             assert error <= 2 * allowed + torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+@pytest.mark.skipif(not has_tiles(), reason="this CPU has no matrix tiles (AMX)")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("n", "k", "groups"), SHAPES)
+def test_products_in_tiles_round_only_the_result(n: int, k: int, groups: int, zeros: bool, bits: int) -> None:
+    parts = make(n, k, groups, bits, zeros)
+    weight, exact_weight = to_lanes(*parts, bits), dequantized(*parts)
+    x_all = torch.randn(100, k, generator=torch.Generator().manual_seed(7)).bfloat16()
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(8))
+    for rows in (1, 16, 33, 64, 100):  # one, two and four tiles of rows, filled up and in turn
+        x = x_all[:rows]
+        for b in (None, bias):
+            exact = x.double() @ exact_weight.t() + (0 if b is None else b.double())
+            found = tiles_matmul(x, weight, b)
+            assert found.dtype == torch.bfloat16
+            assert float((found.double() - exact).abs().max()) <= 2**-8 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("scales", SCALES, ids=str)

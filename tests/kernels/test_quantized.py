@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from trine.kernels.cpu import table
+from trine.kernels.cpu.codes import has_tiles
+from trine.kernels.cpu.compiled import available, why_not
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
+from trine.kernels.quantized import cpu, packing
 from trine.kernels.quantized.activations import QUANTIZE, QuantizedRows, quantize_reference
-from trine.kernels.quantized.cpu import FEW_ROWS
 from trine.kernels.quantized.decode import DEQUANTIZE, dequantize
 from trine.kernels.quantized.epilogue import COMBINE
 from trine.kernels.quantized.op import quantize_rows, quantized_gated, quantized_linear, rms_norm_quantize
@@ -59,10 +62,14 @@ def close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("n", "k", "groups"), [(1, 1, 1), (5, 129, 1), (32, 320, 10), (16, 256, 2), (0, 64, 2)])
-def test_packing_gives_back_what_it_got(n: int, k: int, groups: int, bits: int, zeros: bool) -> None:
+@pytest.mark.parametrize("layout", ["rows", "lanes"])
+def test_packing_gives_back_what_it_got(
+    layout: str, n: int, k: int, groups: int, bits: int, zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "available", lambda: layout == "lanes")
     given = codes(n, k, groups, bits, zeros)
     weight = pack(*given, bits=bits)
-    assert weight.layout == "rows"
+    assert weight.layout == layout
     assert (weight.num_features, weight.width) == (n, k)
     for a, b in zip(unpack(weight), given, strict=True):
         assert (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
@@ -73,23 +80,46 @@ def test_packing_gives_back_what_it_got(n: int, k: int, groups: int, bits: int, 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("scales", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_dequantizing_rounds_once(scales: torch.dtype, zeros: bool, bits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("path", ["pieces", "torch"])
+def test_dequantizing_rounds_once(
+    path: str, scales: torch.dtype, zeros: bool, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(path, monkeypatch)
     given = codes(70, 192, 6, bits, zeros, scales)
     expected = dequantize_reference(*given, torch.float32).to(dtype)
     assert torch.equal(dequantize(pack(*given, bits=bits), dtype), expected)
 
 
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have weights packed for a path of `kernels/cpu/table.py`, and multiplied by it."""
+    if path in table.COMPILED:
+        if not available():
+            pytest.skip(why_not() or "")
+        if path == "tiles" and not has_tiles():
+            pytest.skip("this CPU has no matrix tiles (AMX)")
+    else:
+        monkeypatch.setattr(packing, "available", lambda: False)
+    monkeypatch.setattr(cpu, "choose", lambda kind, rows, among: path)
+
+
 @DTYPES
+@pytest.mark.parametrize("path", ["loops", "tiles", "pieces", "packed", "torch"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("n", "k", "groups"), [(32, 256, 2), (48, 128, 1), (19, 150, 1), (16, 320, 10)])
-def test_weight_only(n: int, k: int, groups: int, zeros: bool, bits: int, dtype: torch.dtype) -> None:
-    """Torch's kernels for packed weights, where they can, and the dequantized weight."""
+def test_weight_only(
+    n: int, k: int, groups: int, zeros: bool, bits: int, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every path that there is; "packed" are torch's kernels for packed weights, where they can."""
+    if path == "tiles" and dtype != torch.bfloat16:
+        pytest.skip("tiles take rows of bf16")
+    take(f"int{bits}pack" if path == "packed" else path, monkeypatch)
     given = codes(n, k, groups, bits, zeros)
     weight, exact = pack(*given, bits=bits), dequantize_reference(*given)
-    assert (weight.decode is not None) == (bits == 4 and n % 16 == 0)
+    assert (weight.lanes is not None) == (path in table.COMPILED)
+    assert (weight.decode is not None) == (weight.lanes is None and bits == 4 and n % 16 == 0)
     bias = make(n, seed=1)
-    for rows in (0, 1, 5, FEW_ROWS[bits] + 1):
+    for rows in (0, 1, 5, 33):
         x = make(rows, k, dtype=dtype)
         if not rows:
             assert quantized_linear(x, weight).shape == (0, n)
@@ -99,14 +129,35 @@ def test_weight_only(n: int, k: int, groups: int, zeros: bool, bits: int, dtype:
         close(found, product_reference(x, None, exact, None, bias, "silu"), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_table_is_asked_for_the_path(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, tuple[str, ...]]] = []
+
+    def choose(kind: str, rows: int, among: tuple[str, ...]) -> str:
+        asked.append((kind, rows, among))
+        return table.choose(kind, rows, among)
+
+    monkeypatch.setattr(cpu, "choose", choose)
+    kind = f"{bits} bits by {str(dtype).removeprefix('torch.')}"
+    for numba in {available(), False}:
+        monkeypatch.setattr(packing, "available", lambda numba=numba: numba)
+        quantized_linear(make(3, 256, dtype=dtype), pack(*codes(32, 256, 1, bits), bits=bits))
+        among = table.LANES_PATHS if numba else table.ROWS_PATHS
+        assert asked.pop() == (kind, 3, among)
+        assert asked == []
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("scales", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("mean", [0.0, 2.0])
+@pytest.mark.parametrize("path", ["loops", "packed"])
 def test_few_rows_are_as_exact_as_the_dequantized_weight(
-    mean: float, scales: torch.dtype, zeros: bool, bits: int
+    path: str, mean: float, scales: torch.dtype, zeros: bool, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most twice the error of the plain bf16 product, plus a rounding; with rows whose sums are large, too."""
+    take(f"int{bits}pack" if path == "packed" else path, monkeypatch)
     given = codes(128, 1024, 8 if bits == 4 else 1, bits, zeros, scales)
     weight, exact_w = pack(*given, bits=bits), dequantize_reference(*given)
     x = (make(8, 1024) + mean).bfloat16()
@@ -116,7 +167,9 @@ def test_few_rows_are_as_exact_as_the_dequantized_weight(
     assert ours <= 2 * theirs + 2**-8 * exact.abs().max()
 
 
-def test_pieces_cover_a_weight_larger_than_the_buffer() -> None:
+@pytest.mark.parametrize("path", ["pieces", "torch"])
+def test_pieces_cover_a_weight_larger_than_the_buffer(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(path, monkeypatch)
     given = codes(2100, 1024, 8, 4, True)
     weight, exact = pack(*given, bits=4), dequantize_reference(*given)
     x, bias = make(6, 1024), make(2100, seed=1)
@@ -214,6 +267,19 @@ def test_codes_of_rows(kind: torch.dtype) -> None:
         blocks = quantize_rows(x, kind, blocks=True)
         assert torch.equal(blocks.scales[0, 1], x[0, 128:].abs().max() / limit)
         assert blocks.dequantize(torch.float64).shape == x.shape
+
+
+@pytest.mark.skipif(not available(), reason=why_not() or "")
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 7), (5, 301), (2, 3, 64), (64,), (0, 8), (3, 0)])
+def test_compiled_codes_have_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = make(*shape, dtype=dtype) * 3
+    if shape == (5, 301):
+        x[1], x[2, 300], x[3, 0], x[4] = 0, float("nan"), float("-inf"), x[4] * 2**-14
+    found, expected = quantize_rows(x, torch.int8), quantize_reference(x, torch.int8)
+    assert torch.equal(found.codes, expected.codes)
+    torch.testing.assert_close(found.scales, expected.scales, rtol=0, atol=0, equal_nan=True)
+    assert found.dtype == dtype
 
 
 def test_codes_behind_rms_norm() -> None:
