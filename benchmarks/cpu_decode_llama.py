@@ -16,8 +16,6 @@ import sys
 import tempfile
 import time
 
-import gguf  # type: ignore[import-not-found,unused-ignore]
-import llama_cpp  # type: ignore[import-not-found,unused-ignore]
 import numpy as np
 
 KINDS = {"bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}
@@ -25,6 +23,8 @@ KINDS = {"bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}
 
 def write_model(path: str, width: int, feed: int, layers: int, heads: int, vocabulary: int, weights: str) -> None:
     """A Llama of random weights, with a vocabulary of bytes and made-up words."""
+    import gguf  # type: ignore[import-not-found,unused-ignore]
+
     name, file_type = KINDS[weights]
     kind = gguf.GGMLQuantizationType[name]
     out, random = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
@@ -72,6 +72,8 @@ def write_model(path: str, width: int, feed: int, layers: int, heads: int, vocab
 
 def main(arguments: list[str]) -> None:
     """Serve turns until stdin ends."""
+    import llama_cpp  # type: ignore[import-not-found,unused-ignore]
+
     name, weights = arguments[0], arguments[6]
     width, feed, layers, heads, vocabulary = map(int, arguments[1:6])
     threads, context, steps = map(int, arguments[7:10])
