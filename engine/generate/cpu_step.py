@@ -2,7 +2,8 @@
 
 It computes layers of Llama's shape only, so it is used where a model has nothing but what is known here, and where its
 logits were seen to equal those of the model's own forward on a short text: any doubt leaves the forward in place. The
-weights of q, k, v and of gate, up come to lie side by side in memory, which the model's parameters then share.
+weights of q, k, v and of gate, up come to lie side by side in memory, which the model's parameters then share; products
+of more than a few rows keep a copy of all weights in a layout of their own.
 
 Shapes: R sequences with one new token each, M entries of a table row, C width, V vocabulary.
 """
@@ -82,7 +83,7 @@ class CpuDecoder:
         return self._step.run(x_RC, inputs)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def make_decoder(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) -> CpuDecoder | None:
     """A decoder where the model fits and gives the same, or None; said once, with the reason."""
     reason = _why_not(model, cache, compute_dtype)

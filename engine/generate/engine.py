@@ -23,7 +23,7 @@ from trine.engine.generate.blocks import BlockPool
 from trine.engine.generate.deterministic import check_deterministic
 from trine.engine.generate.logprobs import TokenLogprobs, prompt_logprobs
 from trine.engine.generate.lookup import propose
-from trine.engine.generate.memory import choose_num_blocks
+from trine.engine.generate.memory import choose_num_blocks, fits_decode_steps
 from trine.engine.generate.plain import end_ids
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.records import EngineConfig, EngineStats, GenerationRequest, Output
@@ -63,7 +63,8 @@ class Engine:
     """See the module. Not for use by several threads at once.
 
     Args:
-        model: on its device, in the dtype it computes in; it is put in evaluation mode.
+        model: on its device, in the dtype it computes in; it is put in evaluation mode. Its weights must not change as
+            long as the engine is used.
         tokenizer: the model's.
         config: sizes and switches.
 
@@ -80,6 +81,10 @@ class Engine:
         kv_dtype = config.kv_dtype or compute_dtype
         if config.deterministic:
             check_deterministic(model, compute_dtype, kv_dtype)
+        decode_steps = config.decode_steps
+        if decode_steps and not fits_decode_steps(model):
+            decode_steps = False
+            say("decoding runs operation by operation: there is no room for the copy of the weights of compiled steps")
         num_blocks, reason = choose_num_blocks(
             model,
             block_size=config.block_size,
@@ -88,6 +93,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
             compute_dtype=compute_dtype,
+            decode_steps=decode_steps,
         )
         cache = PagedCache(
             model.config, num_blocks=num_blocks, block_size=config.block_size, device=model.device, dtype=kv_dtype
@@ -109,7 +115,7 @@ class Engine:
             max_running=config.max_running,
             max_tokens=model.config.max_positions,
             compute_dtype=compute_dtype,
-            decode_steps=config.decode_steps,
+            decode_steps=decode_steps,
             deterministic=config.deterministic,
         )
         self._kv_bytes = cache.num_bytes

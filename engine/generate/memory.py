@@ -30,8 +30,10 @@ def choose_num_blocks(
     max_batch_tokens: int,
     max_running: int,
     compute_dtype: torch.dtype,
+    decode_steps: bool,
 ) -> tuple[int, str]:
     """Blocks, and the reason in a few words. `kv_bytes` 0 chooses; no more than all sequences at once could fill.
+    `decode_steps`: the weights will be copied for compiled steps, see `fits_decode_steps`.
 
     Raises `UsageError` where not even one block fits, or where `kv_bytes` is more than is free.
     """
@@ -42,6 +44,7 @@ def choose_num_blocks(
         free, share = torch.cuda.mem_get_info(device)[0], GPU_SHARE
     else:
         needed = _estimate_step(config, max_batch_tokens, max_running, compute_dtype)
+        needed += _weight_bytes(model) if decode_steps else 0
         free, share = available_memory(), CPU_SHARE
     room = max(0, free - needed)
     if kv_bytes:
@@ -62,6 +65,18 @@ def choose_num_blocks(
             f"{format_bytes(room)} of {device} are free; free memory or use a smaller model"
         )
     return blocks, reason
+
+
+def fits_decode_steps(model: Transformer) -> bool:
+    """Whether a CPU has room for the copy of the weights that compiled steps keep (`cpu_step.py`): half of it at most.
+
+    On a GPU there is no such copy.
+    """
+    return model.device.type != "cpu" or _weight_bytes(model) <= available_memory() // 2
+
+
+def _weight_bytes(model: Transformer) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _estimate_step(config: ModelConfig, max_batch_tokens: int, max_running: int, dtype: torch.dtype) -> int:

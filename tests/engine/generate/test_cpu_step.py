@@ -121,3 +121,30 @@ def test_other_layers_and_dtypes_are_left_to_the_model() -> None:
     assert isinstance(block, Block)
     block.mlp.down_proj.__class__ = Adapted
     assert make_decoder(model, cache, torch.float32) is None
+
+
+@needs_loops
+def test_the_model_can_be_trained_afterwards(tiny_tokenizer: Tokenizer) -> None:
+    model = make_model()
+    ids_BT = torch.tensor([[5, 6, 7, 8]])
+    model(ids_BT).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert Engine(model, tiny_tokenizer, EngineConfig(max_running=2)).num_decode_steps == 1
+    model(ids_BT).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+
+def test_without_room_for_a_copy_of_the_weights_the_model_decodes(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model()
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr("trine.engine.generate.memory._estimate_step", lambda *_: 0)
+    monkeypatch.setattr("trine.engine.generate.memory.available_memory", lambda: 2 * size - 1)
+    engine = Engine(model, tiny_tokenizer, EngineConfig(max_running=2))
+    assert engine.num_decode_steps == 0
+    assert "no room for the copy" in capsys.readouterr().err
+    monkeypatch.setattr("trine.engine.generate.memory.available_memory", lambda: 2 * size)
+    assert Engine(model, tiny_tokenizer, EngineConfig(max_running=2)).num_decode_steps == available()

@@ -411,6 +411,6 @@ def test_the_cache_is_taken_from_what_is_free_and_said(
     each = bytes_per_block(model.config, 16, torch.float32)
     monkeypatch.setattr("trine.engine.generate.memory._estimate_step", lambda *_: 1000)
     monkeypatch.setattr("trine.engine.generate.memory.available_memory", lambda: 1000 + 20 * each)
-    small = Engine(model, tiny_tokenizer, EngineConfig(max_running=4))
+    small = Engine(model, tiny_tokenizer, EngineConfig(max_running=4, decode_steps=False))
     assert small.stats().kv_blocks_total == 10
     assert "50% of the" in capsys.readouterr().err
