@@ -83,6 +83,8 @@ class DecodeGraphs:
         packed[:, 2], packed[:, 3] = self._cache.padding_slot, 1
         packed[:, 4:] = self._cache.num_blocks
         packed[:rows, 0], packed[:rows, 1], packed[:rows, 2], packed[:rows, 3] = ids, positions, slots, lengths
+        # A sequence may hold a block more, for guesses that this step does not compute.
+        table = table[:, :width]
         packed[:rows, 4 : 4 + table.shape[1]] = table
         inputs = torch.from_numpy(packed).pin_memory().to(self._cache.device, non_blocking=True)
         captured.ids_R.copy_(inputs[:, 0])
