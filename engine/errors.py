@@ -6,6 +6,7 @@
     ├── DataError                text, shards or tokenizer files are missing, damaged or do not fit together
     ├── ContextLengthError       a sequence is longer than the model's context
     ├── QueueFullError           a request came while too many are waiting
+    ├── StorageError             a folder cannot be written: no room, no permission, a failing disk
     └── NonFiniteError           a loss or gradient is not a number
 
 Every message names the value that was given and what to do about it, on one line.
@@ -42,6 +43,10 @@ class ContextLengthError(TrineError):
 
 class QueueFullError(TrineError):
     """Too many requests are waiting already; the same request can succeed later."""
+
+
+class StorageError(TrineError):
+    """Something cannot be written: the disk is full or failing, or the folder is not to be written by this user."""
 
 
 class NonFiniteError(TrineError):

@@ -70,6 +70,18 @@ class SampleStream:
         ]
         return make_batch(windows, seq_len=self.seq_len, document_mask=self.document_mask)
 
+    def stamps(self) -> list[list[int]]:
+        """Size in bytes and time of change (ns) of each file of tokens and borders.
+
+        While they stay as they are, nobody has written to these files.
+        """
+        return [[found.st_size, found.st_mtime_ns] for shards in self._shards for found in map(Path.stat, shards.files)]
+
+    def verify(self) -> None:
+        """Read all tokens and compare with the fingerprints; raises `DataError` on a difference."""
+        for shards in self._shards:
+            shards.verify()
+
     def _starts(self, source: IntArray, index: IntArray) -> IntArray:
         """First token of the `index`-th sample ever taken from `source`; all [n]."""
         sizes = np.array([shards.num_tokens for shards in self._shards])[source]

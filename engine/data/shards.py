@@ -83,6 +83,11 @@ class TokenShards:
         """The folder of the tokenizer the text was encoded with."""
         return self.folder / "tokenizer"
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the split: tokens, then document borders."""
+        return [*self._shards, self.folder / f"{self.split}-documents.bin"]
+
     def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """Tokens [start, start + count) as int64 [count]. Raises `IndexError` outside the stream."""
         if start < 0 or count < 0 or start + count > self.num_tokens:

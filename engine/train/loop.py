@@ -34,9 +34,11 @@ from trine.engine.train.progress import Progress, Status
 from trine.engine.train.recipe import RECIPE, Recipe
 from trine.engine.train.resolve import Setup, resolve
 from trine.engine.train.resume import check_continuation
-from trine.engine.train.run_folder import RunFolder, TrainerState, load_optimizer, read_state
+from trine.engine.train.run_folder import RunFolder
+from trine.engine.train.saver import Saver
 from trine.engine.train.schedule import lr_factor
 from trine.engine.train.signals import StopRequest
+from trine.engine.train.step_folder import Snapshot, TrainerState, load_optimizer, read_state
 from trine.engine.train.validation import ValidationResult, sample, validate
 from trine.kernels.hardware import keep_freed_memory, peak_flops
 
@@ -90,14 +92,17 @@ class Trainer:
     facts: dict[str, Any]
     meter: Meter
     peak_source: str  # of the meter's peak FLOP/s: "known" or "measured"
+    saver: Saver
     objective: CausalLM = field(default_factory=CausalLM)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
     step: int = 0
     next_sample: int = 0
     first_step: int = 0
     saved_step: int = -1
+    origin: Path | None = None  # the step folder this run continues
     loss: float | None = None
     validation: ValidationResult | None = None
+    validated_step: int = -1
 
     @classmethod
     def build(
@@ -110,33 +115,38 @@ class Trainer:
         optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype, seed=setup.recipe.train.seed)
         peak, peak_source = peak_flops(setup.device, setup.compute_dtype)
         per_token = flops_per_token(setup.config, setup.recipe.data.seq_len, training=True)
+        settings = setup.recipe.checkpoint
+        saver = Saver(
+            lambda snapshot: folder.save_step(snapshot, setup.tokenizer, settings), background=settings.background
+        )
         trainer = cls(
             setup=setup, folder=folder, model=model, optimizer=optimizer, facts=facts,
-            meter=Meter(flops_per_token=per_token, peak_flops=peak), peak_source=peak_source,
+            meter=Meter(flops_per_token=per_token, peak_flops=peak), peak_source=peak_source, saver=saver,
         )  # fmt: skip
         if origin is not None and state is not None:
-            load_optimizer(optimizer, origin)
+            load_optimizer(optimizer, origin, updates=state.optimizer_updates)
             trainer.step = trainer.first_step = state.step
             trainer.next_sample = state.next_sample
             trainer.meter.seconds, trainer.meter.tokens = state.seconds, state.tokens
             trainer.smoothed = SmoothedLoss(*state.smoothed_loss)
             if origin.parent.resolve() == folder.path.resolve():
                 trainer.saved_step = state.step
+            trainer.origin = origin
         return trainer
 
     def run(self, *, resumed: bool, differences: list[str]) -> RunResult:
         """All remaining steps. Returns after the last one, or after a stop signal, with everything saved."""
         recipe = self.setup.recipe
-        self.folder.begin(recipe)
+        self.folder.begin(recipe, self.origin)
         metrics = MetricsFile.resume(self.folder.metrics, step=self.step) if resumed else None
         metrics = metrics or MetricsFile.create(self.folder.metrics)
-        self._announce(metrics, resumed=resumed, differences=differences)
         self.model.train()
         # Garbage is collected only at evaluations and checkpoints: a full collection looks at over 200,000 objects and
         # takes 0.25 s, while steps leave no cycles (with activation checkpointing a few functions, but no tensors).
         collecting = gc.isenabled()
         gc.disable()
         try:
+            self._announce(metrics, resumed=resumed, differences=differences)
             with StopRequest() as stop, Progress() as progress:
                 self.meter.start()
                 while self.step < recipe.train.steps and not stop.requested:
@@ -145,6 +155,8 @@ class Trainer:
                     return self._interrupted(metrics)
                 return self._finish(metrics)
         except NonFiniteError as error:
+            self.saver.wait()
+            self._log_saves(metrics)
             self._end(metrics, "non-finite")
             latest = self.folder.latest()
             kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written yet"
@@ -183,6 +195,7 @@ class Trainer:
         self.meter.end_step(tokens=num_valid, processed=recipe.train.batch_size * recipe.data.seq_len)
         self._log(metrics, progress, result, self.optimizer.learning_rates(factor))
         self._evaluate_if_due(metrics, progress)
+        self._log_saves(metrics)
         every = recipe.checkpoint.every
         if every and self.step % every == 0 and self.step < recipe.train.steps:
             self._save(metrics)
@@ -237,6 +250,7 @@ class Trainer:
             seed=recipe.train.seed,
             compute_dtype=self.setup.compute_dtype,
         )
+        self.validated_step = self.step
         gc.collect()
         seconds = self.meter.end_pause()
         metrics.write(
@@ -253,35 +267,53 @@ class Trainer:
             metrics.write("sample", self.step, prompt=prompt, text=text)
             progress.message(f"  {prompt + text!r}")
 
-    def _save(self, metrics: MetricsFile) -> None:
-        if self.saved_step == self.step:
-            return
-        state = TrainerState(
-            step=self.step,
-            next_sample=self.next_sample,
-            tokens=self.meter.tokens,
-            seconds=self.meter.seconds,
-            smoothed_loss=(self.smoothed.total, self.smoothed.weight),
-            data_fingerprint=self.setup.stream.fingerprint,
-            tokenizer_fingerprint=self.setup.tokenizer.fingerprint,
-            compute_dtype=self.setup.recipe.train.compute_dtype,
-            environment=self.facts,
-        )
-        path = self.folder.save_step(
-            self.model, self.setup.tokenizer, self.optimizer, state, keep_last=self.setup.recipe.checkpoint.keep_last
-        )
-        self.saved_step = self.step
-        gc.collect()
-        metrics.write("checkpoint", self.step, path=path.name, seconds=self.meter.end_pause())
+    def _save(self, metrics: MetricsFile, *, wait: bool = False) -> None:
+        """Save this step; with `wait` it is on disk afterwards."""
+        if self.saved_step != self.step:
+            state = TrainerState(
+                step=self.step,
+                next_sample=self.next_sample,
+                tokens=self.meter.tokens,
+                seconds=self.meter.seconds,
+                smoothed_loss=(self.smoothed.total, self.smoothed.weight),
+                validation_loss=self.validation.loss if self.validation and self.validated_step == self.step else None,
+                optimizer_updates=self.optimizer.updates,
+                data_fingerprint=self.setup.stream.fingerprint,
+                data_stamps=self.setup.stream.stamps(),
+                tokenizer_fingerprint=self.setup.tokenizer.fingerprint,
+                environment=self.facts,
+            )
+            snapshot = Snapshot(
+                model=self.model, optimizer=self.optimizer.state_tensors(), recipe=self.setup.recipe, state=state
+            )
+            self.saver.save(snapshot, wait=wait)
+            self.saved_step = self.step
+            gc.collect()
+        if wait:
+            self.saver.wait()
+        self.meter.end_pause()
+        self._log_saves(metrics)
+
+    def _log_saves(self, metrics: MetricsFile) -> None:
+        """Log the checkpoints that have reached the disk; raises what went wrong where one did not."""
+        for saved in self.saver.finished():
+            metrics.write(
+                "checkpoint",
+                saved.step,
+                path=saved.path.name,
+                bytes=saved.num_bytes,
+                held_seconds=saved.held_seconds,
+                write_seconds=saved.write_seconds,
+            )
 
     def _finish(self, metrics: MetricsFile) -> RunResult:
-        self._save(metrics)
+        self._save(metrics, wait=True)
         final = self.folder.export(self.model, self.setup.tokenizer, getattr(torch, self.setup.recipe.export.dtype))
         say(f"finished {self.step} steps in {format_duration(self.meter.seconds)}; the model is in {final}")
         return self._end(metrics, "finished", final)
 
     def _interrupted(self, metrics: MetricsFile) -> RunResult:
-        self._save(metrics)
+        self._save(metrics, wait=True)
         recipe = shlex.quote(str(self.folder.path / RECIPE))
         say(f"stopped after step {self.step}, saved; continue with: trine train {recipe} --resume auto")
         return self._end(metrics, "interrupted")

@@ -10,19 +10,23 @@ Every line has `kind` and `step`. Kinds and their fields:
                 so far, without evaluations and checkpoints), memory_bytes (peak)
     eval        loss, bits_per_byte (null where bytes are unknown), tokens, seconds
     sample      prompt, text
-    checkpoint  path (relative to the run folder), seconds
+    checkpoint  path (relative to the run folder), bytes, held_seconds (training stood still for the copy, and for what
+                was left of the save before), write_seconds; written once it is on disk, which may be some steps later
     end         reason (finished, interrupted, non-finite), seconds, tokens, peak_memory_bytes
 
-When a run continues from step n, lines of later steps (from work that was lost) are dropped, so steps only ever grow.
+When a run continues from step n, lines of later steps (from work that was lost) are dropped, so steps only ever
+grow; only a `checkpoint` comes after the steps that were done while it was written.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from trine.engine.errors import StorageError
+from trine.engine.train.durable import write_file
 
 METRICS = "metrics.jsonl"
 
@@ -32,7 +36,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     @classmethod
     def create(cls, path: Path) -> MetricsFile:
@@ -43,17 +47,23 @@ class MetricsFile:
     @classmethod
     def resume(cls, path: Path, *, step: int) -> MetricsFile:
         """Continue after `step`: later lines, `end` lines and a torn last line are dropped (aside, then renamed)."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
         kept = [line for line in lines if _belongs(line, step)]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(aside, path)
+        write_file(path, "".join(f"{line}\n" for line in kept))
         return cls(path)
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
-        """One line; numbers that are not finite become null, which JSON can spell."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **_finite(fields)}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """One line; numbers that are not finite become null, which JSON can spell. Raises `StorageError`."""
+        line = json.dumps({"kind": kind, "step": step, **_finite(fields)}, ensure_ascii=False) + "\n"
+        left = memoryview(line.encode())
+        try:
+            while left:  # a disk that is nearly full takes a part
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.path} ({error.strerror}) at step {step}; make room there, then continue with "
+                "--resume auto"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

@@ -34,10 +34,11 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    saving: int  # the copy that is written in the background
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.saving
 
 
 def estimate_memory(setup: Setup) -> MemoryEstimate:
@@ -49,12 +50,16 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     tokens = setup.micro_batch_size * recipe.data.seq_len
     itemsize = setup.compute_dtype.itemsize
     rows = min(tokens, default_chunk_rows(config.vocab_size, setup.compute_dtype, setup.device))
+    optimizer = round(FP32_BYTES * by_muon + 2 * moment_bytes * (parameters - by_muon))
+    # On a GPU the copy lies in host memory. The last checkpoint is written without one.
+    copied = recipe.checkpoint.background and recipe.checkpoint.every and setup.device.type == "cpu"
     return MemoryEstimate(
         weights=parameters * FP32_BYTES,
         gradients=parameters * FP32_BYTES,
-        optimizer=round(FP32_BYTES * by_muon + 2 * moment_bytes * (parameters - by_muon)),
+        optimizer=optimizer,
         activations=tokens * _activations_per_token(config, recipe.train.checkpoint_activations) * itemsize,
         logits=rows * config.vocab_size * itemsize,
+        saving=parameters * FP32_BYTES + optimizer if copied else 0,
     )
 
 

@@ -202,10 +202,17 @@ class EvalSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """A step folder every `every` steps (0 = only at the end or when interrupted); the newest `keep_last` are kept."""
+    """A step folder every `every` steps; 0 = only at the end or when interrupted.
+
+    Kept are the newest `keep_last`, every multiple of `keep_every` (0 = none), and the `keep_best` with the lowest
+    validation loss. With `background`, the state is copied and written by a thread while training goes on.
+    """
 
     every: Count = 1000
     keep_last: Positive = 2
+    keep_every: Count = 0
+    keep_best: Count = 0
+    background: bool = True
 
 
 class ExportSettings(Settings):
@@ -254,7 +261,21 @@ class Recipe(Settings):
             )
         if self.eval.every == 0 and self.eval.sample_prompts:
             raise ValueError("eval.sample_prompts has no effect with eval.every = 0; set eval.every or remove it")
+        self._check_retention()
         return self
+
+    def _check_retention(self) -> None:
+        saved, evaluated = self.checkpoint, self.eval.every
+        if saved.keep_every and (saved.every == 0 or saved.keep_every % saved.every):
+            raise ValueError(
+                f"checkpoint.keep_every = {saved.keep_every} is no multiple of checkpoint.every = {saved.every}, so "
+                "few or none of its steps are saved; make it one"
+            )
+        if saved.keep_best and (saved.every == 0 or evaluated == 0 or saved.every % evaluated):
+            raise ValueError(
+                f"checkpoint.keep_best = {saved.keep_best} needs checkpoints that are evaluated, but checkpoint.every "
+                f"= {saved.every} is no multiple of eval.every = {evaluated}; make it one"
+            )
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -15,7 +15,7 @@ from typing import Any
 from trine.engine.errors import DataError, UsageError
 from trine.engine.log import say, warn
 from trine.engine.train.resolve import Setup, changed_settings
-from trine.engine.train.run_folder import RunFolder, TrainerState
+from trine.engine.train.step_folder import TrainerState, read_step_recipe
 
 _BREAKING = ("data.seq_len", "data.document_mask", "train.seed", "optim.name", "optim.state_dtype", "model.")
 # Changes of these do not touch what is computed; data folders may move, their fingerprint is compared instead.
@@ -45,14 +45,15 @@ def check_continuation(setup: Setup, origin: Path, state: TrainerState, environm
             f"the tokenizer of the data is not the one {origin} was trained with; "
             "restore it, or start a new run with run.dir=NEW_FOLDER"
         )
-    old = RunFolder(origin.parent).recipe()
-    changes = {} if old is None else changed_settings(old, setup.recipe)
+    changes = changed_settings(read_step_recipe(origin), setup.recipe)
     _refuse_breaking(changes, origin)
     if state.data_fingerprint != setup.stream.fingerprint:
         raise DataError(
             f"the data (or its mixing weights) is not what {origin} was trained on; restore it, "
             f"or start a new run with run.dir=NEW_FOLDER and model.init_from={origin}"
         )
+    if state.data_stamps != setup.stream.stamps():
+        setup.stream.verify()  # copied, moved or touched: the manifest's word is not enough
     if state.step > setup.recipe.train.steps:
         raise UsageError(
             f"train.steps = {setup.recipe.train.steps}, but {origin} is at step {state.step} already; raise train.steps"

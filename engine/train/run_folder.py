@@ -2,57 +2,43 @@
 
     recipe.toml            the resolved recipe
     metrics.jsonl          see metrics.py
-    step-00000100/         a Hugging Face folder: fp32 master weights and tokenizer, plus
-        state/optimizer.safetensors    optimizer state by parameter name
-        state/trainer.json             step, next sample, tokens, fingerprints, environment
-    latest                 the name of the newest complete step folder
+    step-00000100/         a checkpoint: see step_folder.py
+    latest                 the name of the newest step folder
     final/                 the trained model in export.dtype, once the run has ended
 
-A folder is written under a hidden name, flushed to disk and renamed; `latest` is moved only after that. So every
-step folder that can be seen is complete, whatever ends the process. Random numbers need no saved state (see step.py).
+A step folder appears whole or not at all (durable.py), `latest` is moved once it is on disk, and old ones are removed
+only after that. What is continued from is the newest step folder whose checksums are right: `latest` is for people and
+other programs.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from trine.engine.errors import CheckpointError, UsageError
+from trine.engine.errors import CheckpointError, StorageError, UsageError
+from trine.engine.log import format_bytes, warn
 from trine.engine.model.checkpoint import save_model
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
+from trine.engine.train.durable import ASIDE, clear_leftovers, flush, remove_folder, write_file, write_folder
 from trine.engine.train.metrics import METRICS
-from trine.engine.train.optim import Optimizer
-from trine.engine.train.recipe import RECIPE, Recipe, load_recipe, recipe_toml
+from trine.engine.train.recipe import RECIPE, CheckpointSettings, Recipe, load_recipe, recipe_toml
+from trine.engine.train.retention import SavedStep, steps_to_remove
+from trine.engine.train.step_folder import (
+    Snapshot,
+    is_step_folder,
+    read_state,
+    step_damage,
+    step_name,
+    write_step,
+)
 
-STATE_VERSION = 1
 LATEST = "latest"
 FINAL = "final"
-_ASIDE = ".writing-"
-
-
-@dataclass(frozen=True)
-class TrainerState:
-    """Where a run stands, besides weights and optimizer state: everything a continuation needs to know."""
-
-    step: int
-    next_sample: int
-    tokens: int
-    seconds: float
-    smoothed_loss: tuple[float, float]
-    data_fingerprint: str
-    tokenizer_fingerprint: str
-    compute_dtype: str
-    environment: dict[str, Any]
 
 
 class RunFolder:
@@ -65,47 +51,55 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / METRICS
 
+    def steps(self) -> list[Path]:
+        """All step folders, complete or not, oldest first."""
+        found = [entry for entry in self.path.glob("step-*") if entry.name[5:].isdigit() and entry.is_dir()]
+        return sorted(found, key=step_number)
+
     def latest(self) -> Path | None:
-        """The newest complete step folder, or None."""
-        pointer = self.path / LATEST
-        if not pointer.is_file():
-            return None
-        step = self.path / pointer.read_text(encoding="utf-8").strip()
-        if not (step / "state" / "trainer.json").is_file():
+        """The newest complete step folder, or None where there is no step folder at all.
+
+        Says which newer ones are passed over and why. Raises `CheckpointError` where there are only damaged ones.
+        """
+        passed: list[str] = []
+        for folder in reversed(self.steps()):
+            reason = step_damage(folder)
+            if reason is None:
+                for entry in passed:
+                    warn(f"passing over {entry}; {folder.name} is the newest complete checkpoint")
+                return folder
+            passed.append(f"{folder.name}: {reason}")
+        if passed:
             raise CheckpointError(
-                f"{pointer} names {step.name!r}, which is no checkpoint; name another step folder in it"
+                f"no step folder in {self.path} is complete: {'; '.join(passed)}; restore one of them from a copy, "
+                "or start anew with run.dir=NEW_FOLDER"
             )
-        return step
+        return None
 
     def recipe(self) -> Recipe | None:
-        """The recipe this folder was begun with, or None where it holds none."""
+        """The recipe this folder was last run with, or None where it holds none."""
         path = self.path / RECIPE
         return load_recipe(path) if path.is_file() else None
 
     def find_origin(self, resume: str) -> Path | None:
         """The step folder to continue from, or None to begin anew.
 
-        `resume` is `auto` (the latest step if there is one), `never`, or a step or run folder, which must be this run's
-        latest step or come from another run (then this run must be new). Raises `UsageError` where beginning or
-        continuing would mix two runs in one folder.
+        `resume` is `auto` (the newest complete step if there is one), `never`, or a step or run folder, which must be
+        this run's newest step or come from another run (then this run must be new). Raises `UsageError` where beginning
+        or continuing would mix two runs in one folder, `CheckpointError` where the checkpoint is damaged.
         """
-        latest = self.latest()
         if resume == "auto":
-            origin = latest
-        elif resume == "never":
-            origin = None
-        else:
-            origin = _step_folder(Path(resume))
-            inside = origin.parent.resolve() == self.path.resolve()
-            if inside and (latest is None or origin.resolve() != latest.resolve()):
+            return self.latest()
+        origin = None if resume == "never" else _named_step(Path(resume))
+        if origin is not None and origin.parent.resolve() == self.path.resolve():
+            newest = self.latest()
+            if newest is None or origin.resolve() != newest.resolve():
                 raise UsageError(
                     f"{origin} is not the latest step of {self.path}; to branch off from it give run.dir=NEW_FOLDER"
                 )
-            if inside:
-                return origin
-        if latest is not None and origin != latest:
+        elif steps := self.steps():
             raise UsageError(
-                f"{self.path} already holds a run (latest {latest.name}); continue it with --resume auto, "
+                f"{self.path} already holds a run (latest {steps[-1].name}); continue it with --resume auto, "
                 "give run.dir=NEW_FOLDER, or remove the folder"
             )
         return origin
@@ -116,7 +110,7 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise UsageError(f"run.dir = {str(self.path)!r} is a file; give a folder")
-        found = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(_ASIDE))
+        found = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(ASIDE))
         if not found:
             return
         if RECIPE not in found:
@@ -130,83 +124,86 @@ class RunFolder:
                 "give run.dir=NEW_FOLDER or remove the folder"
             )
 
-    def begin(self, recipe: Recipe) -> None:
-        """Create the folder, write the recipe, and clear what an interrupted save may have left."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for entry in self.path.glob(f"{_ASIDE}*"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        _write_file(self.path / RECIPE, recipe_toml(recipe))
+    def begin(self, recipe: Recipe, origin: Path | None = None) -> None:
+        """Create the folder, write the recipe, clear what an interrupted save may have left.
 
-    def save_step(
-        self, model: Transformer, tokenizer: Tokenizer, optimizer: Optimizer, state: TrainerState, *, keep_last: int
-    ) -> Path:
-        """Write the step folder, move `latest` to it, and remove older ones beyond `keep_last`. Returns the folder."""
-        folder = self.path / f"step-{state.step:08d}"
+        `latest` is set to `origin` where that is of this run: a kill may have come before it was moved. Raises
+        `StorageError` where the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.path)
+            write_file(self.path / RECIPE, recipe_toml(recipe))
+            if origin is not None and origin.parent.resolve() == self.path.resolve():
+                write_file(self.path / LATEST, origin.name + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write in run.dir = {str(self.path)!r} ({error.strerror}); give run.dir=NEW_FOLDER where this "
+                "user may write and there is room"
+            ) from None
 
-        def fill(aside: Path) -> None:
-            save_model(model, aside, dtype=model.dtype)
-            tokenizer.save(aside)
-            (aside / "state").mkdir()
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.state_tensors().items()}
-            save_file(tensors, aside / "state" / "optimizer.safetensors")
-            facts = {"version": STATE_VERSION, "optimizer_updates": optimizer.updates, **vars(state)}
-            (aside / "state" / "trainer.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    def save_step(self, snapshot: Snapshot, tokenizer: Tokenizer, settings: CheckpointSettings) -> tuple[Path, int]:
+        """Write the step folder, move `latest` to it, remove older ones; returns the folder and its bytes.
 
-        _write_folder(folder, fill)
-        _write_file(self.path / LATEST, folder.name + "\n")
-        steps = sorted(self.path.glob("step-[0-9]*"))
-        for old in steps[: max(0, len(steps) - keep_last)]:
-            if old != folder:
-                shutil.rmtree(old)
-        return folder
+        Raises `StorageError` where the disk is full or the folder cannot be written; what was there stays.
+        """
+        folder = self.path / step_name(snapshot.state.step)
+        try:
+            if self.metrics.exists():
+                flush(self.metrics)  # the log on disk is never behind the checkpoint
+            num_bytes = write_step(folder, snapshot, tokenizer)
+            write_file(self.path / LATEST, folder.name + "\n")
+            self._remove_old(settings, newest=snapshot.state.step)
+        except (OSError, SafetensorError) as error:
+            raise self._storage_error(f"the checkpoint of step {snapshot.state.step}", error) from None
+        return folder, num_bytes
 
     def export(self, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype) -> Path:
-        """Write `final/`: the model in `dtype` with its tokenizer."""
+        """Write `final/`: the model in `dtype` with its tokenizer. Raises `StorageError`."""
 
         def fill(aside: Path) -> None:
             save_model(model, aside, dtype=dtype)
             tokenizer.save(aside)
 
-        _write_folder(self.path / FINAL, fill)
+        try:
+            write_folder(self.path / FINAL, fill)
+        except (OSError, SafetensorError) as error:
+            raise self._storage_error(f"{FINAL}/", error) from None
         return self.path / FINAL
 
+    def _remove_old(self, settings: CheckpointSettings, *, newest: int) -> None:
+        folders = {step_number(folder): folder for folder in self.steps()}
+        saved = []
+        for step, folder in folders.items():
+            complete = step_damage(folder, contents=False) is None
+            scored = complete and settings.keep_best > 0
+            loss = read_state(folder).validation_loss if scored else None
+            saved.append(SavedStep(step=step, complete=complete, validation_loss=loss))
+        for step in steps_to_remove(saved, settings, newest=newest):
+            remove_folder(folders[step])
 
-def read_state(step_folder: Path) -> TrainerState:
-    """The trainer's state in a step folder. Raises `CheckpointError` where it cannot be read."""
-    facts = _read_facts(step_folder)
-    facts.pop("version")
-    facts.pop("optimizer_updates")
-    facts["smoothed_loss"] = tuple(facts["smoothed_loss"])
-    try:
-        return TrainerState(**facts)
-    except TypeError as error:
-        raise CheckpointError(f"{step_folder}/state/trainer.json is not of this version of Trine: {error}") from None
-
-
-def load_optimizer(optimizer: Optimizer, step_folder: Path) -> None:
-    """Fill the optimizer from a step folder."""
-    path = step_folder / "state" / "optimizer.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
-    optimizer.load_state(tensors, updates=_read_facts(step_folder)["optimizer_updates"])
-
-
-def _read_facts(step_folder: Path) -> dict[str, Any]:
-    path = step_folder / "state" / "trainer.json"
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = facts["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
-    if version != STATE_VERSION:
-        raise CheckpointError(f"{path} has version {version}, this Trine reads {STATE_VERSION}")
-    return facts
+    def _storage_error(self, what: str, error: OSError | SafetensorError) -> StorageError:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        free = shutil.disk_usage(self.path).free if self.path.is_dir() else 0
+        complete = [folder.name for folder in self.steps() if step_damage(folder, contents=False) is None]
+        kept = f"the last checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
+        return StorageError(
+            f"cannot write {what} in {self.path} ({reason}; {format_bytes(free)} free); {kept}; make room there, then "
+            "continue with --resume auto"
+        )
 
 
-def _step_folder(path: Path) -> Path:
-    if (path / "state" / "trainer.json").is_file():
+def step_number(folder: Path) -> int:
+    """The step of a step folder, from its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _named_step(path: Path) -> Path:
+    """The step folder that `--resume PATH` means. Raises `UsageError` or `CheckpointError`."""
+    if is_step_folder(path):
+        reason = step_damage(path)
+        if reason is not None:
+            raise CheckpointError(f"--resume {path}: {reason}; give another step folder, or restore it from a copy")
         return path
     latest = RunFolder(path).latest() if path.is_dir() else None
     if latest is None:
@@ -214,39 +211,3 @@ def _step_folder(path: Path) -> Path:
             f"--resume {path}: no step folder and no run folder with a checkpoint; give auto, never or such"
         )
     return latest
-
-
-def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder aside, flush it, and put it in place of what may be there."""
-    aside = folder.parent / f"{_ASIDE}{folder.name}"
-    if aside.exists():
-        shutil.rmtree(aside)
-    aside.mkdir()
-    fill(aside)
-    for entry in [*aside.rglob("*"), aside]:
-        _flush(entry)
-    if folder.exists():
-        replaced = folder.parent / f"{_ASIDE}old-{folder.name}"
-        folder.rename(replaced)
-        aside.rename(folder)
-        shutil.rmtree(replaced)
-    else:
-        aside.rename(folder)
-    _flush(folder.parent)
-
-
-def _write_file(path: Path, text: str) -> None:
-    """Write a file aside, flush it and rename it."""
-    aside = path.parent / f"{_ASIDE}{path.name}"
-    aside.write_text(text, encoding="utf-8")
-    _flush(aside)
-    os.replace(aside, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,7 +29,7 @@ FIELDS = {
     },
     "eval": {"loss", "bits_per_byte", "tokens", "seconds"},
     "sample": {"prompt", "text"},
-    "checkpoint": {"path", "seconds"},
+    "checkpoint": {"path", "bytes", "held_seconds", "write_seconds"},
     "end": {"reason", "seconds", "tokens", "peak_memory_bytes"},
 }  # fmt: skip
 
@@ -51,7 +51,9 @@ def test_a_run_learns_and_leaves_metrics_checkpoints_and_a_final_model(make_reci
     lines = records(run)
     for line in lines:
         assert line.keys() == FIELDS[line["kind"]] | {"kind", "step"}
-    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    ordered = [line["step"] for line in lines if line["kind"] != "checkpoint"]
+    assert ordered == sorted(ordered)
+    assert [line["step"] for line in lines if line["kind"] == "checkpoint"] == [5, 10, 15, 20]
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == [1, 5, 10, 15, 20]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,8 @@ def test_work_after_the_last_checkpoint_is_done_again_and_logged_once(make_recip
     train(lost)
     run = tmp_path / "lost"
     # As a kill after step 7 leaves it: the newest checkpoint is that of step 6.
+    shutil.rmtree(run / "step-00000008")
+    shutil.rmtree(run / "final")
     (run / "latest").write_text("step-00000006\n")
     metrics = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(metrics[:-2]) + '\n{"kind": "st')

@@ -1,0 +1,129 @@
+"""A step folder: all of a run at one step, and reading it back.
+
+    config.json, model.safetensors, tokenizer.json ...   a Hugging Face folder with the fp32 master weights
+    state/optimizer.safetensors                          optimizer state by parameter name
+    state/recipe.toml                                    the resolved recipe these steps were trained with
+    state/trainer.json                                   `TrainerState`
+    state/checksums.json                                 sizes and checksums of all these, written last
+
+Random numbers need no saved state: dropout, sampling and the rounding of 8-bit states draw from seeds that are
+functions of the recipe's seed and the sample or update at hand (see step.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trine.engine.errors import CheckpointError
+from trine.engine.model.checkpoint import save_model
+from trine.engine.model.transformer import Transformer
+from trine.engine.text.tokenizer import Tokenizer
+from trine.engine.train.durable import MANIFEST, damage, write_folder
+from trine.engine.train.optim import Optimizer
+from trine.engine.train.recipe import RECIPE, Recipe, load_recipe, recipe_toml
+
+STATE = "state"
+STATE_VERSION = 2
+OPTIMIZER = "optimizer.safetensors"
+_TRAINER = "trainer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """Where a run stands, besides weights and optimizer state: everything a continuation needs to know."""
+
+    step: int
+    next_sample: int
+    tokens: int  # valid ones trained
+    seconds: float  # of training
+    smoothed_loss: tuple[float, float]  # total and weight, see meters.py
+    validation_loss: float | None  # where this very step was evaluated
+    optimizer_updates: int
+    data_fingerprint: str
+    data_stamps: list[list[int]]  # size and time of change of each file of tokens
+    tokenizer_fingerprint: str
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What goes into a step folder; the tensors must not change until it is written."""
+
+    model: Transformer
+    optimizer: dict[str, Tensor]
+    recipe: Recipe
+    state: TrainerState
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step-{step:08d}"
+
+
+def write_step(folder: Path, snapshot: Snapshot, tokenizer: Tokenizer) -> int:
+    """Write a step folder, whole or not at all; returns its bytes. Raises `OSError` or `SafetensorError`."""
+
+    def fill(aside: Path) -> None:
+        save_model(snapshot.model, aside, dtype=snapshot.model.dtype)
+        tokenizer.save(aside)
+        state = aside / STATE
+        state.mkdir()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.optimizer.items()}
+        save_file(tensors, state / OPTIMIZER)
+        (state / RECIPE).write_text(recipe_toml(snapshot.recipe), encoding="utf-8")
+        facts = {"version": STATE_VERSION, **vars(snapshot.state)}
+        (state / _TRAINER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    return write_folder(folder, fill, seal_in=STATE)
+
+
+def is_step_folder(folder: Path) -> bool:
+    """Whether this looks like a step folder, complete or not."""
+    return any((folder / STATE / name).is_file() for name in (MANIFEST, _TRAINER))
+
+
+def step_damage(folder: Path, *, contents: bool = True) -> str | None:
+    """Why a step folder cannot be continued from, or None where it can; see `durable.damage`."""
+    return damage(folder, seal_in=STATE, contents=contents)
+
+
+def read_state(folder: Path) -> TrainerState:
+    """The trainer's state in a step folder. Raises `CheckpointError` where it cannot be read."""
+    path = folder / STATE / _TRAINER
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = facts.pop("version")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
+    if version != STATE_VERSION:
+        raise CheckpointError(
+            f"{path} has version {version}, this Trine reads {STATE_VERSION}; continue it with the Trine that wrote "
+            f"it, or start a new run from its weights: model.init_from={folder} run.dir=NEW_FOLDER"
+        )
+    known = {entry.name for entry in fields(TrainerState)}
+    if odd := sorted(known ^ facts.keys()):
+        raise CheckpointError(f"{path} is not what this Trine writes ({odd[0]!r}); continue from another step folder")
+    facts["smoothed_loss"] = tuple(facts["smoothed_loss"])
+    return TrainerState(**facts)
+
+
+def read_step_recipe(folder: Path) -> Recipe:
+    """The recipe a step folder was trained with."""
+    return load_recipe(folder / STATE / RECIPE)
+
+
+def load_optimizer(optimizer: Optimizer, folder: Path, *, updates: int) -> None:
+    """Fill the optimizer, which has made `updates` updates, from a step folder."""
+    path = folder / STATE / OPTIMIZER
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
+    optimizer.load_state(tensors, updates=updates)
