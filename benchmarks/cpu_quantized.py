@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor
 from trine.benchmarks.timing import Call
 from trine.engine.env import environment
 from trine.kernels.cpu import codes, matvec, table
-from trine.kernels.cpu.measured import ROWS
+from trine.kernels.cpu.measured import ROWS, SPEEDS
 from trine.kernels.quantized import cpu, op, packing
 from trine.kernels.quantized.cpu_int8 import int8_product, kept_int8
 from trine.kernels.quantized.packing import PackedWeight, pack
@@ -57,11 +58,9 @@ def packed(bits: int, layout: str) -> Callable[[], PackedWeight]:
     groups, limit = (GROUPS, 8) if bits == 4 else (1, 128)
 
     def make() -> PackedWeight:
-        before, packing.available = packing.available, lambda: layout == "lanes"
         values = torch.randint(-limit, limit, (N, K), dtype=torch.int8)
-        weight = pack(values, torch.rand(N, groups).bfloat16() / limit / K**0.5, bits=bits)
-        packing.available = before
-        return weight
+        with patch.object(packing, "available", lambda: layout == "lanes"):
+            return pack(values, torch.rand(N, groups).bfloat16() / limit / K**0.5, bits=bits)
 
     return pool(make, N * K * bits // 8)
 
@@ -208,17 +207,16 @@ def main(arguments: Sequence[str]) -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description="Products with plain and quantized weights on a CPU, path by path.")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
-    parser.add_argument("--class", dest="name", choices=tuple(table.SPEEDS), default=table.cpu_class())
+    parser.add_argument("--class", dest="name", choices=tuple(SPEEDS), default=table.cpu_class())
     parser.add_argument("--quick", action="store_true", help="1 and 16 rows, 2 rounds")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    table.cpu_class = lambda: options.name
     torch.manual_seed(0)
     number_of_rows, rounds = ((1, 16), 2) if options.quick else (ROWS, ROUNDS)
     contestants = Contestants()
     kinds, chosen = {}, {}
-    with torch.inference_mode():
+    with torch.inference_mode(), patch.object(table, "cpu_class", lambda: options.name):
         for rows in number_of_rows:
             kinds[rows], chosen[rows] = measure(contestants, rows, rounds)
             for kind, speeds in kinds[rows].items():
