@@ -7,6 +7,7 @@ so that output can be piped. `say_once` is for choices and fallbacks: each is to
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -62,7 +63,7 @@ def format_bytes(number: float) -> str:
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
-    """Yield `items` while showing a bar with rate and time left (terminal) or a line every tenth (file)."""
+    """Yield `items` while showing a bar (terminal) or a line every tenth (file), with the time left."""
     if is_terminal():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -71,10 +72,11 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             yield from bar.track(items, total=total, description=what)
         return
-    shown = 0
+    shown, started = 0, time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         tenth = 10 * done // max(total, 1)
         if tenth > shown:
             shown = tenth
-            say(f"{what}: {done}/{total}")
+            left = (time.monotonic() - started) * (total - done) / done
+            say(f"{what}: {done}/{total}, {format_duration(left)} left")

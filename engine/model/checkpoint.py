@@ -3,15 +3,19 @@
 Loading is strict and streamed. Names and shapes are checked against the family's table from the file headers before
 any memory is taken; then each tensor is read, turned into our layout and copied into the model, so that the peak is
 the model plus one tensor. Writing is the same table read the other way.
+
+Weights that config.json says are quantized take the place of the model's layers (`quantized/layers.py`), one by one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +26,13 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
 from trine.engine.model.families.base import write_eos
 from trine.engine.model.families.registry import merge_generation_config
+from trine.engine.model.quantized import compressed_tensors
+from trine.engine.model.quantized.layers import install, is_quantized
+from trine.engine.model.quantized.plan import QuantizedRules, quantized_rules, read_weight
+from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.transformer import Transformer
 from trine.engine.model.weight_files import (
+    FLOATS,
     StoredTensor,
     open_weights,
     read_json,
@@ -64,41 +73,89 @@ def resolve_checkpoint(path: Path | str) -> Path:
 
 
 def read_config(folder: Path | str) -> ModelConfig:
-    """The config of a checkpoint folder, end tokens as generation_config.json gives them."""
+    """The config of an unquantized checkpoint folder, end tokens as generation_config.json gives them."""
+    return config_from_hf(read_hf_config(folder))
+
+
+def read_hf_config(folder: Path | str) -> dict[str, Any]:
+    """config.json as it stands, but for the end tokens, which are those of generation_config.json."""
     folder = Path(folder)
     hf = read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():
         hf = merge_generation_config(hf, read_json(folder / "generation_config.json"))
-    return config_from_hf(hf)
+    return hf
 
 
-def load_model(
-    folder: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Transformer:
-    """A model in evaluation mode, its weights in `dtype` (None: as stored, the widest where files mix).
+@dataclass(frozen=True)
+class Opened:
+    """A checked checkpoint, open for reading: a model without memory, and where each of its tensors lies.
 
-    Raises `CheckpointError` naming the file, key or shape that is wrong.
+    `quantized`: by the names that their rules have, the weights that are stored as codes.
     """
+
+    model: Transformer
+    rules: list[TensorRule]
+    stored: dict[str, StoredTensor]
+    quantized: QuantizedRules
+
+
+@contextmanager
+def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
+    """Open and check a folder. Raises `CheckpointError` naming the file, key or shape that is wrong."""
     folder = Path(folder)
-    config = read_config(folder)
+    hf = read_hf_config(folder)
+    quantization = compressed_tensors.read_config(hf)
+    config = config_from_hf({key: value for key, value in hf.items() if key not in compressed_tensors.CONFIG_KEYS})
     family = FAMILIES[config.family]
     with open_weights(folder) as files:
         stored = _normalised(files, family)
         config = replace(config, tie_embeddings=_tied(config, family, stored))
         model = Transformer(config, device="meta")
         rules = family.rules(config)
+        quantized = {} if quantization is None else quantized_rules(model, rules, quantization)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        _check(folder, rules, shapes, stored)
-        model = model.to(dtype or _widest(stored[rule.stored] for rule in rules)).to_empty(device=device)
+        _check(folder, rules, shapes, stored, quantized)
+        yield Opened(model, rules, stored, quantized)
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    dequantize: bool = False,
+) -> Transformer:
+    """A model in evaluation mode, its weights in `dtype` (None: as stored, the widest where files mix).
+
+    Quantized weights keep their codes, and the model then takes no gradients; with `dequantize` they become numbers in
+    `dtype`. Raises `CheckpointError` naming the file, key or shape that is wrong.
+    """
+    with open_checkpoint(folder) as opened:
+        model, stored, quantized = opened.model, opened.stored, opened.quantized
+        dtype = dtype or _widest(stored[rule.stored] for rule in opened.rules if rule.stored not in quantized)
+        kept = {} if dequantize else quantized
+        for rule in opened.rules:
+            if rule.stored in kept:
+                _install(model, rule, read_weight(kept[rule.stored], stored).to(device))
+        model = model.to(dtype).to_empty(device=device)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for rule in rules:
-                tensor = stored[rule.stored].read()
+            for rule in opened.rules:
+                if rule.stored in kept:
+                    continue
+                codes = quantized.get(rule.stored)
+                tensor = stored[rule.stored].read() if codes is None else read_weight(codes, stored).dequantize(dtype)
                 tensor = tensor.T if rule.transpose else tensor
                 targets = [parameters[name] for name in rule.ours]
                 for target, part in zip(targets, torch.split(tensor, [len(t) for t in targets]), strict=True):
                     target.copy_(part)
-    return model.eval()
+        return model.requires_grad_(not kept).eval()
+
+
+def _install(model: Transformer, rule: TensorRule, weight: QuantizedTensor) -> None:
+    rows = [model.get_parameter(name).shape[0] for name in rule.ours]
+    for name, part in zip(rule.ours, weight.split(rule.stored, rows), strict=True):
+        install(model, name.removesuffix(".weight"), part.weight())
 
 
 def save_model(
@@ -109,6 +166,8 @@ def save_model(
     The folder may exist; files are written aside and renamed, config.json last.
     """
     folder = Path(folder)
+    if is_quantized(model):
+        raise CheckpointError("a quantized model is not written again; copy its folder")
     dtype = dtype or model.dtype
     dtype_name = str(dtype).removeprefix("torch.")
     hf = config_to_hf(model.config, dtype_name)
@@ -167,13 +226,17 @@ def _check(
     rules: list[TensorRule],
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, StoredTensor],
+    quantized: QuantizedRules,
 ) -> None:
-    """Every expected tensor is there, in its shape and of a float dtype, and no other."""
-    expected: dict[str, tuple[int, ...]] = {}
+    """Every expected tensor is there, in its shape and of a dtype it may have, and no other."""
+    expected: compressed_tensors.Layout = {}
     for rule in rules:
         rows = sum(shapes[name][0] for name in rule.ours)
         shape = (rows, *shapes[rule.ours[0]][1:])
-        expected[rule.stored] = shape[::-1] if rule.transpose else shape
+        if rule.stored in quantized:
+            expected.update(quantized[rule.stored].layout())
+        else:
+            expected[rule.stored] = (shape[::-1] if rule.transpose else shape), FLOATS
     missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {some_names(missing)}; is it complete?")
@@ -181,11 +244,12 @@ def _check(
         raise CheckpointError(
             f"{folder} holds {len(unexpected)} tensors that its config.json does not explain: {some_names(unexpected)}"
         )
-    for name, shape in expected.items():
+    for name, (shape, kinds) in expected.items():
         if stored[name].shape != shape:
             raise CheckpointError(f"{name} in {folder} has shape {stored[name].shape}; config.json asks for {shape}")
-        if stored[name].dtype is None:
-            raise CheckpointError(f"{name} in {folder} is not stored in float64, float32, bfloat16 or float16")
+        if stored[name].kind not in kinds:
+            wanted = "float64, float32, bfloat16 or float16" if kinds is FLOATS else " or ".join(sorted(kinds))
+            raise CheckpointError(f"{name} in {folder} is not stored in {wanted}")
 
 
 def _widest(tensors: Iterable[StoredTensor]) -> torch.dtype:

@@ -38,9 +38,9 @@ def joined_linear(x: Tensor, *layers: Linear) -> Tensor:
     return joined.joined_linear(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
 
 
-def records_gradients(layer: Linear) -> bool:
-    """Whether a product with this layer's weight will be differentiated."""
-    return torch.is_grad_enabled() and layer.weight.requires_grad
+def records_gradients(layer: nn.Module) -> bool:
+    """Whether a product with this layer's weight will be differentiated; only a `Linear` has a weight that can be."""
+    return torch.is_grad_enabled() and isinstance(layer, Linear) and layer.weight.requires_grad
 
 
 class Embedding(nn.Module):

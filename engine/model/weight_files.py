@@ -24,16 +24,22 @@ from trine.engine.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# The float types that a model's own weights may be stored in, in safetensors' words.
+FLOATS = frozenset(_DTYPES)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies, and what its header says. `dtype` is None where it is not a float type."""
+    """Where a tensor lies, and what its header says: `kind` is the dtype in safetensors' words (F32, I32, F8_E4M3).
+
+    `dtype` is None where it is not a float type that a model computes in.
+    """
 
     file: Any
     name: str
     shape: tuple[int, ...]
+    kind: str
     dtype: torch.dtype | None
 
     def read(self) -> Tensor:
@@ -108,7 +114,8 @@ def _open_file(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
         for name in file.keys():  # noqa: SIM118 - not a mapping
             header = file.get_slice(name)
             shape = tuple(header.get_shape())
-            tensors[name] = StoredTensor(file, name, shape, _DTYPES.get(header.get_dtype()))
+            kind = header.get_dtype()
+            tensors[name] = StoredTensor(file, name, shape, kind, _DTYPES.get(kind))
         return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again") from None

@@ -1,0 +1,106 @@
+"""Quantized layers in the place of a built model's own. The model does not know.
+
+`install` puts one weight into a model: the `Linear` of that name becomes a `QuantizedLinear`, and a feed-forward layer
+that holds one a `QuantizedMLP`, because `MLP` multiplies with its layers' weights itself. Names of biases and of layers
+stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trine.engine.errors import UsageError
+from trine.engine.model.blocks import MLP
+from trine.engine.model.layers import Linear
+from trine.kernels.mlp.activation import activate, gated
+from trine.kernels.quantized.op import Weight, quantized_gated, quantized_linear
+from trine.kernels.quantized.packing import PackedWeight
+from trine.kernels.quantized.scaled_weight import ScaledWeight
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + bias, in the dtype of x. `weight` is what `pack` or `scaled_weight` made of codes and scales.
+
+    W has no parameter and no gradient. `layer.to(device)` moves it; a change of dtype leaves it.
+    """
+
+    def __init__(self, weight: Weight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor, *, deterministic: bool = False) -> Tensor:
+        """Raises `UsageError` in the deterministic mode, which is that of training, where weights are not codes."""
+        if deterministic:
+            raise UsageError("deterministic=True with a quantized model; leave it out, or give the original checkpoint")
+        return quantized_linear(x, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        where = fn(torch.empty(0, device=self.weight.device)).device
+        if where.type != "meta":
+            self.weight = self.weight.to(where)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{type(self.weight).__name__} [{self.weight.num_features}, {self.weight.width}]"
+
+
+class QuantizedMLP(nn.Module):
+    """What `MLP` computes, by its own layers, of which some are quantized."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(mlp, MLP)
+        self.activation = mlp.activation
+        self.gate_proj: nn.Module | None = mlp.gate_proj
+        self.up_proj: nn.Module = mlp.up_proj
+        self.down_proj: nn.Module = mlp.down_proj
+
+    def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
+        y: Tensor = self.down_proj(self._inner(x, deterministic), deterministic=deterministic)
+        return y
+
+    def _inner(self, x: Tensor, deterministic: bool) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        both = isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)
+        if both and not deterministic and _alike(gate.weight, up.weight):
+            return quantized_gated(
+                x, gate.weight, up.weight, activation=self.activation, gate_bias=gate.bias, up_bias=up.bias
+            )
+        up_x = up(x, deterministic=deterministic)
+        if gate is None:
+            return activate(up_x, self.activation)
+        return gated(gate(x, deterministic=deterministic), up_x, self.activation)
+
+
+def _alike(gate: Weight, up: Weight) -> bool:
+    """Whether one product can take both; they have one shape."""
+    if isinstance(gate, PackedWeight) and isinstance(up, PackedWeight):
+        same = gate.bits == up.bits and (gate.zeros is None) == (up.zeros is None) and gate.layout == up.layout
+        return same and (gate.scales.shape, gate.scales.dtype) == (up.scales.shape, up.scales.dtype)
+    if isinstance(gate, ScaledWeight) and isinstance(up, ScaledWeight):
+        return (gate.kind, gate.scales.shape) == (up.kind, up.scales.shape)
+    return False
+
+
+def install(model: nn.Module, name: str, weight: Weight) -> None:
+    """Replace the `Linear` of that name by a quantized one with this weight."""
+    path, _, last = name.rpartition(".")
+    parent: Any = model.get_submodule(path)
+    if isinstance(parent, MLP):
+        parent = QuantizedMLP(parent)
+        model.set_submodule(path, parent)
+    old = getattr(parent, last)
+    assert isinstance(old, Linear), name
+    assert (weight.num_features, weight.width) == tuple(old.weight.shape), name
+    setattr(parent, last, QuantizedLinear(weight, old.bias))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer of the model is quantized."""
+    return any(isinstance(part, QuantizedLinear) for part in model.modules())

@@ -1,0 +1,88 @@
+"""One quantized weight as plain tensors: what methods make, formats store, and layers are built from.
+
+    w[n, k] = (q[n, k] - z[g]) s[g]        g the group, row or block of (n, k); no z where the scheme is symmetric
+
+Shapes: N output features, K input features, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trine.engine.errors import CheckpointError
+from trine.engine.model.quantized.scheme import BLOCK, Scheme
+from trine.kernels.quantized.op import Weight
+from trine.kernels.quantized.packing import pack
+from trine.kernels.quantized.scaled_weight import scaled_weight
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """`codes_NK` int8 or float8_e4m3fn; `scales` of any float dtype, [N, G], or [N / 128, K / 128] rounded up for
+    blocks; `zeros_NG` int8 or None.
+    """
+
+    scheme: Scheme
+    codes_NK: Tensor
+    scales: Tensor
+    zeros_NG: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes on disk, codes of 4 bits packed."""
+        num_features, width = self.codes_NK.shape
+        zeros = 0 if self.zeros_NG is None else self.zeros_NG.numel() * self.scheme.bits // 8
+        return num_features * width * self.scheme.bits // 8 + self.scales.nbytes + zeros
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """w_NK: computed in fp32 (float64 in float64), rounded once."""
+        work = torch.promote_types(dtype, torch.float32)
+        groups = to_groups(self.codes_NK.to(work), self.scheme)
+        if self.zeros_NG is not None:
+            groups = groups - self.zeros_NG.to(work)[..., None]
+        return from_groups(groups * self.scales.to(work)[..., None], self.scheme, *self.codes_NK.shape).to(dtype)
+
+    def weight(self) -> Weight:
+        """As the kernels want it, on the device of the codes."""
+        if self.scheme.activations == "none":
+            return pack(self.codes_NK, self.scales, self.zeros_NG, bits=self.scheme.bits)
+        return scaled_weight(self.codes_NK, self.scales)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        zeros = None if self.zeros_NG is None else self.zeros_NG.to(device)
+        return QuantizedTensor(self.scheme, self.codes_NK.to(device), self.scales.to(device), zeros)
+
+    def split(self, name: str, rows: Sequence[int]) -> list[QuantizedTensor]:
+        """Its outputs as several weights of so many rows. Raises `CheckpointError` where that would cut a block."""
+        if len(rows) == 1:
+            return [self]
+        each = BLOCK if self.scheme.strategy == "block" else 1
+        if any(count % each for count in rows[:-1]):
+            raise CheckpointError(f"{name} joins layers of {list(rows)} outputs, which its blocks of {each} cut")
+        counts = [-(-count // each) for count in rows]
+        zeros = [None] * len(rows) if self.zeros_NG is None else torch.split(self.zeros_NG, list(rows))
+        parts = zip(torch.split(self.codes_NK, list(rows)), torch.split(self.scales, counts), zeros, strict=True)
+        return [QuantizedTensor(self.scheme, *part) for part in parts]
+
+
+def to_groups(x_NK: Tensor, scheme: Scheme) -> Tensor:
+    """The numbers that share a scale, side by side: [rows of scales, columns of scales, size]; blocks filled with 0."""
+    num_features, width = x_NK.shape
+    if scheme.strategy != "block":
+        return x_NK.reshape(num_features, -1, scheme.group_size or width)
+    padded = F.pad(x_NK, (0, -width % BLOCK, 0, -num_features % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    return blocks.transpose(1, 2).flatten(2)
+
+
+def from_groups(groups: Tensor, scheme: Scheme, num_features: int, width: int) -> Tensor:
+    """[N, K] again."""
+    if scheme.strategy != "block":
+        return groups.reshape(num_features, width)
+    padded = groups.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return padded[:num_features, :width].contiguous()

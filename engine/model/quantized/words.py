@@ -1,0 +1,34 @@
+"""Codes of 4 and 8 bits packed into int32 words, as the format `pack-quantized` stores them.
+
+A code q is stored as the unsigned number q + 2^(bits - 1). Number i of a row lies at bit `bits * i` of it, counted from
+the lowest bit of the first word; a row is filled up with zero bits to whole words. On a little-endian machine these are
+bytes in their order, two codes of 4 bits in each, the first in the low half.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def num_words(width: int, bits: int) -> int:
+    """Words of a row of so many codes."""
+    return -(-width * bits // 32)
+
+
+def pack_words(codes_NK: Tensor, bits: int) -> Tensor:
+    """int32 [N, words] of int8 codes [N, K]."""
+    unsigned = (codes_NK.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    padded = F.pad(unsigned, (0, -codes_NK.shape[1] % (32 // bits)))
+    bytes_NB = padded[:, ::2] | padded[:, 1::2] << 4 if bits == 4 else padded
+    # Flat, because a single column may have strides that a view of other numbers refuses.
+    return bytes_NB.flatten().view(torch.int32).view(len(codes_NK), -1)
+
+
+def unpack_words(words: Tensor, bits: int, width: int) -> Tensor:
+    """int8 codes [N, K] of int32 words [N, words]."""
+    unsigned = words.flatten().view(torch.uint8).view(len(words), -1)
+    if bits == 4:
+        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(1)
+    return (unsigned[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)

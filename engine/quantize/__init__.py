@@ -1,0 +1,1 @@
+"""Quantizing checkpoints: methods, the walk through the weights, and the report."""

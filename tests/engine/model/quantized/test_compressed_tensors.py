@@ -1,0 +1,172 @@
+"""The format compressed-tensors against its own package: equal bytes, equal numbers, a config that it accepts."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from trine.engine.errors import CheckpointError
+from trine.engine.model.quantized.compressed_tensors import (
+    Quantization,
+    format_of,
+    from_stored,
+    layout,
+    read_config,
+    to_stored,
+    write_config,
+)
+from trine.engine.model.quantized.scheme import SCHEMES, Scheme, make_scheme
+from trine.engine.model.quantized.tensor import to_groups
+from trine.engine.quantize.rtn import quantize_rtn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+ALL: dict[str, Scheme] = {
+    **SCHEMES,
+    **{f"w4a16-{size}": make_scheme("w4a16", group_size=size) for size in ("32", "64", "channel")},
+    **{
+        f"w4a16-{size}-asymmetric": make_scheme("w4a16", group_size=size, symmetric=False)
+        for size in ("32", "64", "128", "channel")
+    },
+    "w8a16-128": make_scheme("w8a16", group_size="128"),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _weight(dtype: torch.dtype) -> torch.Tensor:
+    """[192, 384] with groups of very different size, one of zeros, and one without negative numbers."""
+    w = torch.randn(192, 384, generator=torch.Generator().manual_seed(0))
+    w *= torch.logspace(-3, 1, 192)[:, None]
+    w[3, :128], w[5], w[7] = 0, 0, w[7].abs()
+    return w.to(dtype)
+
+
+def _theirs(scheme: Scheme) -> Any:
+    """The package's own scheme, from the config that is written."""
+    config = QuantizationConfig.model_validate(write_config(Quantization(((("Linear",), scheme),), ("lm_head",))))
+    return config.config_groups["group_0"]
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_scales_and_zero_points_are_those_of_the_package(name: str) -> None:
+    scheme, w_NK = ALL[name], _weight(torch.float32)
+    groups = to_groups(w_NK, scheme)
+    scales, zeros = calculate_qparams(groups.amin(-1), groups.amax(-1), _theirs(scheme).weights)
+    ours = quantize_rtn(w_NK, scheme)
+    assert torch.equal(ours.scales, scales)
+    if ours.zeros_NG is not None:
+        assert torch.equal(ours.zeros_NG, zeros.to(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("name", list(ALL))
+def test_tensors_equal_those_of_the_package_byte_by_byte(name: str, dtype: str) -> None:
+    """Given numbers that are exactly codes times scales, both must find these codes; then bytes are compared."""
+    scheme = ALL[name]
+    quantized = quantize_rtn(_weight(DTYPES[dtype]), scheme)
+    compressor = BaseCompressor.get_value_from_registry(format_of(scheme))
+    given = {"weight": quantized.dequantize(torch.float32), "weight_scale": quantized.scales.float()}
+    if quantized.zeros_NG is not None:
+        given["weight_zero_point"] = quantized.zeros_NG
+    theirs = compressor.compress(given, _theirs(scheme))
+    ours = to_stored(quantized)
+    assert sorted(ours) == sorted(theirs)
+    for key, tensor in ours.items():
+        other = theirs[key].to(quantized.scales.dtype) if key == "weight_scale" else theirs[key]
+        assert tensor.dtype == other.dtype, key
+        assert tensor.shape == other.shape, key
+        assert torch.equal(tensor.flatten().view(torch.uint8), other.flatten().view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("name", list(ALL))
+def test_the_package_reads_the_same_numbers(name: str, dtype: str) -> None:
+    scheme = ALL[name]
+    quantized = quantize_rtn(_weight(DTYPES[dtype]), scheme)
+    compressor = BaseCompressor.get_value_from_registry(format_of(scheme))
+    back = compressor.decompress(to_stored(quantized), _theirs(scheme))["weight"]
+    assert torch.equal(back, quantized.dequantize(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_stored_tensors_come_back_and_fit_their_layout(name: str) -> None:
+    scheme = ALL[name]
+    quantized = quantize_rtn(_weight(torch.bfloat16)[:189], scheme)
+    stored = to_stored(quantized)
+    assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == {
+        key: shape for key, (shape, _) in layout(scheme, 189, 384).items()
+    }
+    back = from_stored("layer", stored, scheme, 189, 384)
+    assert torch.equal(back.codes_NK.view(torch.int8), quantized.codes_NK.view(torch.int8))
+    assert torch.equal(back.scales, quantized.scales)
+    assert (back.zeros_NG is None) == scheme.symmetric
+    if quantized.zeros_NG is not None:
+        assert torch.equal(back.zeros_NG, quantized.zeros_NG)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_config_reads_back(name: str) -> None:
+    written = Quantization(((("Linear",), ALL[name]),), ("lm_head",))
+    assert read_config({"quantization_config": write_config(written)}) == written
+    # As the package itself writes it again.
+    again = QuantizationConfig.model_validate(write_config(written)).model_dump(mode="json")
+    assert read_config({"quantization_config": {**again, "quantization_status": "compressed"}}) == written
+
+
+def test_layers_are_matched_by_path_then_pattern_then_class() -> None:
+    four, eight = SCHEMES["w4a16"], SCHEMES["w8a16"]
+    quantization = Quantization(
+        ((("Linear",), four), (("re:.*down_proj$", "model.layers.0.mlp.up_proj"), eight)), ("lm_head", "re:.*q_proj")
+    )
+    assert quantization.scheme_of("lm_head") is None
+    assert quantization.scheme_of("model.layers.0.self_attn.q_proj") is None
+    assert quantization.scheme_of("model.layers.1.mlp.down_proj") == eight
+    assert quantization.scheme_of("model.layers.0.mlp.up_proj") == eight
+    assert quantization.scheme_of("model.layers.1.mlp.up_proj") == four
+    written = write_config(quantization)
+    assert written["format"] == "pack-quantized"
+    assert read_config({"quantization_config": written}) == quantization
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quant_method": "gptq"}, "quant_method 'gptq'"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
+        ({"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+        ({"config_groups": {}}, "config_groups"),
+        ({"format": "int-quantized"}, "format 'int-quantized'"),
+    ],
+    ids=["method", "cache", "sparse", "status", "groups", "format"],
+)
+def test_configs_that_are_not_read_are_refused_by_name(change: dict[str, Any], words: str) -> None:
+    config = write_config(Quantization(((("Linear",), SCHEMES["w4a16"]),)))
+    with pytest.raises(CheckpointError, match=words):
+        read_config({"quantization_config": {**config, **change}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_bits": 3}, "'num_bits': 3"),
+        ({"group_size": 16}, "'group_size': 16"),
+        ({"actorder": "group"}, "actorder 'group'"),
+        ({"strategy": "tensor"}, "'strategy': 'tensor'"),
+        ({"dynamic": True}, "'dynamic': True"),
+        ({"colour": "red"}, "colour"),
+    ],
+    ids=["bits", "group", "order", "strategy", "dynamic", "unknown"],
+)
+def test_weights_that_are_not_read_are_refused_by_name(change: dict[str, Any], words: str) -> None:
+    config = write_config(Quantization(((("Linear",), SCHEMES["w4a16"]),)))
+    config["config_groups"]["group_0"]["weights"].update(change)
+    with pytest.raises(CheckpointError, match=words):
+        read_config({"quantization_config": config})
