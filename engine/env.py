@@ -21,6 +21,11 @@ from trine.kernels.hardware import device_name, has_fast_bf16, memory_bytes
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pydantic", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Variables by which a library is told which instructions or algorithms to use.
+NUMERIC_VARIABLES = (
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
 _CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY = Path("/proc/meminfo")
@@ -32,8 +37,8 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     """What a result depends on besides its inputs, as plain JSON values.
 
     Keys: trine, commit, python, platform, packages {name: version}, device, device_name, cpu_name, cpu_cores, threads,
-    memory_bytes (of the host), device_memory_bytes. Two runs are promised the same bits only where trine, commit,
-    torch, numpy, triton, device_name, cpu_name and threads agree.
+    memory_bytes (of the host), device_memory_bytes, numerics (see there). Two runs are promised the same bits only
+    where trine, commit, torch, numpy, triton, device_name, cpu_name, threads and numerics agree.
     """
     device = device or torch.device("cpu")
     cpu = torch.device("cpu")
@@ -50,7 +55,29 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(cpu),
         "device_memory_bytes": memory_bytes(device),
+        "numerics": numerics(device),
     }
+
+
+def numerics(device: torch.device) -> dict[str, Any]:
+    """What the bits of a result depend on besides versions, device and threads, as plain JSON values.
+
+    Keys: cpu_capability (vector instructions torch computes with), deterministic_algorithms, float32_precision (of
+    products on a GPU), onednn, mkl; cuda, cudnn and compute_capability on a GPU; and every environment variable of
+    `NUMERIC_VARIABLES` that is set.
+    """
+    found: dict[str, Any] = {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32_precision": torch.get_float32_matmul_precision(),
+        "onednn": torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled),
+        "mkl": torch.backends.mkl.is_available(),
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found |= {"cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+        found["compute_capability"] = f"{major}.{minor}"
+    return found | {name: os.environ[name] for name in NUMERIC_VARIABLES if name in os.environ}
 
 
 def package_version(name: str) -> str | None:

@@ -30,9 +30,18 @@ _FREE = (
     "train.device",
     "train.threads",
 )
-# The facts of `environment()` that the bits depend on: what computes, and where.
-_MACHINE = ("trine", "commit", "device_name", "cpu_name", "threads")
+# The facts of `environment()` that the bits depend on, and what becomes of them where one is another.
+_CODE = "what computes may have changed"
+_ROUNDING = "products and sums may be rounded otherwise"
+_MACHINE = {
+    "trine": _CODE,
+    "commit": _CODE,
+    "device_name": _ROUNDING,
+    "cpu_name": _ROUNDING,
+    "threads": "sums are split otherwise and rounded otherwise",
+}
 _PACKAGES = ("torch", "numpy", "triton")
+_NUMERICS = {"deterministic_algorithms": "a GPU may give other bits in every run"}
 
 
 def check_continuation(setup: Setup, origin: Path, state: TrainerState, environment: dict[str, Any]) -> list[str]:
@@ -66,16 +75,23 @@ def check_continuation(setup: Setup, origin: Path, state: TrainerState, environm
     differences += machine_differences(state.environment, environment)
     for difference in differences:
         warn(f"continuing is not identical to an uninterrupted run: {difference}")
+    if differences:
+        say("the same as before: the order of the data, the samples already taken, the optimizer's state")
     say(f"continuing {origin} at step {state.step}")
     return differences
 
 
 def machine_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What two `environment()`s differ in, of all that the bits of a run depend on; one line each."""
-    pairs = [(key, before.get(key), after.get(key)) for key in _MACHINE]
+    found = [(key, before.get(key), after.get(key), effect) for key, effect in _MACHINE.items()]
     packages, installed = before.get("packages", {}), after.get("packages", {})
-    pairs += [(name, packages.get(name), installed.get(name)) for name in _PACKAGES]
-    return [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
+    found += [(name, packages.get(name), installed.get(name), _CODE) for name in _PACKAGES]
+    then, now = before.get("numerics", {}), after.get("numerics", {})
+    for name in sorted(then.keys() | now.keys()):
+        found.append((name, then.get(name), now.get(name), _NUMERICS.get(name, _ROUNDING)))
+    kinds = [str(facts.get("device", "cpu")).partition(":")[0] for facts in (before, after)]
+    found.append(("device", *kinds, f"{_ROUNDING}, and dropout draws other masks"))
+    return [f"{name} was {old}, is {new}: {effect}" for name, old, new, effect in found if old != new]
 
 
 def _refuse_breaking(changes: dict[str, tuple[object, object]], origin: Path) -> None:

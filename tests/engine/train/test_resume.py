@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -179,13 +181,51 @@ def test_only_what_the_bits_depend_on_is_compared_one_line_each() -> None:
     before = environment()
     other = {"trine": "9.9", "threads": 64, "platform": "Linux 1.0", "python": "3.99", "memory_bytes": 1}
     packages = {**before["packages"], "torch": "0.1", "tokenizers": "0.1", "triton": "0.2"}
+    numerics = {**before["numerics"], "cpu_capability": "none", "deterministic_algorithms": "maybe", "MKL_CBWR": "SSE2"}
+    rounding = "products and sums may be rounded otherwise"
     assert machine_differences(before, before) == []
-    assert machine_differences(before, {**before, **other, "packages": packages}) == [
-        f"trine was {before['trine']}, is 9.9",
-        f"threads was {before['threads']}, is 64",
-        f"torch was {before['packages']['torch']}, is 0.1",
-        f"triton was {before['packages'].get('triton')}, is 0.2",
+    assert machine_differences(before, {**before, **other, "packages": packages, "numerics": numerics}) == [
+        f"trine was {before['trine']}, is 9.9: what computes may have changed",
+        f"threads was {before['threads']}, is 64: sums are split otherwise and rounded otherwise",
+        f"torch was {before['packages']['torch']}, is 0.1: what computes may have changed",
+        f"triton was {before['packages'].get('triton')}, is 0.2: what computes may have changed",
+        f"MKL_CBWR was {before['numerics'].get('MKL_CBWR')}, is SSE2: {rounding}",
+        f"cpu_capability was {before['numerics']['cpu_capability']}, is none: {rounding}",
+        "deterministic_algorithms was False, is maybe: a GPU may give other bits in every run",
     ]
+
+
+@pytest.mark.usefixtures("stopped")
+def test_other_threads_are_accepted_and_what_will_differ_is_said(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert train(make_recipe(train={"threads": 2})).reason == "finished"
+    finally:
+        torch.set_num_threads(1)
+    difference = "threads was 1, is 2: sums are split otherwise and rounded otherwise"
+    said = capsys.readouterr().err
+    assert f"warning: continuing is not identical to an uninterrupted run: {difference}\n" in said
+    assert "the same as before: the order of the data" in said
+    resumed = next(record for record in records(tmp_path / "run") if record["kind"] == "resume")
+    assert resumed["differences"] == [difference]
+
+
+def test_no_random_generator_of_the_process_has_a_say(make_recipe: MakeRecipe, tmp_path: Path, stop_at: Any) -> None:
+    """Python's, numpy's and torch's: what a checkpoint does not hold, a run does not depend on."""
+    whole = make_recipe(model={"dropout": 0.2}, optim={"state_dtype": "int8"}, run={"dir": str(tmp_path / "whole")})
+    parts = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": tmp_path / "parts"})})
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    train(whole)
+    for seed, stop in ((2, 3), (3, -1)):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        stop_at(stop)
+        train(parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.usefixtures("stopped")
