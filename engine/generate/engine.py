@@ -4,6 +4,8 @@
     step     schedule -> forward -> choose -> commit; returns what every completion gained
     abort    forgets a request at once
 
+    load_adapter, unload_adapter    LoRA adapters that requests can name; several are computed in one batch
+
 Synchronous and without threads: the same calls give the same outputs. What a seeded or greedy request returns does not
 depend on what runs beside it (up to the rounding of batched products); it is what the plain generator returns. A
 failure of one completion ends that completion alone.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +36,9 @@ from trine.engine.generate.sampling import check_ids
 from trine.engine.generate.scheduler import Scheduler
 from trine.engine.generate.sequence import Sequence
 from trine.engine.generate.turns import Turn, run_turns
-from trine.engine.log import format_bytes, say
+from trine.engine.log import format_bytes, say, say_once, warn
+from trine.engine.model.adapters import NO_ADAPTER
+from trine.engine.model.lora import read_adapter
 from trine.engine.model.paged_cache import PagedCache
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
@@ -144,8 +149,8 @@ class Engine:
         """Queue a request; it changes nothing where it raises.
 
         Raises:
-            UsageError: the id is in use, the prompt is empty, an id lies outside the vocabulary, or the grammar cannot
-                be used.
+            UsageError: the id is in use, the prompt is empty, an id lies outside the vocabulary, the grammar cannot be
+                used, or there is no such adapter.
             ContextLengthError: the prompt leaves no room for a token, in the model's context or in the cache.
             QueueFullError: too many are waiting.
         """
@@ -154,6 +159,7 @@ class Engine:
         self._check_prompt(request)
         check_ids(request.params, self.tokenizer.vocab_size)
         ids, params = list(request.prompt_ids), request.params
+        adapter = NO_ADAPTER if request.adapter is None else self._runner.adapters.slot(request.adapter)
         matcher = self._matcher(request)
         completion = self._new_choice(request, 0, matcher)
         sequence = Sequence(
@@ -163,7 +169,8 @@ class Engine:
             num_prompt=len(ids),
             max_total_tokens=len(ids) + completion.budget,
             priority=request.priority,
-            salt=request.salt.encode(),
+            salt=self._salt(request),
+            adapter=adapter,
             reads_cache=params.prompt_logprobs is None,
         )
         self._scheduler.add(sequence)
@@ -176,6 +183,45 @@ class Engine:
         for sequence in self._scheduler.abort(request_id):
             self._runner.release(sequence)
         self._entries.pop(request_id, None)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return self._runner.adapters.names
+
+    def load_adapter(self, name: str, folder: Path | str, *, base: Path | str | None = None) -> None:
+        """Read a LoRA adapter in PEFT's layout; requests can name it from now on. It changes nothing where it raises.
+
+        Args:
+            name: for `GenerationRequest.adapter`.
+            folder: holds adapter_config.json and adapter_model.safetensors.
+            base: the model's checkpoint: a warning is given where the adapter says it was trained on another.
+
+        Raises:
+            UsageError: the name is in use or empty, the engine is deterministic, or there is no room.
+            CheckpointError: the folder is damaged, belongs to a model of other sizes, or needs what is not supported.
+        """
+        if self.config.deterministic:
+            raise UsageError("adapters are not computed in the deterministic mode; load them in an engine without it")
+        adapter, bank = read_adapter(folder, self._model.config), self._runner.adapters
+        bank.add(name, adapter)
+        if base is not None and not adapter.was_trained_on(base):
+            warn(f"adapter {name} was trained on {adapter.base}, not on {base}; only their sizes are known to agree")
+        size = format_bytes(bank.num_bytes)
+        say(f"adapter {name}: rank {adapter.rank}, {len(adapter.parts)} layers; all adapters take {size}")
+        if self._runner.has_decoder:
+            say_once(
+                "steps with an adapter's tokens are computed operation by operation: decoding steps know no adapters"
+            )
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `UsageError` where none is called so, or where a request is under way with it."""
+        bank = self._runner.adapters
+        bank.slot(name)
+        users = [entry.request.id for entry in self._entries.values() if entry.request.adapter == name]
+        if users:
+            raise UsageError(f"adapter {name!r} is in use by {len(users)} requests; abort them or wait for their end")
+        bank.remove(name)
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -344,6 +390,11 @@ class Engine:
 
             self._grammars = GrammarCompiler(self.tokenizer, self._eos_ids)
         return self._grammars.matcher(request.grammar)
+
+    def _salt(self, request: GenerationRequest) -> bytes:
+        """For cached blocks: keys and values depend on the adapter. No text in UTF-8 begins with the byte 255."""
+        salt = request.salt.encode()
+        return salt if request.adapter is None else b"\xff" + self._runner.adapters.digest(request.adapter) + salt
 
     def _new_choice(self, request: GenerationRequest, number: int, matcher: Matcher | None) -> Request:
         room = self._model.config.max_positions - len(request.prompt_ids)

@@ -76,6 +76,7 @@ class GenerationRequest:
         priority: lower goes first.
         salt: requests share cached prefixes only under the same salt (one for each tenant).
         grammar: what the text must match.
+        adapter: the name of the LoRA adapter to compute it with (`Engine.load_adapter`); None for the model alone.
     """
 
     id: str
@@ -84,6 +85,7 @@ class GenerationRequest:
     priority: int = 0
     salt: str = ""
     grammar: Grammar | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

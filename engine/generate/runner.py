@@ -9,6 +9,7 @@ Shapes: N tokens of R chunks, C width, V vocabulary, S slots of a block, M entri
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,6 +21,7 @@ from trine.engine.generate.cpu_step import CpuDecoder, make_decoder
 from trine.engine.generate.graphs import Array, DecodeGraphs
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.sequence import Sequence
+from trine.engine.model.adapters import NO_ADAPTER, AdapterBank
 from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.transformer import Transformer
 from trine.kernels.hardware import CHECKING
@@ -64,6 +66,7 @@ class Runner:
         self.cache = cache
         self.compute_dtype = compute_dtype
         self.deterministic = deterministic
+        self.adapters = AdapterBank(model, compute_dtype)
         self._tables = BlockTables(max_running, -(-max_tokens // cache.block_size))
         self._decoder: DecodeGraphs | CpuDecoder | None = None
         if decode_steps and cache.device.type == "cuda":
@@ -72,6 +75,11 @@ class Runner:
             )
         elif decode_steps and not deterministic:
             self._decoder = make_decoder(model, cache, compute_dtype)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether decoding steps are captured or compiled."""
+        return self._decoder is not None
 
     @property
     def num_decode_steps(self) -> int:
@@ -84,11 +92,15 @@ class Runner:
             self.release(sequence)
         self.cache.copy_blocks(plan.copies)
         arrays = self._arrays(plan.chunks)
-        if self._decoder is not None and all(chunk.count == 1 and chunk.samples for chunk in plan.chunks):
+        # Graphs and compiled loops know nothing of adapters.
+        adapted = any(chunk.sequence.adapter != NO_ADAPTER for chunk in plan.chunks)
+        decodes = all(chunk.count == 1 and chunk.samples for chunk in plan.chunks)
+        if self._decoder is not None and decodes and not adapted:
             inputs = (arrays.ids, arrays.positions, arrays.slots, arrays.table, arrays.lengths)
             return Computed(logits_NV=self._decoder.run(*inputs))
         ids_N, step = self._step(arrays)
-        return Computed(self._hidden(ids_N[None], step))
+        with self.adapters.tokens(self._adapter_ids(plan.chunks)) if adapted else nullcontext():
+            return Computed(self._hidden(ids_N[None], step))
 
     def logits(self, computed: Computed, rows: SequenceOf[int]) -> Tensor:
         """fp32 logits [R, V] of some rows of a step."""
@@ -125,6 +137,12 @@ class Runner:
         table = self._tables.rows([chunk.sequence for chunk in chunks], starts // size)
         slots = table[rows_N, positions // size].astype(np.int64) * size + positions % size
         return _Arrays(ids, positions, slots, table, (starts + counts).astype(np.int32), ends, int(counts.max()))
+
+    def _adapter_ids(self, chunks: SequenceOf[Chunk]) -> Tensor:
+        """The slot of each token's adapter: int32 [N]."""
+        slots = np.array([chunk.sequence.adapter for chunk in chunks], np.int32)
+        ids = np.repeat(slots, [chunk.count for chunk in chunks])
+        return torch.from_numpy(ids).to(self.cache.device, non_blocking=True)
 
     def _step(self, arrays: _Arrays) -> tuple[Tensor, PagedStep]:
         """Token ids [N] and the step, on the device of the cache."""

@@ -150,6 +150,7 @@ class Scheduler:
             max_total_tokens=source.max_total_tokens,
             priority=source.priority,
             salt=source.salt,
+            adapter=source.adapter,
             reads_cache=source.reads_cache,
             block_hashes=source.block_hashes[:full_blocks],
             num_cached=source.num_cached,

@@ -38,6 +38,7 @@ class Sequence:
         max_total_tokens: prompt and output together never grow beyond this.
         priority: lower goes first; see `Scheduler`.
         salt: sequences share cached blocks only under the same salt (a tenant, an adapter).
+        adapter: the slot of the LoRA adapter it is computed with; -1 for none.
         reads_cache: False computes every token, as log-probabilities of a prompt need; its blocks can still be shared.
         draft: tokens guessed to follow `tokens`, to be verified in one step. The scheduler shortens what does not fit.
 
@@ -60,6 +61,7 @@ class Sequence:
     max_total_tokens: int
     priority: int = 0
     salt: bytes = b""
+    adapter: int = -1
     reads_cache: bool = True
     draft: list[int] = field(default_factory=list)
     num_computed: int = 0
