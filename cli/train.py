@@ -22,6 +22,14 @@ def train(
             "holds a run; DIR, a step or run folder, continues from there.",
         ),
     ] = "auto",
+    on_spike: Annotated[
+        str | None,
+        typer.Option(
+            metavar="off|stop|rollback",
+            help="At a loss spike, or a loss or gradient that is not finite: stop, or go back to the last checkpoint "
+            "and past the data since. The same as spike.action=...; off stops only where something is not finite.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost; write nothing.")
     ] = False,
@@ -30,4 +38,5 @@ def train(
     from trine.engine.train.loop import train as run
     from trine.engine.train.recipe import load_recipe
 
-    run(load_recipe(recipe, overrides or ()), resume=resume, dry_run=dry_run)
+    changes = [*(overrides or ()), *([] if on_spike is None else [f"spike.action={on_spike}"])]
+    run(load_recipe(recipe, changes), resume=resume, dry_run=dry_run)

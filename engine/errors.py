@@ -6,6 +6,7 @@
     ├── DataError                text, shards or tokenizer files are missing, damaged or do not fit together
     ├── ContextLengthError       a sequence is longer than the model's context
     ├── QueueFullError           a request came while too many are waiting
+    ├── LossSpikeError           a loss is far above those before it
     ├── StorageError             a folder cannot be written: no room, no permission, a failing disk
     └── NonFiniteError           a loss or gradient is not a number
 
@@ -47,6 +48,10 @@ class QueueFullError(TrineError):
 
 class StorageError(TrineError):
     """Something cannot be written: the disk is full or failing, or the folder is not to be written by this user."""
+
+
+class LossSpikeError(TrineError):
+    """The loss of a training step is far above those before it."""
 
 
 class NonFiniteError(TrineError):

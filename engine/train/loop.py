@@ -18,26 +18,29 @@ from typing import Any
 import torch
 
 from trine.engine.data.objectives import CausalLM
-from trine.engine.env import environment, load_average, physical_cores
-from trine.engine.errors import NonFiniteError
-from trine.engine.log import format_duration, say, warn
+from trine.engine.env import environment
+from trine.engine.errors import LossSpikeError, NonFiniteError
+from trine.engine.log import format_duration, say
 from trine.engine.model.checkpoint import load_model
-from trine.engine.model.cost import count_parameters, flops_per_token
+from trine.engine.model.cost import flops_per_token
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 from trine.engine.train import step as steps
+from trine.engine.train.announce import announce, log_start
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.optim import Optimizer
-from trine.engine.train.plan import describe, plan_lines
+from trine.engine.train.plan import plan_lines
 from trine.engine.train.progress import Progress, Status
 from trine.engine.train.recipe import RECIPE, Recipe
 from trine.engine.train.resolve import Setup, resolve
 from trine.engine.train.resume import check_continuation
+from trine.engine.train.rollback import Divergence, Rollbacks, restore
 from trine.engine.train.run_folder import RunFolder
 from trine.engine.train.saver import Saver
 from trine.engine.train.schedule import lr_factor
 from trine.engine.train.signals import StopRequest
+from trine.engine.train.spikes import LossWatch
 from trine.engine.train.step_folder import Snapshot, TrainerState, load_optimizer, read_state
 from trine.engine.train.validation import ValidationResult, sample, validate
 from trine.kernels.hardware import keep_freed_memory, peak_flops
@@ -93,10 +96,13 @@ class Trainer:
     meter: Meter
     peak_source: str  # of the meter's peak FLOP/s: "known" or "measured"
     saver: Saver
+    watch: LossWatch
+    rollbacks: Rollbacks
     objective: CausalLM = field(default_factory=CausalLM)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
     step: int = 0
     next_sample: int = 0
+    skipped: list[list[int]] = field(default_factory=list)
     first_step: int = 0
     saved_step: int = -1
     origin: Path | None = None  # the step folder this run continues
@@ -119,20 +125,28 @@ class Trainer:
         saver = Saver(
             lambda snapshot: folder.save_step(snapshot, setup.tokenizer, settings), background=settings.background
         )
+        spike = setup.recipe.spike
         trainer = cls(
+            watch=LossWatch(spike), rollbacks=Rollbacks(folder, spike.max_rollbacks),
             setup=setup, folder=folder, model=model, optimizer=optimizer, facts=facts,
             meter=Meter(flops_per_token=per_token, peak_flops=peak), peak_source=peak_source, saver=saver,
         )  # fmt: skip
         if origin is not None and state is not None:
             load_optimizer(optimizer, origin, updates=state.optimizer_updates)
-            trainer.step = trainer.first_step = state.step
-            trainer.next_sample = state.next_sample
-            trainer.meter.seconds, trainer.meter.tokens = state.seconds, state.tokens
-            trainer.smoothed = SmoothedLoss(*state.smoothed_loss)
+            trainer._take(state)
+            trainer.first_step = state.step
             if origin.parent.resolve() == folder.path.resolve():
                 trainer.saved_step = state.step
             trainer.origin = origin
         return trainer
+
+    def _take(self, state: TrainerState) -> None:
+        """Counters and meters as a checkpoint holds them."""
+        self.step, self.next_sample = state.step, state.next_sample
+        self.skipped = list(state.skipped)
+        self.meter.seconds, self.meter.tokens = state.seconds, state.tokens
+        self.smoothed = SmoothedLoss(*state.smoothed_loss)
+        self.watch = LossWatch(self.setup.recipe.spike, state.recent_losses)
 
     def run(self, *, resumed: bool, differences: list[str]) -> RunResult:
         """All remaining steps. Returns after the last one, or after a stop signal, with everything saved."""
@@ -146,21 +160,32 @@ class Trainer:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            self._announce(metrics, resumed=resumed, differences=differences)
+            if resumed:
+                metrics.write("resume", self.step, time=time.time(), differences=differences)
+            else:
+                log_start(metrics, self.setup, self.meter, peak_source=self.peak_source, facts=self.facts)
+            announce(self.setup, self.meter, peak_source=self.peak_source)
             with StopRequest() as stop, Progress() as progress:
                 self.meter.start()
                 while self.step < recipe.train.steps and not stop.requested:
-                    self._one_step(metrics, progress)
+                    try:
+                        self._one_step(metrics, progress)
+                    except (NonFiniteError, LossSpikeError) as error:
+                        if recipe.spike.action != "rollback":
+                            raise
+                        self._roll_back(metrics, progress, error)
                 if self.step < recipe.train.steps:
                     return self._interrupted(metrics)
                 return self._finish(metrics)
-        except NonFiniteError as error:
+        except (NonFiniteError, LossSpikeError) as error:
             self.saver.wait()
             self._log_saves(metrics)
-            self._end(metrics, "non-finite")
+            self._end(metrics, "non-finite" if isinstance(error, NonFiniteError) else "spike")
             latest = self.folder.latest()
             kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written yet"
-            raise NonFiniteError(f"{error}; {kept}; lower the learning rate or warm up longer") from None
+            raise type(error)(
+                f"{error}; {kept}; lower the learning rate, warm up longer, or pass the data by: --on-spike rollback"
+            ) from None
         finally:
             if collecting:
                 gc.enable()
@@ -185,6 +210,7 @@ class Trainer:
             checkpoint_activations=recipe.train.checkpoint_activations,
         )
         result = steps.check_and_clip(self.model, loss, max_norm=recipe.optim.grad_clip, step=self.step + 1)
+        self.watch.check(result.loss, step=self.step + 1)
         factor = lr_factor(recipe.schedule, step=self.step, steps=recipe.train.steps)
         self.optimizer.step(factor)
         self.model.zero_grad(set_to_none=True)
@@ -278,6 +304,8 @@ class Trainer:
                 smoothed_loss=(self.smoothed.total, self.smoothed.weight),
                 validation_loss=self.validation.loss if self.validation and self.validated_step == self.step else None,
                 optimizer_updates=self.optimizer.updates,
+                recent_losses=list(self.watch.recent),
+                skipped=self.skipped,
                 data_fingerprint=self.setup.stream.fingerprint,
                 data_stamps=self.setup.stream.stamps(),
                 tokenizer_fingerprint=self.setup.tokenizer.fingerprint,
@@ -305,6 +333,24 @@ class Trainer:
                 held_seconds=saved.held_seconds,
                 write_seconds=saved.write_seconds,
             )
+
+    def _roll_back(self, metrics: MetricsFile, progress: Progress, error: Divergence) -> None:
+        """Go back to the last checkpoint, past the data since; raises `error` where that is not possible."""
+        self.saver.wait()
+        self._log_saves(metrics)
+        failed, after = self.step + 1, self.next_sample + self.setup.recipe.train.batch_size
+        target, state = self.rollbacks.find(error)
+        restore(self.model, self.optimizer, target, state)
+        self._take(state)
+        self.saved_step = state.step
+        self.first_step = min(self.first_step, state.step)
+        left_out = [self.next_sample, after]
+        self.skipped.append(left_out)
+        self.next_sample = after
+        metrics.rewind(state.step)
+        metrics.write("rollback", state.step, from_step=failed, reason=str(error), skipped=left_out)
+        progress.message(f"{error}; going back to {target.name}, past samples {left_out[0]} to {left_out[1] - 1}")
+        self.meter.end_pause()
 
     def _finish(self, metrics: MetricsFile) -> RunResult:
         self._save(metrics, wait=True)
@@ -338,30 +384,6 @@ class Trainer:
             bits_per_byte=None if self.validation is None else self.validation.bits_per_byte,
             final_dir=final,
         )
-
-    def _announce(self, metrics: MetricsFile, *, resumed: bool, differences: list[str]) -> None:
-        recipe = self.setup.recipe
-        if resumed:
-            metrics.write("resume", self.step, time=time.time(), differences=differences)
-        else:
-            metrics.write(
-                "start",
-                0,
-                time=time.time(),
-                environment=self.facts,
-                parameters=count_parameters(self.setup.config).total,
-                flops_per_token=self.meter.flops_per_token,
-                peak_flops=self.meter.peak_flops,
-                peak_source=self.peak_source,
-                steps=recipe.train.steps,
-                tokens_per_step=recipe.train.batch_size * recipe.data.seq_len,
-            )
-        say(describe(self.setup))
-        if self.meter.peak_flops:
-            say(f"MFU is the share of a {self.peak_source} peak of {self.meter.peak_flops / 1e12:.3g} TFLOP/s")
-        load, cores = load_average()[0], physical_cores()
-        if self.setup.device.type == "cpu" and load > cores:
-            warn(f"load is {load:.1f} on {cores} cores; training with {self.setup.threads} threads may be slow")
 
 
 def _make_model(setup: Setup) -> Transformer:

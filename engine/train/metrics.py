@@ -12,7 +12,8 @@ Every line has `kind` and `step`. Kinds and their fields:
     sample      prompt, text
     checkpoint  path (relative to the run folder), bytes, held_seconds (training stood still for the copy, and for what
                 was left of the save before), write_seconds; written once it is on disk, which may be some steps later
-    end         reason (finished, interrupted, non-finite), seconds, tokens, peak_memory_bytes
+    rollback    from_step (that failed), reason, skipped (first and last + 1 of the samples left out)
+    end         reason (finished, interrupted, non-finite, spike), seconds, tokens, peak_memory_bytes
 
 When a run continues from step n, lines of later steps (from work that was lost) are dropped, so steps only ever
 grow; only a `checkpoint` comes after the steps that were done while it was written.
@@ -43,6 +44,11 @@ class MetricsFile:
         """Start an empty file, replacing what a run without any checkpoint may have left."""
         path.write_text("", encoding="utf-8")
         return cls(path)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`, as `resume` does."""
+        self._file.close()
+        self._file = MetricsFile.resume(self.path, step=step)._file
 
     @classmethod
     def resume(cls, path: Path, *, step: int) -> MetricsFile:

@@ -215,6 +215,19 @@ class CheckpointSettings(Settings):
     background: bool = True
 
 
+class SpikeSettings(Settings):
+    """What is done about a loss spike (see spikes.py), and about a loss or gradient that is not finite.
+
+    `off` looks for no spikes, and stops where something is not finite; `stop` stops at spikes too; `rollback` goes back
+    to the last checkpoint and past the data that led there, at most `max_rollbacks` times to the same one.
+    """
+
+    action: Literal["off", "stop", "rollback"] = "off"
+    window: Annotated[int, Field(ge=2)] = 100
+    threshold: Rate = 6.0
+    max_rollbacks: Positive = 3
+
+
 class ExportSettings(Settings):
     """What `final/` holds: the trained weights in `dtype`."""
 
@@ -243,6 +256,7 @@ class Recipe(Settings):
     schedule: ScheduleSettings = ScheduleSettings()
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    spike: SpikeSettings = SpikeSettings()
     export: ExportSettings = ExportSettings()
     log: LogSettings = LogSettings()
     run: RunSettings
@@ -262,6 +276,10 @@ class Recipe(Settings):
         if self.eval.every == 0 and self.eval.sample_prompts:
             raise ValueError("eval.sample_prompts has no effect with eval.every = 0; set eval.every or remove it")
         self._check_retention()
+        if self.spike.action == "rollback" and self.checkpoint.every == 0:
+            raise ValueError(
+                'spike.action = "rollback" has nothing to go back to with checkpoint.every = 0; set checkpoint.every'
+            )
         return self
 
     def _check_retention(self) -> None:

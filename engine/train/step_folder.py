@@ -44,6 +44,8 @@ class TrainerState:
     tokens: int  # valid ones trained
     seconds: float  # of training
     smoothed_loss: tuple[float, float]  # total and weight, see meters.py
+    recent_losses: list[float]  # see spikes.py
+    skipped: list[list[int]]  # samples left out after rollbacks, as [first, last + 1]
     validation_loss: float | None  # where this very step was evaluated
     optimizer_updates: int
     data_fingerprint: str

@@ -57,6 +57,7 @@ BAD = [
     (["model.family=gpt2", "model.rope_theta=1e4"], 2, "model.rope_theta has no effect"),
     (["model.family=gpt2", "model.num_kv_heads=1"], 2, "format cannot express num_kv_heads = 1"),
     (["model.vocab_size=5"], 2, "model.vocab_size = 5 is smaller than the tokenizer's"),
+    (["--on-spike=later"], 2, "spike.action = 'later' should be"),
     (["model={init_from='prepared'}"], 1, "prepared"),
     (["model={init_from='nowhere'}"], 1, "there is no folder nowhere"),
     (["data.path=nowhere"], 1, "no prepared data in nowhere"),

@@ -36,7 +36,8 @@ def snapshot(make_recipe: MakeRecipe) -> Snapshot:
     model = Transformer(config())
     initialize(model, 0)
     state = TrainerState(
-        step=1, next_sample=4, tokens=1, seconds=0.0, smoothed_loss=(0.0, 0.0), validation_loss=None,
+        step=1, next_sample=4, tokens=1, seconds=0.0, smoothed_loss=(0.0, 0.0), recent_losses=[], skipped=[],
+        validation_loss=None,
         optimizer_updates=1, data_fingerprint="", data_stamps=[], tokenizer_fingerprint="", environment={},
     )  # fmt: skip
     optimizer = Optimizer(model, OptimSettings(name="muon"))
