@@ -35,8 +35,10 @@ from trine.engine.quantize.methods import Method
 from trine.engine.quantize.report import NAME, LayerReport, Report, measure
 
 # What a checkpoint holds beside weights and config.json, and its quantized copy too.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-_COMPANIONS += ("chat_template*", "generation_config.json", "*.model")
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template*", "generation_config.json", "*.model"),
+)
 _SHARD_BYTES = 2**30
 _HEAD = "lm_head"
 

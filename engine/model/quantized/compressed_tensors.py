@@ -169,7 +169,7 @@ def _read_group(name: str, group: Any, default_format: Any) -> tuple[tuple[str, 
     scheme = Scheme(
         bits=weights.get("num_bits", 0),
         kind=weights.get("type", "int"),
-        strategy=strategy,  # type: ignore[arg-type] # checked below
+        strategy=strategy,
         group_size=size,
         symmetric=weights.get("symmetric", True),
         activations="none" if inputs is None else inputs.get("strategy"),

@@ -35,9 +35,13 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor, *, deterministic: bool = False) -> Tensor:
         """Raises `UsageError` in the deterministic mode, which is that of training, where weights are not codes."""
+        self.refuse(deterministic)
+        return quantized_linear(x, self.weight, self.bias)
+
+    def refuse(self, deterministic: bool) -> None:
+        """Raises `UsageError` for the deterministic mode."""
         if deterministic:
             raise UsageError("deterministic=True with a quantized model; leave it out, or give the original checkpoint")
-        return quantized_linear(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -67,8 +71,8 @@ class QuantizedMLP(nn.Module):
 
     def _inner(self, x: Tensor, deterministic: bool) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
-        both = isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear)
-        if both and not deterministic and _alike(gate.weight, up.weight):
+        if isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear) and _alike(gate.weight, up.weight):
+            gate.refuse(deterministic)
             return quantized_gated(
                 x, gate.weight, up.weight, activation=self.activation, gate_bias=gate.bias, up_bias=up.bias
             )

@@ -76,7 +76,7 @@ def to_groups(x_NK: Tensor, scheme: Scheme) -> Tensor:
     if scheme.strategy != "block":
         return x_NK.reshape(num_features, -1, scheme.group_size or width)
     padded = F.pad(x_NK, (0, -width % BLOCK, 0, -num_features % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    blocks = padded.view(-(-num_features // BLOCK), BLOCK, -(-width // BLOCK), BLOCK)
     return blocks.transpose(1, 2).flatten(2)
 
 
@@ -84,5 +84,5 @@ def from_groups(groups: Tensor, scheme: Scheme, num_features: int, width: int) -
     """[N, K] again."""
     if scheme.strategy != "block":
         return groups.reshape(num_features, width)
-    padded = groups.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2).flatten(2).flatten(0, 1)
+    padded = groups.view(*groups.shape[:2], BLOCK, BLOCK).transpose(1, 2).flatten(2).flatten(0, 1)
     return padded[:num_features, :width].contiguous()
