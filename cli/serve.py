@@ -29,6 +29,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="What requests call the model (repeatable); [its folder's name]."),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A LoRA adapter (PEFT), asked for by this model name (repeatable)."),
+    ] = None,
+    runtime_adapters: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Let clients load and unload adapters below this folder.", show_default="off"),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Annotated[int, typer.Option(metavar="N", help="CPU threads of the engine; 0 = all physical cores.")] = 0,
@@ -96,6 +104,7 @@ def serve(
             prefix_caching=prefix_caching,
             deterministic=deterministic,
             speculate=speculate,
+            adapters=tuple(_name_and_folder(each) for each in adapter or ()),
         ),
         host=host,
         port=port,
@@ -109,6 +118,7 @@ def serve(
         max_unread_tokens=max_unread_tokens,
         drain_seconds=drain_seconds,
         log_requests=log_requests,
+        adapter_root=runtime_adapters,
     )
     run(settings)
 
@@ -118,6 +128,15 @@ def run(settings: ServerSettings, on_ready: Callable[[str], None] | None = None)
     from trine.serve.server import serve as run_server
 
     raise typer.Exit(run_server(settings, on_ready=on_ready))
+
+
+def _name_and_folder(given: str) -> tuple[str, str]:
+    from trine.engine.errors import UsageError
+
+    name, sign, folder = given.partition("=")
+    if not name or not sign or not folder:
+        raise UsageError(f"--adapter {given!r} is not NAME=DIR; give a name and the folder of a PEFT adapter")
+    return name, folder
 
 
 def _read_keys(path: Path | None) -> list[str]:

@@ -1,6 +1,7 @@
 """The routes, and what stands before them: the key, the size of a body, errors in OpenAI's form.
 
 POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /v1/models/{name}   GET /metrics
+POST /v1/load_lora_adapter   POST /v1/unload_lora_adapter    where the operator allows it (`adapters.py`)
 GET /health            the process is alive                         open without a key
 GET /ready             a model is loaded and the engine answers     open without a key
 """
@@ -19,12 +20,21 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trine.serve.adapters import AdapterChanges
 from trine.serve.answers import Answer
 from trine.serve.errors import ApiError, unavailable
-from trine.serve.jobs import Job, chat_job, completion_job, prompts_of
+from trine.serve.jobs import Job, chat_job, completion_job, prompts_of, with_adapter
 from trine.serve.metrics import CONTENT_TYPE
 from trine.serve.response import GenerationResponse
-from trine.serve.schemas import ChatBody, CompletionBody, GenerationBody, check_limits, parse_body
+from trine.serve.schemas import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    LoadAdapterBody,
+    UnloadAdapterBody,
+    check_limits,
+    parse_body,
+)
 from trine.serve.service import Loaded, Service
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -53,12 +63,24 @@ def make_app(service: Service) -> ASGIApp:
     @app.get("/v1/models")
     async def models() -> Response:
         loaded = service.require()
-        return _json({"object": "list", "data": [_model(name, loaded) for name in service.settings.names]})
+        names = (*service.settings.names, *service.adapters)
+        return _json({"object": "list", "data": [_model(name, loaded, service) for name in names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         loaded = service.require()
-        return _json(_model(service.model_name(name), loaded))
+        return _json(_model(service.model_name(name), loaded, service))
+
+    if service.settings.adapter_root is not None:
+        changes = AdapterChanges(service, service.settings.adapter_root)
+
+        @app.post("/v1/load_lora_adapter")
+        async def load_adapter(request: Request) -> Response:
+            return _json(await changes.load(parse_body(LoadAdapterBody, await _read(request, service))))
+
+        @app.post("/v1/unload_lora_adapter")
+        async def unload_adapter(request: Request) -> Response:
+            return _json(await changes.unload(parse_body(UnloadAdapterBody, await _read(request, service))))
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -89,7 +111,8 @@ async def _generate(
     completions = prompts * (body.n or 1)
     service.admit(completions)
     try:
-        answer = Answer.to(await make_job(loaded), loaded, model)
+        job = with_adapter(await make_job(loaded), service.adapter(model))
+        answer = Answer.to(job, loaded, model)
         return GenerationResponse(service, answer, completions)  # counts them out when it ends
     except BaseException:
         service.leave(completions)
@@ -116,13 +139,15 @@ async def _read(request: Request, service: Service) -> bytes:
     return bytes(body)
 
 
-def _model(name: str, loaded: Loaded) -> dict[str, Any]:
+def _model(name: str, loaded: Loaded, service: Service) -> dict[str, Any]:
+    parent = {} if service.adapter(name) is None else {"parent": service.settings.names[0]}
     return {
         "id": name,
         "object": "model",
         "created": loaded.created,
         "owned_by": "trine",
         "max_model_len": loaded.context_len,
+        **parent,
     }
 
 

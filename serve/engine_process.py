@@ -32,8 +32,8 @@ KV_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3f
 class RealEngine:
     """`trine.engine.generate.engine.Engine`, in messages."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self._engine, self._folder = engine, folder
 
     def add(self, request: Submit) -> None:
         """As `Engine.add`."""
@@ -45,6 +45,7 @@ class RealEngine:
                 priority=request.priority,
                 salt=request.salt,
                 grammar=None if request.guide is None else Grammar(request.guide.kind, request.guide.source),
+                adapter=request.adapter,
             )
         )
 
@@ -65,6 +66,15 @@ class RealEngine:
         """What the metrics show of `Engine.stats`."""
         stats = self._engine.stats()
         return Stats(**{name: getattr(stats, name) for name in Stats.__struct_fields__})
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """As `Engine.load_adapter`."""
+        self._engine.load_adapter(name, folder, base=self._folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """As `Engine.unload_adapter`."""
+        self._engine.unload_adapter(name)
+        say(f"adapter {name!r} is unloaded")
 
 
 def to_params(sampling: Sampling) -> SamplingParams:
@@ -89,6 +99,9 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         **{name: value for name, value in given.items() if value is not None},
     )
     engine = Engine(model, tokenizer, config)
+    lent = RealEngine(engine, folder)
+    for name, adapter in start.adapters:
+        lent.load_adapter(name, adapter)
     _warm_up(engine, model.config.max_positions)
     stats = engine.stats()
     ready = Ready(
@@ -98,7 +111,7 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-    return RealEngine(engine), ready
+    return lent, ready
 
 
 def _warm_up(engine: Engine, context_len: int) -> None:

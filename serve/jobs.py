@@ -6,9 +6,11 @@ import asyncio
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
+
+import msgspec
 
 from trine.engine.errors import UsageError
 from trine.engine.text.prompt import encode_prompt
@@ -98,6 +100,13 @@ async def chat_job(body: ChatBody, loaded: Loaded) -> Job:
         prompt_logprobs=body.prompt_logprobs,
         param="messages",
     )
+
+
+def with_adapter(job: Job, adapter: str | None) -> Job:
+    """The job, computed with an adapter."""
+    if adapter is None:
+        return job
+    return replace(job, requests=tuple(msgspec.structs.replace(each, adapter=adapter) for each in job.requests))
 
 
 def _job(

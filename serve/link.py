@@ -26,8 +26,10 @@ from trine.serve.errors import ApiError, of_refusal, unavailable
 from trine.serve.messages import (
     LENGTH_BYTES,
     Abort,
+    AdapterChanged,
     Delta,
     Failed,
+    LoadAdapter,
     Ping,
     Pong,
     ProtocolError,
@@ -40,6 +42,7 @@ from trine.serve.messages import (
     Submit,
     ToEngine,
     ToServer,
+    UnloadAdapter,
     body_length,
     pack,
     unpack_to_server,
@@ -68,7 +71,8 @@ class EngineLink:
         self._on_delta = on_delta
         self._calls: dict[str, Call] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
-        self._num_pings = 0
+        self._num_pings = self._num_changes = 0
+        self._changes: dict[int, asyncio.Future[str | None]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -107,6 +111,9 @@ class EngineLink:
             elif isinstance(message, Pong):
                 if future := self._pings.pop(message.number, None):
                     future.set_result(None)
+            elif isinstance(message, AdapterChanged):
+                if change := self._changes.pop(message.number, None):
+                    change.set_result(message.error)
             elif self._stopping:
                 return
             else:
@@ -154,6 +161,26 @@ class EngineLink:
         finally:
             self._pings.pop(number, None)
         return self.failure is None
+
+    async def load_adapter(self, name: str, folder: str) -> str | None:
+        """Load an adapter; returns why it cannot be, if so. Raises `ApiError` where the engine is gone."""
+        return await self._change(lambda number: LoadAdapter(number=number, name=name, folder=folder))
+
+    async def unload_adapter(self, name: str) -> str | None:
+        """Forget an adapter; otherwise as `load_adapter`."""
+        return await self._change(lambda number: UnloadAdapter(number=number, name=name))
+
+    async def _change(self, make: Callable[[int], ToEngine]) -> str | None:
+        self._check_alive()
+        self._num_changes += 1
+        number = self._num_changes
+        # Popped when the answer comes, whether or not its client still waits.
+        change: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._changes[number] = change
+        self._send(make(number))
+        error = await asyncio.shield(change)
+        self._check_alive()
+        return error
 
     async def stop(self) -> None:
         """End the process: by a message, and by force where it does not listen."""
@@ -241,7 +268,11 @@ class EngineLink:
         self.failure = reason
         self.exit_status = message.exit_status if isinstance(message, Failed) else 1
         self.fail_all(unavailable(reason, "engine_died", RETRY_AFTER_DEATH))
-        for future in self._pings.values():
+        waiting: list[asyncio.Future[None] | asyncio.Future[str | None]] = [
+            *self._pings.values(),
+            *self._changes.values(),
+        ]
+        for future in waiting:
             if not future.done():
                 future.set_result(None)
         return EngineDeadError(reason, self.exit_status)

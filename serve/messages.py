@@ -1,7 +1,7 @@
 """What the API process and the engine process say to each other: typed messages, in frames, over one socket.
 
-    API -> engine      Start  Submit  Abort  Ping  Stop
-    engine -> API      Ready  Failed  Refused  Step  Pong
+    API -> engine      Start  Submit  Abort  Ping  LoadAdapter  UnloadAdapter  Stop
+    engine -> API      Ready  Failed  Refused  Step  Pong  AdapterChanged
 
 A frame is its length (4 bytes, big-endian) and one MessagePack value that `msgspec` checks against the types below:
 what does not fit is refused, and nothing can be executed by reading it.
@@ -38,6 +38,7 @@ class Start(_Message, frozen=True):
     prefix_caching: bool = True
     deterministic: bool = False
     speculate: int = 0
+    adapters: tuple[tuple[str, str], ...] = ()  # names and folders
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -81,6 +82,7 @@ class Submit(_Message, frozen=True):
     priority: int = 0
     salt: str = ""
     guide: Guide | None = None
+    adapter: str | None = None
 
 
 class Abort(_Message, frozen=True):
@@ -93,6 +95,21 @@ class Ping(_Message, frozen=True):
     """Answered between two steps, by the loop that computes."""
 
     number: int
+
+
+class LoadAdapter(_Message, frozen=True):
+    """Load a LoRA adapter between two steps; answered by `AdapterChanged` with the same number."""
+
+    number: int
+    name: str
+    folder: str
+
+
+class UnloadAdapter(_Message, frozen=True):
+    """Forget an adapter, unless a request is under way with it; answered by `AdapterChanged`."""
+
+    number: int
+    name: str
 
 
 class Stop(_Message, frozen=True):
@@ -183,8 +200,15 @@ class Pong(_Message, frozen=True):
     number: int
 
 
-ToEngine = Start | Submit | Abort | Ping | Stop
-ToServer = Ready | Failed | Refused | Step | Pong
+class AdapterChanged(_Message, frozen=True):
+    """An adapter was loaded or forgotten, or why not."""
+
+    number: int
+    error: str | None = None
+
+
+ToEngine = Start | Submit | Abort | Ping | LoadAdapter | UnloadAdapter | Stop
+ToServer = Ready | Failed | Refused | Step | Pong | AdapterChanged
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -187,6 +187,19 @@ class GenerationBody(_Body):
         return self
 
 
+class LoadAdapterBody(_Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class UnloadAdapterBody(_Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
@@ -235,8 +248,8 @@ class ChatBody(GenerationBody):
         return self
 
 
-BodyT = TypeVar("BodyT", bound=GenerationBody)
-_UNSUPPORTED: dict[type[GenerationBody], frozenset[str]] = {
+BodyT = TypeVar("BodyT", bound=_Body)
+_UNSUPPORTED: dict[type[_Body], frozenset[str]] = {
     CompletionBody: UNSUPPORTED_IN_COMPLETIONS,
     ChatBody: UNSUPPORTED_IN_CHAT,
 }
@@ -253,7 +266,7 @@ def parse_body(kind: type[BodyT], body: bytes) -> BodyT:
         raise bad_request("the body is not valid UTF-8", None, code="invalid_json") from None
     if not isinstance(fields, dict):
         raise bad_request(f"the body must be a JSON object, not a {type(fields).__name__}", None)
-    unsupported = _UNSUPPORTED[kind]
+    unsupported = _UNSUPPORTED.get(kind, frozenset())
     given = {name: value for name, value in fields.items() if value is not None or name not in unsupported}
     try:
         return kind.model_validate(given)

@@ -117,7 +117,8 @@ class _Run:
     def _announce(self, address: str, ready: Ready) -> None:
         if self._settings.host not in ("127.0.0.1", "localhost", "::1") and not self._settings.api_keys:
             warn(f"anybody who reaches {address} can use this server; set --api-key-file, or listen on 127.0.0.1")
-        say(f"serving {', '.join(self._settings.names)} at {address}/v1 (context {ready.context_len}, Ctrl-C ends)")
+        names = (*self._settings.names, *self._service.adapters)
+        say(f"serving {', '.join(names)} at {address}/v1 (context {ready.context_len}, Ctrl-C ends)")
         if self._on_ready is not None:
             self._on_ready(address)
 

@@ -44,6 +44,7 @@ class Service:
         self.link = EngineLink(engine_command, on_delta=self.metrics.observe)
         self.in_flight = 0
         self.ending = False
+        self.adapters = [name for name, _ in settings.start.adapters]
         self._loaded: Loaded | None = None
 
     def load(self, tokenizer: Tokenizer, template: ChatTemplate | None, context_len: int) -> None:
@@ -73,7 +74,7 @@ class Service:
 
     def model_name(self, asked: str | None) -> str:
         """The name to answer with. Raises `ApiError` 404 for a model that is not served here."""
-        names = self.settings.names
+        names = (*self.settings.names, *self.adapters)
         if asked is None:
             return names[0]
         if asked not in names:
@@ -85,6 +86,10 @@ class Service:
                 code="model_not_found",
             )
         return asked
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a model's name stands for; None for the model itself."""
+        return model if model in self.adapters else None
 
     def admit(self, completions: int) -> None:
         """Count completions in, before anything is done for them. Raises `ApiError` 429 where they are too many."""

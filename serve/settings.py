@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trine.engine.errors import UsageError
 from trine.serve.messages import Start
@@ -27,6 +28,7 @@ class ServerSettings:
         drain_seconds: at SIGTERM, completions may go on for so long.
         ready_seconds: the engine must answer within this time for /ready to say so.
         log_requests: one line on stderr for every request that ends.
+        adapter_root: adapters below this folder may be loaded and unloaded by requests; None leaves those routes out.
     """
 
     start: Start
@@ -46,6 +48,7 @@ class ServerSettings:
     drain_seconds: float = 30.0
     ready_seconds: float = 5.0
     log_requests: bool = False
+    adapter_root: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -63,3 +66,10 @@ class ServerSettings:
             raise UsageError("an API key must be ASCII text without spaces around it, and not empty")
         if not self.names or any(not name for name in self.names):
             raise UsageError("a served model needs a name that is not empty")
+        taken = list(self.names)
+        for name, _ in self.start.adapters:
+            if not name or name in taken:
+                raise UsageError(f"adapter {name!r} needs a name of its own; taken: {', '.join(taken)}")
+            taken.append(name)
+        if self.adapter_root is not None and not self.adapter_root.is_dir():
+            raise UsageError(f"there is no folder {self.adapter_root}; give one that holds adapters")

@@ -1,12 +1,12 @@
 """The engine's side of the socket: one loop that takes messages and computes steps in turn.
 
-    take what has come  ->  Submit: add, Abort: abort, Ping: answer  ->  one step  ->  one frame with all it brought
+    take what has come  ->  Submit: add, Abort: abort, ...: answer  ->  one step  ->  one frame with all it brought
 
 A thread reads frames into a queue of fixed size; when that is full it reads no more, and the socket makes the API
 process wait. When the API process goes away, in whatever way, the socket ends and so does this process. A request that
 the engine does not take is refused alone; an error of a step is one of the engine, ends the process, and is said first.
 
-The loop knows an engine by the four things in `Computes`; `trine.serve.engine_process` puts the real one in.
+The loop knows an engine by the few things in `Computes`; `trine.serve.engine_process` puts the real one in.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from trine.engine.log import say
 from trine.serve.messages import (
     LENGTH_BYTES,
     Abort,
+    AdapterChanged,
     Delta,
     Failed,
+    LoadAdapter,
     Ping,
     Pong,
     ProtocolError,
@@ -39,6 +41,7 @@ from trine.serve.messages import (
     Submit,
     ToEngine,
     ToServer,
+    UnloadAdapter,
     body_length,
     pack,
     unpack_to_engine,
@@ -67,6 +70,12 @@ class Computes(Protocol):
 
     def stats(self) -> Stats:
         """Between two steps."""
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Lend an adapter to requests, or raise a `TrineError` and have changed nothing."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, or raise a `TrineError`."""
 
 
 Load = Callable[[Start], tuple[Computes, Ready]]
@@ -127,7 +136,24 @@ def _take(engine: Computes, message: ToEngine) -> ToServer | None:
         return None if engine.has_work else Step(deltas=[], stats=engine.stats())
     if isinstance(message, Ping):
         return Pong(number=message.number)
+    if isinstance(message, LoadAdapter | UnloadAdapter):
+        return _change_adapters(engine, message)
     raise ProtocolError(f"{type(message).__name__} came after the start")
+
+
+def _change_adapters(engine: Computes, message: LoadAdapter | UnloadAdapter) -> AdapterChanged:
+    try:
+        if isinstance(message, LoadAdapter):
+            engine.load_adapter(message.name, message.folder)
+        else:
+            engine.unload_adapter(message.name)
+    except TrineError as error:
+        return AdapterChanged(number=message.number, error=str(error))
+    except Exception as error:
+        # A mistake of ours that this adapter brings out; requests go on.
+        say(f"a change of adapters failed: {type(error).__name__}: {error}")
+        return AdapterChanged(number=message.number, error=f"the engine failed on this adapter: {error}")
+    return AdapterChanged(number=message.number)
 
 
 def _add(engine: Computes, request: Submit) -> Refused | None:

@@ -206,9 +206,11 @@ class Engine:
         adapter, bank = read_adapter(folder, self._model.config), self._runner.adapters
         bank.add(name, adapter)
         if base is not None and not adapter.was_trained_on(base):
-            warn(f"adapter {name} was trained on {adapter.base}, not on {base}; only their sizes are known to agree")
+            warn(
+                f"adapter {name!r} was trained on {adapter.base!r}, not on {base}; only their sizes are known to agree"
+            )
         size = format_bytes(bank.num_bytes)
-        say(f"adapter {name}: rank {adapter.rank}, {len(adapter.parts)} layers; all adapters take {size}")
+        say(f"adapter {name!r}: rank {adapter.rank}, {len(adapter.parts)} layers; all adapters take {size}")
         if self._runner.has_decoder:
             say_once(
                 "steps with an adapter's tokens are computed operation by operation: decoding steps know no adapters"

@@ -157,6 +157,12 @@ def chat_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def server_class() -> type[Server]:
+    """For a server with options of a test's own."""
+    return Server
+
+
+@pytest.fixture(scope="session")
 def server(chat_checkpoint: Path) -> Iterator[Server]:
     """`trine serve` on the tiny model; called `tiny` and `also-tiny`."""
     command = [sys.executable, "-m", "trine.cli", "serve", str(chat_checkpoint), "--port", "0", "--log-requests"]

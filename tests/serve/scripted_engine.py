@@ -97,6 +97,18 @@ class ScriptedEngine:
             for choice in range(request.sampling.n)
         ]
 
+    def load_adapter(self, name: str, folder: str) -> None:
+        self.write("load_adapter", name=name, folder=folder)
+        if name == "mistake":
+            raise KeyError("a mistake")
+        if name == "dies":
+            os._exit(7)
+
+    def unload_adapter(self, name: str) -> None:
+        self.write("unload_adapter", name=name)
+        if name == "busy":
+            raise UsageError("adapter 'busy' is in use by 1 requests")
+
     def stats(self) -> Stats:
         return Stats(running=len(self._requests), kv_blocks_used=1, kv_blocks_total=4, steps=self._steps)
 

@@ -15,9 +15,11 @@ from trine.serve.engine_process import to_params
 from trine.serve.messages import (
     LENGTH_BYTES,
     Abort,
+    AdapterChanged,
     Delta,
     Failed,
     Guide,
+    LoadAdapter,
     Logprob,
     Ping,
     Pong,
@@ -30,6 +32,7 @@ from trine.serve.messages import (
     Step,
     Stop,
     Submit,
+    UnloadAdapter,
     body_length,
     pack,
     unpack_to_engine,
@@ -50,13 +53,19 @@ DELTA = Delta(
     prompt_logprobs=[None, Logprob(2, -9.0, 1, [])],
 )
 TO_ENGINE: list[Any] = [
-    Start(checkpoint="/a", max_running=3),
-    Submit(id="x-0", prompt_ids=[1, 2], sampling=SAMPLING, priority=-1, salt="s", guide=Guide("regex", "a+")),
+    Start(checkpoint="/a", max_running=3, adapters=(("x", "/x"),)),
+    Submit(
+        id="x-0", prompt_ids=[1, 2], sampling=SAMPLING, priority=-1, salt="s", guide=Guide("regex", "a+"), adapter="x"
+    ),
     Abort(id="x-0"),
     Ping(number=5),
+    LoadAdapter(number=1, name="x", folder="/x"),
+    UnloadAdapter(number=2, name="x"),
     Stop(),
 ]
 TO_SERVER: list[Any] = [
+    AdapterChanged(number=1),
+    AdapterChanged(number=2, error="no"),
     Ready(folder="/a", vocab_size=5, context_len=6, device="cpu", dtype="float32"),
     Failed(error="no", exit_status=2),
     Refused(id="x-0", reason="full", error="9 are waiting"),

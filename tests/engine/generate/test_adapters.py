@@ -297,4 +297,4 @@ def test_another_base_by_name_is_warned_of(llama: Case, tmp_path: Path, capsys: 
         engine.load_adapter(str(number), folder, base=base)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "was trained on" in line]
     assert len(warnings) == 1
-    assert "someone/Small-1B, not on models/Other-1B" in warnings[0]
+    assert "'someone/Small-1B', not on models/Other-1B" in warnings[0]
