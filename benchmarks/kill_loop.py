@@ -115,11 +115,11 @@ class FileWatch:
             return
         self._operation(event.removeprefix("os."), os.fspath(arguments[0]))
 
-    def _watched_fsync(self, descriptor: Any) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
+    def _watched_fsync(self, fd: Any) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
         self._operation("flush", path)
-        self._fsync(descriptor)
-        found = os.fstat(descriptor)
+        self._fsync(fd)
+        found = os.fstat(fd)
         self._flushed[found.st_ino] = found.st_size
 
     def _operation(self, what: str, path: str) -> None:

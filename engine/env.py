@@ -70,12 +70,13 @@ def numerics(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "float32_precision": torch.get_float32_matmul_precision(),
-        "onednn": torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled),
-        "mkl": torch.backends.mkl.is_available(),
+        "onednn": bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),  # type: ignore[no-untyped-call]
+        "mkl": bool(torch.backends.mkl.is_available()),  # type: ignore[no-untyped-call]
     }
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        found |= {"cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+        found["cuda"] = torch.version.cuda or torch.version.hip
+        found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
         found["compute_capability"] = f"{major}.{minor}"
     return found | {name: os.environ[name] for name in NUMERIC_VARIABLES if name in os.environ}
 

@@ -1,17 +1,21 @@
-"""What is said and logged before the first step."""
+"""What is said and logged: before the first step, after each, and once a checkpoint is on disk."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from trine.engine.env import load_average, physical_cores
-from trine.engine.log import say, warn
+from trine.engine.log import format_bytes, format_duration, say, warn
 from trine.engine.model.cost import count_parameters
-from trine.engine.train.meters import Meter
+from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.plan import describe
+from trine.engine.train.progress import Progress, Status
 from trine.engine.train.resolve import Setup
+from trine.engine.train.saver import Saved
+from trine.engine.train.step import StepResult
 
 
 def log_start(metrics: MetricsFile, setup: Setup, meter: Meter, *, peak_source: str, facts: dict[str, Any]) -> None:
@@ -28,6 +32,67 @@ def log_start(metrics: MetricsFile, setup: Setup, meter: Meter, *, peak_source: 
         peak_source=peak_source,
         steps=recipe.train.steps,
         tokens_per_step=recipe.train.batch_size * recipe.data.seq_len,
+    )
+
+
+def log_step(
+    metrics: MetricsFile,
+    progress: Progress,
+    setup: Setup,
+    meter: Meter,
+    result: StepResult,
+    smoothed: SmoothedLoss,
+    *,
+    step: int,
+    first_step: int,
+    rates: dict[str, float],
+) -> None:
+    """The `step` line where one is due, and the line on the screen."""
+    recipe = setup.recipe
+    due = step % recipe.log.every == 0 or step in (1, recipe.train.steps)
+    if due:
+        metrics.write(
+            "step",
+            step,
+            tokens=meter.tokens,
+            loss=result.loss,
+            **rates,
+            grad_norm=result.grad_norm,
+            tokens_per_second=meter.tokens_per_second,
+            mfu=meter.mfu,
+            seconds=meter.seconds,
+            memory_bytes=peak_memory_bytes(setup.device),
+        )
+    if due or progress.live:
+        left = recipe.train.steps - step
+        progress.show(
+            Status(
+                step=step,
+                steps=recipe.train.steps,
+                loss=smoothed.value,
+                rates=rates,
+                grad_norm=result.grad_norm,
+                tokens_per_second=meter.tokens_per_second,
+                mfu=meter.mfu,
+                memory_bytes=peak_memory_bytes(setup.device),
+                seconds_left=meter.seconds_left(steps_done=step - first_step, steps_left=left),
+            )
+        )
+
+
+def log_saved(metrics: MetricsFile, saved: Saved, *, tell: Callable[[str], None]) -> None:
+    """The `checkpoint` line, and what the save cost."""
+    metrics.write(
+        "checkpoint",
+        saved.step,
+        path=saved.path.name,
+        bytes=saved.num_bytes,
+        held_seconds=saved.held_seconds,
+        write_seconds=saved.write_seconds,
+    )
+    tell(
+        f"step {saved.step} saved: {format_bytes(saved.num_bytes)} in {format_duration(saved.write_seconds)}, "
+        f"training held up for {format_duration(saved.held_seconds)}"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from trine.engine.model.cost import flops_per_token
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 from trine.engine.train import step as steps
-from trine.engine.train.announce import announce, log_start
+from trine.engine.train.announce import announce, log_saved, log_start, log_step
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.plan import plan_lines
-from trine.engine.train.progress import Progress, Status
+from trine.engine.train.progress import Progress
 from trine.engine.train.recipe import RECIPE, Recipe
 from trine.engine.train.resolve import Setup, resolve
 from trine.engine.train.resume import check_continuation
@@ -109,6 +110,7 @@ class Trainer:
     loss: float | None = None
     validation: ValidationResult | None = None
     validated_step: int = -1
+    tell: Callable[[str], None] = say  # a line that stays on the screen
 
     @classmethod
     def build(
@@ -166,6 +168,7 @@ class Trainer:
                 log_start(metrics, self.setup, self.meter, peak_source=self.peak_source, facts=self.facts)
             announce(self.setup, self.meter, peak_source=self.peak_source)
             with StopRequest() as stop, Progress() as progress:
+                self.tell = progress.message
                 self.meter.start()
                 while self.step < recipe.train.steps and not stop.requested:
                     try:
@@ -219,44 +222,16 @@ class Trainer:
         self.loss = result.loss
         self.smoothed.update(result.loss)
         self.meter.end_step(tokens=num_valid, processed=recipe.train.batch_size * recipe.data.seq_len)
-        self._log(metrics, progress, result, self.optimizer.learning_rates(factor))
+        log_step(
+            metrics, progress, self.setup, self.meter, result, self.smoothed,
+            step=self.step, first_step=self.first_step, rates=self.optimizer.learning_rates(factor),
+        )  # fmt: skip
         self._evaluate_if_due(metrics, progress)
         self._log_saves(metrics)
         every = recipe.checkpoint.every
-        if every and self.step % every == 0 and self.step < recipe.train.steps:
+        due = bool(every) and self.step % every == 0
+        if (self.folder.save_requested() or due) and self.step < recipe.train.steps:
             self._save(metrics)
-
-    def _log(self, metrics: MetricsFile, progress: Progress, result: steps.StepResult, rates: dict[str, float]) -> None:
-        recipe = self.setup.recipe
-        due = self.step % recipe.log.every == 0 or self.step in (1, recipe.train.steps)
-        if due:
-            metrics.write(
-                "step",
-                self.step,
-                tokens=self.meter.tokens,
-                loss=result.loss,
-                **rates,
-                grad_norm=result.grad_norm,
-                tokens_per_second=self.meter.tokens_per_second,
-                mfu=self.meter.mfu,
-                seconds=self.meter.seconds,
-                memory_bytes=peak_memory_bytes(self.setup.device),
-            )
-        if due or progress.live:
-            left = recipe.train.steps - self.step
-            progress.show(
-                Status(
-                    step=self.step,
-                    steps=recipe.train.steps,
-                    loss=self.smoothed.value,
-                    rates=rates,
-                    grad_norm=result.grad_norm,
-                    tokens_per_second=self.meter.tokens_per_second,
-                    mfu=self.meter.mfu,
-                    memory_bytes=peak_memory_bytes(self.setup.device),
-                    seconds_left=self.meter.seconds_left(steps_done=self.step - self.first_step, steps_left=left),
-                )
-            )
 
     def _evaluate_if_due(self, metrics: MetricsFile, progress: Progress) -> None:
         recipe, data = self.setup.recipe, self.setup.validation
@@ -325,14 +300,7 @@ class Trainer:
     def _log_saves(self, metrics: MetricsFile) -> None:
         """Log the checkpoints that have reached the disk; raises what went wrong where one did not."""
         for saved in self.saver.finished():
-            metrics.write(
-                "checkpoint",
-                saved.step,
-                path=saved.path.name,
-                bytes=saved.num_bytes,
-                held_seconds=saved.held_seconds,
-                write_seconds=saved.write_seconds,
-            )
+            log_saved(metrics, saved, tell=self.tell)
 
     def _roll_back(self, metrics: MetricsFile, progress: Progress, error: Divergence) -> None:
         """Go back to the last checkpoint, past the data since; raises `error` where that is not possible."""

@@ -90,7 +90,7 @@ def machine_differences(before: dict[str, Any], after: dict[str, Any]) -> list[s
     for name in sorted(then.keys() | now.keys()):
         found.append((name, then.get(name), now.get(name), _NUMERICS.get(name, _ROUNDING)))
     kinds = [str(facts.get("device", "cpu")).partition(":")[0] for facts in (before, after)]
-    found.append(("device", *kinds, f"{_ROUNDING}, and dropout draws other masks"))
+    found.append(("device", kinds[0], kinds[1], f"{_ROUNDING}, and dropout draws other masks"))
     return [f"{name} was {old}, is {new}: {effect}" for name, old, new, effect in found if old != new]
 
 

@@ -4,6 +4,7 @@
     metrics.jsonl          see metrics.py
     step-00000100/         a checkpoint: see step_folder.py
     latest                 the name of the newest step folder
+    save                   made by whoever wants a checkpoint now; removed when it is made
     final/                 the trained model in export.dtype, once the run has ended
 
 A step folder appears whole or not at all (durable.py), `latest` is moved once it is on disk, and old ones are removed
@@ -39,6 +40,7 @@ from trine.engine.train.step_folder import (
 
 LATEST = "latest"
 FINAL = "final"
+SAVE_REQUEST = "save"
 
 
 class RunFolder:
@@ -141,6 +143,14 @@ class RunFolder:
                 f"cannot write in run.dir = {str(self.path)!r} ({error.strerror}); give run.dir=NEW_FOLDER where this "
                 "user may write and there is room"
             ) from None
+
+    def save_requested(self) -> bool:
+        """Whether someone has made the file `save` in this folder since the last call; it is removed."""
+        request = self.path / SAVE_REQUEST
+        if not request.is_file():
+            return False
+        request.unlink(missing_ok=True)
+        return True
 
     def save_step(self, snapshot: Snapshot, tokenizer: Tokenizer, settings: CheckpointSettings) -> tuple[Path, int]:
         """Write the step folder, move `latest` to it, remove older ones; returns the folder and its bytes.

@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_version_says_how_to_use_its_weights(run: Path) 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """`disk("size=1m")`: a small file system of its own; skips where this user may not mount one."""
-    mounted = []
+    mounted: list[Path] = []
 
     def mount(options: str) -> Path:
         place = tmp_path / f"disk-{len(mounted)}"

@@ -153,6 +153,25 @@ def test_divergence_stops_before_the_update_and_keeps_the_checkpoint(
     assert (end["kind"], end["step"], end["reason"]) == ("end", 5, "non-finite")
 
 
+def test_a_file_named_save_makes_the_run_save_once(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = loop.Trainer._one_step
+
+    def wanted(self: loop.Trainer, *args: Any) -> None:
+        if self.step == 2:
+            (tmp_path / "run" / "save").touch()
+        original(self, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_one_step", wanted)
+    train(make_recipe(train={"steps": 6}))
+    assert not (tmp_path / "run" / "save").exists()
+    saved = [line for line in records(tmp_path / "run") if line["kind"] == "checkpoint"]
+    assert [line["path"] for line in saved] == ["step-00000003", "step-00000006"]
+    assert (tmp_path / "run" / "step-00000003" / "model.safetensors").is_file()
+    assert "step 3 saved: " in capsys.readouterr().err
+
+
 def test_leftovers_of_an_interrupted_save_are_cleared(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "run" / ".writing-step-00000003").mkdir(parents=True)
     train(make_recipe(train={"steps": 3}))
