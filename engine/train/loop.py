@@ -28,6 +28,7 @@ from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 from trine.engine.train import step as steps
 from trine.engine.train.announce import announce, log_saved, log_start, log_step
+from trine.engine.train.early_stopping import EarlyStopping
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.optim import Optimizer
@@ -49,7 +50,10 @@ from trine.kernels.hardware import keep_freed_memory, peak_flops
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """How a run ended. `reason` is "finished", "interrupted" or "dry-run"; losses are None where none was computed."""
+    """How a run ended. `reason`: "finished", "stopped-early", "interrupted" or "dry-run".
+
+    Losses are None where none was computed.
+    """
 
     run_dir: Path
     step: int
@@ -101,6 +105,7 @@ class Trainer:
     rollbacks: Rollbacks
     objective: CausalLM = field(default_factory=CausalLM)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
     step: int = 0
     next_sample: int = 0
     skipped: list[list[int]] = field(default_factory=list)
@@ -148,6 +153,7 @@ class Trainer:
         self.skipped = list(state.skipped)
         self.meter.seconds, self.meter.tokens = state.seconds, state.tokens
         self.smoothed = SmoothedLoss(*state.smoothed_loss)
+        self.stopping = EarlyStopping(*state.early_stopping)
         self.watch = LossWatch(self.setup.recipe.spike, state.recent_losses)
 
     def run(self, *, resumed: bool, differences: list[str]) -> RunResult:
@@ -170,14 +176,14 @@ class Trainer:
             with StopRequest() as stop, Progress() as progress:
                 self.tell = progress.message
                 self.meter.start()
-                while self.step < recipe.train.steps and not stop.requested:
+                while not self._complete() and not stop.requested:
                     try:
                         self._one_step(metrics, progress)
                     except (NonFiniteError, LossSpikeError) as error:
                         if recipe.spike.action != "rollback":
                             raise
                         self._roll_back(metrics, progress, error)
-                if self.step < recipe.train.steps:
+                if not self._complete():
                     return self._interrupted(metrics)
                 return self._finish(metrics)
         except (NonFiniteError, LossSpikeError) as error:
@@ -193,6 +199,10 @@ class Trainer:
             if collecting:
                 gc.enable()
             metrics.close()
+
+    def _complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.setup.recipe.train.steps or self.stopping.due(self.setup.recipe.eval)
 
     def _one_step(self, metrics: MetricsFile, progress: Progress) -> None:
         recipe = self.setup.recipe
@@ -252,6 +262,7 @@ class Trainer:
             compute_dtype=self.setup.compute_dtype,
         )
         self.validated_step = self.step
+        self.stopping.take(result.loss, step=self.step, settings=recipe.eval)
         gc.collect()
         seconds = self.meter.end_pause()
         metrics.write(
@@ -278,6 +289,7 @@ class Trainer:
                 seconds=self.meter.seconds,
                 smoothed_loss=(self.smoothed.total, self.smoothed.weight),
                 validation_loss=self.validation.loss if self.validation and self.validated_step == self.step else None,
+                early_stopping=(self.stopping.best_loss, self.stopping.best_step, self.stopping.waited),
                 optimizer_updates=self.optimizer.updates,
                 recent_losses=list(self.watch.recent),
                 skipped=self.skipped,
@@ -323,8 +335,14 @@ class Trainer:
     def _finish(self, metrics: MetricsFile) -> RunResult:
         self._save(metrics, wait=True)
         final = self.folder.export(self.model, self.setup.tokenizer, getattr(torch, self.setup.recipe.export.dtype))
+        early = self.step < self.setup.recipe.train.steps
+        if early:
+            say(
+                f"stopped early: the validation loss has not fallen for {self.stopping.waited} evaluations since step "
+                f"{self.stopping.best_step} ({self.stopping.best_loss:.4f})"
+            )
         say(f"finished {self.step} steps in {format_duration(self.meter.seconds)}; the model is in {final}")
-        return self._end(metrics, "finished", final)
+        return self._end(metrics, "stopped-early" if early else "finished", final)
 
     def _interrupted(self, metrics: MetricsFile) -> RunResult:
         self._save(metrics, wait=True)

@@ -114,7 +114,7 @@ def quickstart(
         frozen = _freeze(folder, overrides, steps=steps, seed=seed, deadline=started + 60 * minutes)
     if not (out / "final").is_dir():
         result = train(frozen)
-        if result.reason != "finished":
+        if result.final_dir is None:
             return QuickstartResult(out=out, state="interrupted", steps=result.step, seconds=time.monotonic() - started)
     measured, completions = _measure(out)
     write_report(out)

@@ -190,12 +190,15 @@ class EvalSettings(Settings):
     """Validation loss and samples every `every` steps and at the end; 0 = never.
 
     `max_batches` 0 is the whole split, any other number so many batches of windows spread evenly over it. A batch of
-    validation is `train.micro_batch_size` sequences, or `batch_size` where given.
+    validation is `train.micro_batch_size` sequences, or `batch_size` where given. The run ends early once the loss has
+    not fallen by more than `min_improvement` for `patience` evaluations (0 = never).
     """
 
     every: Count = 250
     max_batches: Count = 0
     batch_size: Positive | None = None
+    patience: Count = 0
+    min_improvement: Annotated[Finite, Field(ge=0)] = 0.0
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_named_once)] = ()
     sample_tokens: Positive = 64
     sample_temperature: Annotated[Finite, Field(ge=0)] = 0.8
@@ -275,6 +278,12 @@ class Recipe(Settings):
             )
         if self.eval.every == 0 and self.eval.sample_prompts:
             raise ValueError("eval.sample_prompts has no effect with eval.every = 0; set eval.every or remove it")
+        if self.eval.patience and self.eval.every == 0:
+            raise ValueError("eval.patience has no effect with eval.every = 0; set eval.every or remove it")
+        if self.eval.min_improvement and not self.eval.patience:
+            raise ValueError(
+                "eval.min_improvement has no effect with eval.patience = 0; set eval.patience or remove it"
+            )
         self._check_retention()
         if self.spike.action == "rollback" and self.checkpoint.every == 0:
             raise ValueError(

@@ -107,7 +107,9 @@ def _state(log: RunLog) -> tuple[str, str]:
     if log.end is None:
         return "running", "in progress"
     reason = str(log.end.get("reason"))
-    return {"finished": "finished", "interrupted": "interrupted"}.get(reason, "failed"), reason
+    return {"finished": "finished", "stopped-early": "finished", "interrupted": "interrupted"}.get(
+        reason, "failed"
+    ), reason
 
 
 def _total_steps(log: RunLog) -> int | None:

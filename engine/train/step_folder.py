@@ -47,6 +47,7 @@ class TrainerState:
     recent_losses: list[float]  # see spikes.py
     skipped: list[list[int]]  # samples left out after rollbacks, as [first, last + 1]
     validation_loss: float | None  # where this very step was evaluated
+    early_stopping: tuple[float | None, int | None, int]  # see early_stopping.py
     optimizer_updates: int
     data_fingerprint: str
     data_stamps: list[list[int]]  # size and time of change of each file of tokens
@@ -112,7 +113,8 @@ def read_state(folder: Path) -> TrainerState:
     known = {entry.name for entry in fields(TrainerState)}
     if odd := sorted(known ^ facts.keys()):
         raise CheckpointError(f"{path} is not what this Trine writes ({odd[0]!r}); continue from another step folder")
-    facts["smoothed_loss"] = tuple(facts["smoothed_loss"])
+    for name in ("smoothed_loss", "early_stopping"):
+        facts[name] = tuple(facts[name])
     return TrainerState(**facts)
 
 

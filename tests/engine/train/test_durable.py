@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_a_file_is_replaced_whole_and_leftovers_are_cleared(tmp_path: Path) -> N
 
 def test_a_folder_is_removed_under_another_name(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(durable.shutil, "rmtree", lambda path: seen.append(path.name))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: seen.append(path.name))
     remove_folder(sealed)
     assert seen == [".writing-old-step"]
     assert not sealed.exists()

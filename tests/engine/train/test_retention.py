@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def saved(*steps: int, damaged: tuple[int, ...] = (), losses: dict[int, float] |
     ],
 )  # fmt: skip
 def test_what_is_removed_once_step_40_is_saved(
-    settings: dict[str, int], steps: list[SavedStep], removed: list[int]
+    settings: dict[str, Any], steps: list[SavedStep], removed: list[int]
 ) -> None:
     assert steps_to_remove(steps, CheckpointSettings(**settings), newest=40) == removed
 

@@ -38,7 +38,8 @@ def snapshot(make_recipe: MakeRecipe) -> Snapshot:
     state = TrainerState(
         step=1, next_sample=4, tokens=1, seconds=0.0, smoothed_loss=(0.0, 0.0), recent_losses=[], skipped=[],
         validation_loss=None,
-        optimizer_updates=1, data_fingerprint="", data_stamps=[], tokenizer_fingerprint="", environment={},
+        optimizer_updates=1, early_stopping=(None, None, 0),
+        data_fingerprint="", data_stamps=[], tokenizer_fingerprint="", environment={},
     )  # fmt: skip
     optimizer = Optimizer(model, OptimSettings(name="muon"))
     return Snapshot(model=model, optimizer=optimizer.state_tensors(), recipe=make_recipe(), state=state)
