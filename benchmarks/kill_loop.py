@@ -287,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--power-loss", action="store_true", help="cut off what was not flushed, too")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
+    facts = environment()  # before others move the checkout on
     results = []
     with tempfile.TemporaryDirectory() as name:
         make_recipe = recipes(make_sources(Path(name)), steps=options.steps, threads=options.threads)
@@ -314,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seed": options.seed,
         "seconds": round(time.perf_counter() - started, 1),
         "cases": [asdict(result) for result in results],
-        "environment": environment(),
+        "environment": facts,
     }
     print(json.dumps(summary))
     return 0 if summary["equal"] else 1
