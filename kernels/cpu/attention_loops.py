@@ -1,8 +1,9 @@
 """Attention of single new tokens over a paged cache, nothing copied. Imports Numba (see `compiled.py`).
 
-A unit of work is one request, one split of its keys, and a range of query heads. Within a tile of keys the heads are
-the inner loop: the heads of a slot lie side by side, so that the pool is read in long runs (head by head, a cache of 8
-heads and 8192 keys took ten times as long). Splits begin at fixed places and are merged in order, and ranges of heads
+A unit of work is one request, one split of its keys, and a range of query heads. All heads of a tile of keys are done
+before the next tile: the heads of a slot lie side by side, so that the pool is read in long runs (head by head, a cache
+of 8 heads and 8192 keys took ten times as long). Memory is asked for in the order in which it lies, half a tile's work
+ahead; `heads_loops.py` does the arithmetic. Splits begin at fixed places and are merged in order, and ranges of heads
 share no sum: the bits of a row depend on its own keys alone.
 
 Shapes as in `paged_attention/op.py`; G query heads of a unit, T keys of a tile, A tokens, U splits. The pools come as
@@ -16,8 +17,19 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from trine.kernels.cpu.compiled import parallel, serial
+from trine.kernels.cpu.compiled import exact, parallel, serial
+from trine.kernels.cpu.heads_loops import (
+    QUERIES,
+    add_four,
+    add_one,
+    add_two,
+    fetch_rows,
+    score_four,
+    score_one,
+    score_two,
+)
 from trine.kernels.cpu.numbers_loops import dot, exponential, widen
+from trine.kernels.cpu.vector_loops import LANES
 
 # Keys whose weights are formed together, and keys of a split (a multiple of the former).
 TILE = 32
@@ -46,29 +58,67 @@ def score_keys(q_GD: Any, heads: Any, k: Any, k_scales: Any, k_head: int, at_T3:
     first, group = heads
     scale, softcap = options
     G, D = q_GD.shape
-    for t in range(at_T3.shape[0]):
-        for head in range(first // group, (first + G - 1) // group + 1):
-            place = at_T3[t, 1] + head * k_head
-            row = k[place : place + D]
-            factor = scale * k_scales[at_T3[t, 0] + head] if k_scales.shape[0] > 0 else scale
-            for g in range(max(0, head * group - first), min(G, (head + 1) * group - first)):
-                score = dot(row, q_GD[g]) * factor
-                s_GT[g, t] = softcap * np.tanh(score / softcap) if softcap > 0 else score
+    whole = D // LANES * LANES
+    for head in range(first // group, (first + G - 1) // group + 1):
+        g, end = max(0, head * group - first), min(G, (head + 1) * group - first)
+        while g < end:
+            count = queries_at_once(end - g)
+            if count == QUERIES:
+                score_four(k, at_T3[:, 1], head * k_head, q_GD, g, s_GT)
+            elif count == 2:
+                score_two(k, at_T3[:, 1], head * k_head, q_GD, g, s_GT)
+            else:
+                score_one(k, at_T3[:, 1], head * k_head, q_GD, g, s_GT)
+            for row in range(g, g + count):
+                s_T = s_GT[row]
+                for t in range(TILE if whole < D else 0):
+                    place = at_T3[t, 1] + head * k_head
+                    s_T[t] += dot(k[place + whole : place + D], q_GD[row, whole:])
+                for t in range(TILE):
+                    s_T[t] *= scale
+                for t in range(TILE if k_scales.shape[0] > 0 else 0):
+                    s_T[t] *= k_scales[at_T3[t, 0] + head]
+                for t in range(TILE if softcap > 0 else 0):
+                    s_T[t] = softcap * np.tanh(s_T[t] / softcap)
+            g += count
 
 
 @serial
-def weigh(scores_T: Any, largest: float, total: float, o_D: Any) -> Any:
-    """Turn scores into weights, relative to the largest so far; what was summed before shrinks. (largest, total)."""
+def queries_at_once(left: int) -> Any:
+    """How many of the queries that are left meet a key together; their sums do not depend on it."""
+    return QUERIES if left >= QUERIES else (2 if left >= 2 else 1)
+
+
+@exact
+def largest_of(scores_T: Any, half_T: Any) -> Any:
+    """The largest score, found by halves, which vectors can do. NaN is passed over."""
+    width = TILE // 2
+    for t in range(width):
+        half_T[t] = scores_T[t] if scores_T[t] > scores_T[t + width] else scores_T[t + width]
+    while width > 1:
+        width //= 2
+        for t in range(width):
+            half_T[t] = half_T[t] if half_T[t] > half_T[t + width] else half_T[t + width]
+    return half_T[0]
+
+
+@serial
+def weigh(scores_T: Any, count: int, half_T: Any, largest: float, total: float, o_D: Any) -> Any:
+    """Turn scores into weights, relative to the largest so far; what was summed before shrinks. (largest, total).
+
+    From `count` on the weights are next to nothing (2^-126), and add nothing to a total that is 1 or more.
+    """
     before = largest
-    for t in range(scores_T.shape[0]):
-        largest = scores_T[t] if scores_T[t] > largest else largest
+    scores_T[count:] = -np.inf
+    found = largest_of(scores_T, half_T)
+    largest = found if found > largest else largest
     if largest > before:
         shrink = exponential(before - largest)
         total *= shrink
         for d in range(o_D.shape[0]):
             o_D[d] *= shrink
     added = np.float32(0)
-    for t in range(scores_T.shape[0]):
+    for t in range(TILE):
         scores_T[t] = exponential(scores_T[t] - largest)
         added += scores_T[t]
     return largest, total + added
@@ -76,18 +126,42 @@ def weigh(scores_T: Any, largest: float, total: float, o_D: Any) -> Any:
 
 @serial
 def add_values(weights_GT: Any, heads: Any, v: Any, v_scales: Any, v_head: int, at_T3: Any, o_GD: Any) -> None:
-    """o += weights times values."""
+    """o += weights times values; the weights are scaled where values are."""
     first, group = heads
     G, D = o_GD.shape
-    for t in range(at_T3.shape[0]):
-        for head in range(first // group, (first + G - 1) // group + 1):
-            place = at_T3[t, 2] + head * v_head
-            row = v[place : place + D]
-            factor = v_scales[at_T3[t, 0] + head] if v_scales.shape[0] > 0 else np.float32(1)
-            for g in range(max(0, head * group - first), min(G, (head + 1) * group - first)):
-                weight, o_D = weights_GT[g, t] * factor, o_GD[g]
-                for d in range(D):
-                    o_D[d] += weight * widen(row[d])
+    whole = D // LANES * LANES
+    for head in range(first // group, (first + G - 1) // group + 1):
+        g, end = max(0, head * group - first), min(G, (head + 1) * group - first)
+        for row in range(g, end if v_scales.shape[0] > 0 else g):
+            for t in range(at_T3.shape[0]):
+                weights_GT[row, t] *= v_scales[at_T3[t, 0] + head]
+        while g < end:
+            count = queries_at_once(end - g)
+            if count == QUERIES:
+                add_four(v, at_T3[:, 2], head * v_head, weights_GT, g, o_GD)
+            elif count == 2:
+                add_two(v, at_T3[:, 2], head * v_head, weights_GT, g, o_GD)
+            else:
+                add_one(v, at_T3[:, 2], head * v_head, weights_GT, g, o_GD)
+            for row in range(g, g + count if whole < D else g):
+                for t in range(at_T3.shape[0]):
+                    place = at_T3[t, 2] + head * v_head
+                    for d in range(whole, D):
+                        o_GD[row, d] += weights_GT[row, t] * widen(v[place + d])
+            g += count
+
+
+@serial
+def fetch_keys(pool: Any, q_GD: Any, heads: Any, step: int, places_T: Any) -> None:
+    """Have the keys or values of a tile read ahead, in the order in which they lie. `step`: from head to head."""
+    first, group = heads
+    (G, D), head = q_GD.shape, first // group
+    num_heads = (first + G - 1) // group - head + 1
+    if step == D:
+        fetch_rows(pool, places_T, head * step, num_heads * D)
+    else:
+        for i in range(num_heads):
+            fetch_rows(pool, places_T, (head + i) * step, D)
 
 
 @serial
@@ -97,19 +171,28 @@ def attend_split(
     """The unnormalised sum over the keys begin <= key < end into `part`: (o_GD, largest_G, total_G)."""
     k, v, k_scales, v_scales = pools
     o_GD, largest_G, total_G = part
-    at_T3 = np.empty((TILE, 3), np.int64)
-    scores_GT = np.empty((q_GD.shape[0], TILE), np.float32)
+    # Places of this tile's keys and of the next one's, whose memory is asked for a tile ahead.
+    at_T3, next_T3 = np.empty((TILE, 3), np.int64), np.empty((TILE, 3), np.int64)
+    coming = max(0, min(TILE, end - begin))
+    if coming > 0:
+        find_keys(table_M, begin, layout, next_T3[:coming])
+        fetch_keys(k, q_GD, heads, layout[4], next_T3[:coming, 1])
+    scores_GT, half_T = np.empty((q_GD.shape[0], TILE), np.float32), np.empty(TILE // 2, np.float32)
     o_GD[:] = 0
     largest_G[:] = -np.inf
     total_G[:] = 0
     for first_key in range(begin, end, TILE):
-        count = min(TILE, end - first_key)
-        at, scores = at_T3[:count], scores_GT[:, :count]
-        find_keys(table_M, first_key, layout, at)
-        score_keys(q_GD, heads, k, k_scales, layout[4], at, options, scores)
+        at_T3, next_T3 = next_T3, at_T3
+        count, coming = coming, max(0, min(TILE, end - first_key - TILE))
+        fetch_keys(v, q_GD, heads, layout[7], at_T3[:count, 2])
+        at_T3[count:] = at_T3[count - 1]  # whole vectors of scores; what is past the last key gets no weight
+        score_keys(q_GD, heads, k, k_scales, layout[4], at_T3, options, scores_GT)
         for g in range(q_GD.shape[0]):
-            largest_G[g], total_G[g] = weigh(scores[g], largest_G[g], total_G[g], o_GD[g])
-        add_values(scores, heads, v, v_scales, layout[7], at, o_GD)
+            largest_G[g], total_G[g] = weigh(scores_GT[g], count, half_T, largest_G[g], total_G[g], o_GD[g])
+        if coming > 0:
+            find_keys(table_M, first_key + TILE, layout, next_T3[:coming])
+            fetch_keys(k, q_GD, heads, layout[4], next_T3[:coming, 1])
+        add_values(scores_GT, heads, v, v_scales, layout[7], at_T3[:count], o_GD)
 
 
 @serial

@@ -38,20 +38,21 @@ _WORDS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 _CODES = ir.VectorType(_I8, CODE_BLOCK)
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
+def load(builder: Any, address: Any, kind: Any) -> Any:
     """One number or vector from an address that need not be aligned."""
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
 
-def _shuffle(builder: Any, vector: Any, lanes: list[int]) -> Any:
+def shuffle(builder: Any, vector: Any, lanes: list[int]) -> Any:
+    """A vector of some lanes of another."""
     mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
-def _splat(builder: Any, value: Any) -> Any:
+def splat(builder: Any, value: Any) -> Any:
     """A number in all lanes."""
     vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    return _shuffle(builder, builder.insert_element(vector, value, _I32(0)), [0] * LANES)
+    return shuffle(builder, builder.insert_element(vector, value, _I32(0)), [0] * LANES)
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any], **options: Any) -> Any:
@@ -59,7 +60,8 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any], **options:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments, **options)
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
+def multiply_add(builder: Any, a: Any, b: Any, total: Any) -> Any:
+    """a b + total of vectors of fp32, rounded once."""
     return _call(builder, "llvm.fma.v16f32", _FLOATS, [a, b, total])
 
 
@@ -77,7 +79,7 @@ def _add_fours(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     wide = ir.VectorType(_I16, CODE_BLOCK)  # 255 * 127 still fits
     products = builder.mul(builder.zext(unsigned, wide), builder.sext(signed, wide))
     for j in range(4):
-        part = _shuffle(builder, products, list(range(j, CODE_BLOCK, 4)))
+        part = shuffle(builder, products, list(range(j, CODE_BLOCK, 4)))
         total = builder.add(total, builder.sext(part, _WORDS))
     return total
 
@@ -89,8 +91,8 @@ def _sums(builder: Any, totals: list[Any], y: Any, y_step: Any) -> None:
         width = LANES
         while width > 1:
             width //= 2
-            low = _shuffle(builder, vector, list(range(width)))
-            high = _shuffle(builder, vector, list(range(width, 2 * width)))
+            low = shuffle(builder, vector, list(range(width)))
+            high = shuffle(builder, vector, list(range(width, 2 * width)))
             vector = builder.fadd(low, high)
         place = builder.add(y, builder.mul(_I64(s), y_step))
         builder.store(builder.extract_element(vector, _I32(0)), builder.inttoptr(place, _F32.as_pointer()), align=4)
@@ -108,13 +110,13 @@ def _block_of_row(builder: Any, index: Any, size: int, num_inputs: Any) -> Any:
     return builder.select(builder.icmp_signed("<", begin, last), begin, last)
 
 
-def _floats_of(builder: Any, address: Any, kind: Any) -> Any:
+def floats_of(builder: Any, address: Any, kind: Any) -> Any:
     """16 stored numbers as fp32."""
     if kind is _F32:
-        return _load(builder, address, _FLOATS)
+        return load(builder, address, _FLOATS)
     if kind is _I8:
-        return builder.sitofp(builder.sext(_load(builder, address, ir.VectorType(_I8, LANES)), _WORDS), _FLOATS)
-    bits = builder.zext(_load(builder, address, ir.VectorType(_I16, LANES)), _WORDS)
+        return builder.sitofp(builder.sext(load(builder, address, ir.VectorType(_I8, LANES)), _WORDS), _FLOATS)
+    bits = builder.zext(load(builder, address, ir.VectorType(_I16, LANES)), _WORDS)
     return builder.bitcast(builder.shl(bits, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
 
 
@@ -142,12 +144,12 @@ def _float_rows(kind: Any, count: int) -> Any:
                 for half in range(0, FLOAT_BLOCK, LANES):
                     offset = builder.mul(builder.add(begin, _I64(half)), size)
                     x_offset = builder.add(builder.mul(loop.index, _I64(4 * FLOAT_BLOCK)), _I64(4 * half))
-                    inputs = [_load(builder, builder.add(place, x_offset), _FLOATS) for place in places]
+                    inputs = [load(builder, builder.add(place, x_offset), _FLOATS) for place in places]
                     for s, address in enumerate(rows):
-                        weights = _floats_of(builder, builder.add(address, offset), kind)
+                        weights = floats_of(builder, builder.add(address, offset), kind)
                         for m in range(count):
                             total = builder.load(totals[m][s])
-                            builder.store(_multiply_add(builder, weights, inputs[m], total), totals[m][s])
+                            builder.store(multiply_add(builder, weights, inputs[m], total), totals[m][s])
             for m in range(count):
                 _sums(builder, totals[m], builder.add(y, builder.mul(_I64(m), y_next)), y_step)
             return context.get_dummy_value()
@@ -177,10 +179,10 @@ def int8_code_rows(
             inputs, scale, fours = _code_block(builder, loop.index, codes, scales, sums)
             start = builder.sub(ir.Constant(_WORDS, None), builder.shl(fours, ir.Constant(_WORDS, [7] * LANES)))
             for address, total in zip(rows, totals, strict=True):
-                weights = _load(builder, builder.add(address, offset), _CODES)
+                weights = load(builder, builder.add(address, offset), _CODES)
                 unsigned = builder.xor(weights, ir.Constant(_CODES, [-128] * CODE_BLOCK))
                 exact = builder.sitofp(_add_fours(builder, start, unsigned, inputs), _FLOATS)
-                builder.store(_multiply_add(builder, exact, scale, builder.load(total)), total)
+                builder.store(multiply_add(builder, exact, scale, builder.load(total)), total)
         _sums(builder, totals, y, y_step)
         return context.get_dummy_value()
 
@@ -189,9 +191,9 @@ def int8_code_rows(
 
 def _code_block(builder: Any, index: Any, codes: Any, scales: Any, sums: Any) -> tuple[Any, Any, Any]:
     """A block of inputs: its codes, its scale in all lanes, its sums of fours."""
-    inputs = _load(builder, builder.add(codes, builder.mul(index, _I64(CODE_BLOCK))), _CODES)
-    scale = _splat(builder, _load(builder, builder.add(scales, builder.mul(index, _I64(4))), _F32))
-    fours = _load(builder, builder.add(sums, builder.mul(index, _I64(4 * LANES))), _WORDS)
+    inputs = load(builder, builder.add(codes, builder.mul(index, _I64(CODE_BLOCK))), _CODES)
+    scale = splat(builder, load(builder, builder.add(scales, builder.mul(index, _I64(4))), _F32))
+    fours = load(builder, builder.add(sums, builder.mul(index, _I64(4 * LANES))), _WORDS)
     return inputs, scale, fours
 
 
@@ -220,17 +222,17 @@ def int4_code_rows(
                 for _, _, fours in blocks
             ]
             # Input scales as the four scales of a row lie: one for 32 numbers.
-            x_scales = _load(builder, builder.add(scales, builder.mul(first, _I64(4))), pair)
-            x_scales = _shuffle(builder, x_scales, [0, 0, 1, 1])
+            x_scales = load(builder, builder.add(scales, builder.mul(first, _I64(4))), pair)
+            x_scales = shuffle(builder, x_scales, [0, 0, 1, 1])
             for address, scale_row, total in zip(rows, scale_rows, totals, strict=True):
-                packed = _load(builder, builder.add(address, offset), _CODES)
-                stored = _load(builder, builder.add(scale_row, scale_offset), ir.VectorType(_F16, 4))
+                packed = load(builder, builder.add(address, offset), _CODES)
+                stored = load(builder, builder.add(scale_row, scale_offset), ir.VectorType(_F16, 4))
                 factors = builder.fmul(builder.fpext(stored, four), x_scales)
                 high = builder.lshr(packed, ir.Constant(_CODES, [4] * CODE_BLOCK))
                 for i, weights in enumerate((builder.and_(packed, low_bits), high)):
                     exact = builder.sitofp(_add_fours(builder, starts[i], weights, blocks[i][0]), _FLOATS)
-                    lanes = _shuffle(builder, factors, [2 * i] * 8 + [2 * i + 1] * 8)
-                    builder.store(_multiply_add(builder, exact, lanes, builder.load(total)), total)
+                    lanes = shuffle(builder, factors, [2 * i] * 8 + [2 * i + 1] * 8)
+                    builder.store(multiply_add(builder, exact, lanes, builder.load(total)), total)
         _sums(builder, totals, y, y_step)
         return context.get_dummy_value()
 

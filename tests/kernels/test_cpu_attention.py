@@ -128,6 +128,29 @@ def test_bits_depend_on_no_other_request_and_no_thread(dtype: torch.dtype, threa
             assert torch.equal(found[0], whole[row])
 
 
+@pytest.mark.parametrize("pool", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_bits_of_a_head_depend_on_no_other_head_of_its_group(pool: torch.dtype) -> None:
+    """7 heads meet a key as 4, 2 and 1; 40 channels are two vectors and a rest, 100 six and a rest."""
+    for D in (40, 100):
+        arguments = make([45, 600], H=7, K=1, D=D, dtype=torch.float32 if pool == torch.int8 else pool)
+        arguments = quantized(arguments) if pool == torch.int8 else arguments
+        whole = call(arguments)
+        close(whole, exact(arguments), paged_attention_reference(**arguments))
+        for h in range(7):
+            assert torch.equal(call(arguments | {"q_NHD": arguments["q_NHD"][:, h : h + 1]})[:, 0], whole[:, h])
+
+
+def test_keys_behind_the_newest_are_not_seen() -> None:
+    """A vector of scores goes past the last key; the rest of its block holds anything."""
+    arguments = make([1, 17, 40])
+    expected = call(arguments)
+    for row, length in enumerate((1, 17, 40)):
+        block = int(arguments["block_table_RM"][row, (length - 1) // 16])
+        for name in ("k_cache_PSKD", "v_cache_PSKD"):
+            arguments[name][block, (length - 1) % 16 + 1 :] = float("nan")
+    assert torch.equal(call(arguments), expected)
+
+
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The requests that each call of the compiled attention gets."""
     seen: list[list[int]] = []
