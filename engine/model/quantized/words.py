@@ -23,8 +23,8 @@ def pack_words(codes_NK: Tensor, bits: int) -> Tensor:
     padded = F.pad(unsigned, (0, -codes_NK.shape[1] % (32 // bits)))
     bytes_NB = padded[:, ::2] | padded[:, 1::2] << 4 if bits == 4 else padded
     # Flat, because a single column may have strides that a view of other numbers refuses.
-    words: Tensor = bytes_NB.flatten().view(torch.int32)
-    return words.view(len(codes_NK), -1)
+    words: Tensor = bytes_NB.flatten().view(torch.int32).view(len(codes_NK), -1)
+    return words
 
 
 def unpack_words(words: Tensor, bits: int, width: int) -> Tensor:
