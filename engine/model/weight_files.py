@@ -143,6 +143,8 @@ def write_weights(
     for file_name, shard in zip(names, shards, strict=True):
         temporary = folder / f".{file_name}.partial"
         save_file({name: make(name) for name in shard}, temporary, metadata={"format": "pt"})
+        # safetensors makes files that nobody else may read; whoever may read the folder may read its weights.
+        temporary.chmod(folder.stat().st_mode & 0o666)
         os.replace(temporary, folder / file_name)
     if count > 1:
         weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}

@@ -373,3 +373,9 @@ def test_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_model(tmp_path)
+
+
+def test_whoever_may_read_the_folder_may_read_its_weights(make_pair: MakePair, tmp_path: Path) -> None:
+    tmp_path.chmod(0o750)
+    save_model(load_model(make_pair("llama2").folder), tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
