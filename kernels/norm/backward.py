@@ -156,7 +156,8 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
         for rows in (1, 2, 4, 8, 16)
         for warps in (2, 4, 8, 16, 32)
         for stages in (1, 2, 3)
-        if 8 <= rows * block // (32 * warps) <= 32 and (target.is_amd or 32 * warps * _REGISTERS <= 65536)
+        if 8 <= rows * block // (32 * warps) <= 32
+        and (target.is_amd or 32 * warps * _REGISTERS <= 65536)
         and (stages - 1) * 3 * rows * block * dtype.itemsize <= target.shared_bytes
     ]
 

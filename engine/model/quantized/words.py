@@ -32,4 +32,5 @@ def unpack_words(words: Tensor, bits: int, width: int) -> Tensor:
     unsigned = words.flatten().view(torch.uint8).view(len(words), -1)
     if bits == 4:
         unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(1)
-    return (unsigned[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = (unsigned[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return codes
