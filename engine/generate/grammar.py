@@ -3,7 +3,8 @@
 A `Grammar` says what the text must be: a JSON object, JSON of a schema, a text that a regular expression matches as a
 whole, one of some choices, or a word of a context-free grammar. `GrammarCompiler` turns it into `Matcher`s for one
 tokenizer, by the llguidance library: a matcher walks the tree of all tokens' bytes along the grammar, so a token may be
-taken exactly where its bytes can still become a match, wherever the borders of tokens lie.
+taken exactly where its bytes can still become a match, wherever the borders of tokens lie. (Where the next text is
+settled, it may be asked for in the tokens in which the tokenizer writes it.)
 
 An end-of-sequence token may be taken where the text is a match, and nothing else where it cannot go on; special tokens
 otherwise only where a context-free grammar names them. (A tokenizer that drops the space in front of a text, as
