@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,8 +47,8 @@ def test_every_way_to_turn_heads_gives_the_same_bits(D: int, dtype: torch.dtype)
         count = rows.stop - rows.start
         pools = [torch.zeros(13, 16, K, D, device="cuda", dtype=dtype) for _ in "kv"]
         slots = torch.arange(rows.start, rows.stop, device="cuda")
-        angles = {"cos_NR": tables[0][0, rows], "sin_NR": tables[1][0, rows]}
-        written = write_kv(qkv[0, rows].contiguous(), *pools, slots, num_heads=H, **angles)
+        angles: dict[str, Any] = {"cos_NR": tables[0][0, rows], "sin_NR": tables[1][0, rows]}
+        written = write_kv(qkv[0, rows].contiguous(), pools[0], pools[1], slots, **angles, num_heads=H)
         assert torch.equal(written, turned[0][0, rows])
         assert torch.equal(pools[0].view(-1, K, D)[rows], turned[1][0, rows])
         part = rope(q[:, rows], tables[0][:, rows], tables[1][:, rows])

@@ -207,10 +207,11 @@ def test_registration(dtype: torch.dtype, gradient_dtype: torch.dtype, eight_bit
 
 
 def test_registration_of_odd_lists() -> None:
-    torch.library.opcheck(adamw_step, (*lists(*DTYPES[::-1], False, SHAPES[2:]), *rest(1, stochastic=False)))
+    torch.library.opcheck(adamw_step, (*lists(DTYPES[1], DTYPES[0], False, SHAPES[2:]), *rest(1, stochastic=False)))
     torch.library.opcheck(adamw_step, ([], [], [], [], [], [], *rest(0)))
-    torch.library.opcheck(adamw_step, (*lists(*DTYPES, True, ((0,),)), *rest(1)))
-    mixed = [one + two for one, two in zip(lists(*DTYPES, True, SMALL), lists(*DTYPES[::-1], True, SMALL), strict=True)]
+    torch.library.opcheck(adamw_step, (*lists(DTYPES[0], DTYPES[1], True, ((0,),)), *rest(1)))
+    first, second = lists(DTYPES[0], DTYPES[1], True, SMALL), lists(DTYPES[1], DTYPES[0], True, SMALL)
+    mixed = [one + two for one, two in zip(first, second, strict=True)]
     torch.library.opcheck(adamw_step, (*mixed, *rest(6)))
     askew = [make(place, torch.float32, ((4, 9),))[0].flatten()[3:] for place in range(4)]
     strided = make(1, torch.float32, ((33, 2),))[0][:, 1]

@@ -65,8 +65,8 @@ def served(tensors: list[Tensor], requests: list[tuple[int, int, int]], **option
         "query_starts": torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
     }
     queries = torch.cat([q[row, :, length - count : length].transpose(0, 1) for row, count, length in requests])
-    bounds = {"max_queries": max(counts), "max_length": max(length for *_, length in requests)}
-    return paged_attention(queries, *pools, **arguments, **bounds, split_size=SPLIT, **options)
+    arguments |= {"max_queries": max(counts), "max_length": max(length for *_, length in requests)}
+    return paged_attention(queries, pools[0], pools[1], **arguments, split_size=SPLIT, **options)
 
 
 def rows_of(o_BHTD: Tensor, row: int, count: int, length: int) -> Tensor:
@@ -120,7 +120,9 @@ def test_every_option_against_float64(options: dict[str, Any], dtype: torch.dtyp
     rest = {name: value for name, value in options.items() if name != "window"}
     keys = torch.arange(T)
     visible = (keys <= keys[:, None]) & (keys >= keys[:, None] - options.get("window", T))
-    exact = {name: value.double() if isinstance(value, Tensor) else value for name, value in rest.items()}
+    exact: dict[str, Any] = {
+        name: value.double() if isinstance(value, Tensor) else value for name, value in rest.items()
+    }
     close(
         invariant_attention(*tensors, sequences=sequences, **rest),
         attend(*(x.double() for x in tensors), visible_BTS=visible[None], **exact)[0],

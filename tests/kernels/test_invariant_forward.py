@@ -14,8 +14,8 @@ from trine.kernels.cpu import compiled
 from trine.kernels.invariant import probe as module
 from trine.kernels.invariant.elementwise import invariant_log_probs, invariant_mlp, invariant_unit
 from trine.kernels.invariant.probe import Sizes, probe
-from trine.kernels.mlp.activation import activate, gated_clamped
-from trine.kernels.mlp.op import ACTIVATIONS, CLAMPED, gated_mlp, mlp
+from trine.kernels.mlp.activation import ACTIVATIONS, activate, gated_clamped
+from trine.kernels.mlp.op import CLAMPED, gated_mlp, mlp
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SMALL = Sizes(width=36, ffn_width=100, vocab_size=131, num_heads=3, num_kv_heads=1, head_dim=12)
@@ -94,7 +94,7 @@ def test_the_ordinary_unit_and_product_give_one_row_other_bits() -> None:
 def test_the_layer_is_that_of_the_ordinary_mode_but_for_rounding(with_gate: bool, dtype: torch.dtype) -> None:
     gate, up, down = make(60, 40, seed=1) / 6, make(60, 40, seed=2) / 6, make(40, 60, seed=3) / 8
     x = make(2, 9, 40, dtype=dtype)
-    biases = {"up_bias": make(60, seed=4), "down_bias": make(40, seed=5)}
+    biases: dict[str, Any] = {"up_bias": make(60, seed=4), "down_bias": make(40, seed=5)}
     found = invariant_mlp(x, gate if with_gate else None, up, down, activation="silu", **biases)
     if with_gate:
         biases["gate_bias"] = torch.zeros(60)

@@ -164,6 +164,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_compiles_whole_with_the_bits_of_the_plain_call(name: str) -> None:
     torch._dynamo.reset()
+    plain: dict[str, Any]
+    whole: dict[str, Any]
     plain, whole = (
         {key: x.detach().clone() if isinstance(x, Tensor) else x for key, x in make(**VARIANTS[name]).items()}
         for _ in range(2)

@@ -29,7 +29,7 @@ def write_adapter(folder: Path, checkpoint: Path, seed: int) -> Transformer:
     """An adapter of the query and output projections; returns the model with it merged in float64."""
     model = load_model(checkpoint)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, weight in model.named_parameters():
         if name.endswith(("q_proj.weight", "o_proj.weight")):
             path = f"base_model.model.model.{name.removesuffix('.weight')}"

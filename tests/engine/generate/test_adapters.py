@@ -244,7 +244,7 @@ def test_only_steps_without_adapters_take_compiled_loops(llama: Case) -> None:
         rows.append(len(inputs[0]))
         return compute(*inputs)
 
-    decoder.run = counted  # type: ignore[method-assign]
+    decoder.run = counted  # type: ignore[method-assign, assignment]
     run(engine, [llama.request("x", "all")])
     assert rows == []
     run(engine, [llama.request("x", None)])

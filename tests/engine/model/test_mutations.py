@@ -73,6 +73,7 @@ def _norm_after_rope(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Tra
         heads = (*x_BTC.shape[:2], -1, self.head_dim)
         q, k, v = (layer(x_BTC).view(heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
         assert context.rope_tables is not None
+        assert context.mask is not None
         assert self.q_norm is not None
         assert self.k_norm is not None
         q = self.q_norm(rope_reference(q, *context.rope_tables)).transpose(1, 2)

@@ -97,6 +97,7 @@ def _oracle(folder: Path, case: str) -> Any:
         for block in model.layers:
             block.mlp = _PlainMLP(block.mlp)  # type: ignore[assignment]
             for parent in (block.self_attn, block.mlp):
+                assert isinstance(parent, nn.Module)
                 for name, layer in list(parent.named_children()):
                     if isinstance(layer, Linear):
                         rounded = _RoundedInputs(layer, scheme.code_dtype, scheme.strategy == "block")

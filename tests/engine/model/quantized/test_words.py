@@ -12,7 +12,7 @@ def test_first_code_lies_in_the_lowest_bits() -> None:
     codes = torch.arange(-8, 8, dtype=torch.int8)[None]
     assert [word & 0xFFFFFFFF for word in pack_words(codes, 4)[0].tolist()] == [0x76543210, 0xFEDCBA98]
     codes = torch.tensor([[-128, -127, 0, 127]], dtype=torch.int8)
-    assert pack_words(codes, 8)[0, 0].item() & 0xFFFFFFFF == 0xFF800100
+    assert pack_words(codes, 8)[0].tolist()[0] & 0xFFFFFFFF == 0xFF800100
 
 
 @pytest.mark.parametrize("bits", [4, 8])
