@@ -275,6 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help="compile everything and rewrite aot.json")
+    what.add_argument("--update", action="store_true", help="compile what changed since; rewrite aot.json")
     what.add_argument("--check", action="store_true", help="compile what changed and a fixed part; compare")
     what.add_argument("--show", action="store_true", help="print the table of aot.json, compile nothing")
     options = parser.parse_args(arguments)
@@ -283,16 +284,22 @@ def main(arguments: list[str] | None = None) -> int:
         for name in given:
             if name not in known:
                 parser.error(f"unknown name {name!r}; one of {', '.join(known)}")
-    if (options.write or options.check) and selection != Selection():
-        parser.error("--write and --check are about everything; leave out the selection")
+    if (options.write or options.update or options.check) and selection != Selection():
+        parser.error("--write, --update and --check are about everything; leave out the selection")
     if INTERPRETING:
         parser.error("TRITON_INTERPRET is set, so nothing can be compiled; unset it")
     if options.show:
         _print([row for row in _stored()["rows"].values() if selection.only in row["key"]])
         return 0
     wanted = list(jobs(selection))
-    stored = _stored() if options.check else {"rows": {}}
-    todo = [job for job in wanted if not options.check or _must_compile(job, stored["rows"])]
+    stored = _stored() if options.check or options.update else {"rows": {}}
+    if options.update and stored.get("triton") not in ("", triton.__version__):
+        parser.error(f"aot.json was made with triton {stored['triton']}, this is {triton.__version__}; use --write")
+    rows = stored["rows"]
+    if options.update:
+        todo = [job for job in wanted if job.key not in rows or rows[job.key]["hash"] != source_hash(job)]
+    else:
+        todo = [job for job in wanted if not options.check or _must_compile(job, rows)]
     done = _compile_all([job.key for job in todo], selection, options.jobs)
     _print(done)
     bad = [row for row in done if row.get("error") or row.get("problems")]
@@ -301,8 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
     status = 1 if bad else 0
     if options.check:
         status |= _compare(wanted, done, stored)
-    if options.write and not bad:
-        _store(done)
+    if (options.write or options.update) and not bad:
+        known = rows | {row["key"]: row for row in done}
+        _store([known[job.key] for job in wanted])
     print(f"{len(done)} of {len(wanted)} launches compiled with triton {triton.__version__}, {len(bad)} bad")
     return status
 
