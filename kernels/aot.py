@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
             if name not in known:
                 parser.error(f"unknown name {name!r}; one of {', '.join(known)}")
     if (options.write or options.update or options.check) and selection != Selection():
-        parser.error("--write, --update and --check are about everything; leave out the selection")
+        parser.error("--update, --write and --check are about everything; leave out the selection")
     if INTERPRETING:
         parser.error("TRITON_INTERPRET is set, so nothing can be compiled; unset it")
     if options.show:
