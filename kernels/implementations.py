@@ -22,7 +22,7 @@ _ON_CPU: dict[str, tuple[str, str]] = {
     "gradient_norm": ("torch, foreach", "one call for all gradients"),
     "invariant": (
         "torch, fixed pieces of rows",
-        "row bits depend on the number of rows otherwise; attention in Numba loops",
+        "bits of a row depend on their number otherwise; loops attend",
     ),
     "kv_write": ("torch", "the separate operations, written into the slots"),
     "layer_norm": ("torch, own backward", "sums weight gradients in fp32"),
