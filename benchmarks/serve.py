@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trine.benchmarks.generation_peers import ONE_BATCH, Turn, make_peers, make_requests, make_tokenizer
 from trine.benchmarks.serve_client import ServerProcess, Stream
 from trine.benchmarks.train_contestants import Settings as TrainSettings
@@ -88,7 +90,10 @@ def _model(settings: Settings) -> tuple[Transformer, Tokenizer]:
     shape = TrainSettings(steps=1, turns=1, batch_size=1, seq_len=longest, threads=1).model_config()
     model = Transformer(replace(shape, vocab_size=8192))
     initialize(model, seed=0)
-    return model, make_tokenizer()
+    tokenizer = make_tokenizer()
+    with torch.no_grad():  # nobody chooses an id that the tokenizer does not have
+        model.head_weight[tokenizer.vocab_size :] = 0.0
+    return model, tokenizer
 
 
 def _streams(settings: Settings, server: ServerProcess, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class ServerProcess:
                 break
         else:
             raise RuntimeError("the server did not start:\n" + "".join(said))
-        threading.Thread(target=self._process.stderr.read, daemon=True).start()
+        self._reader = threading.Thread(target=self._process.stderr.read, daemon=True)
+        self._reader.start()
 
     def metrics(self) -> dict[str, float]:
         """The page of /metrics, without labels and buckets."""
@@ -65,6 +66,9 @@ class ServerProcess:
         """End it."""
         self._process.terminate()
         self._process.wait(60)
+        self._reader.join(60)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
 
 
 async def _request(port: int, method: str, path: str, body: bytes) -> bytes:
