@@ -41,7 +41,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train Transformers, measure them and generate from them, exact and resumable to the bit."""
+    """Train Transformers, measure, quantize and serve them, exact and resumable to the bit."""
 
 
 app.command("quickstart")(quickstart.quickstart)

@@ -32,14 +32,14 @@ def quantize(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on one line.")] = False,
 ) -> None:
-    """Write a smaller checkpoint with quantized weights, which Trine, vLLM and transformers load."""
+    """Write a smaller checkpoint with quantized weights, in the format compressed-tensors."""
     import json as json_format
 
     from trine.engine.errors import CheckpointError, UsageError
 
     if check is not None:
-        if checkpoint is not None or scheme is not None or out is not None:
-            raise UsageError("--check DIR stands alone; leave out CHECKPOINT, --scheme and --out")
+        if checkpoint or scheme or out or group_size or asymmetric or json or method != "rtn":
+            raise UsageError("--check DIR stands alone; leave out CHECKPOINT and every other option")
         from trine.engine.quantize.check import check_folder
 
         findings = check_folder(check)

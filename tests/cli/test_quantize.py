@@ -48,6 +48,13 @@ def test_check_lists_the_faults(trine: Trine, tiny_checkpoint: Path, tmp_path: P
     assert trine("quantize", "--check", tmp_path / "none")[0] == 1
 
 
+@pytest.mark.parametrize("option", [("--json",), ("--method", "rtn-mse"), ("--group-size", "32"), ("--asymmetric",)])
+def test_checking_ignores_no_option(trine: Trine, tmp_path: Path, option: tuple[str, ...]) -> None:
+    status, _, said = trine("quantize", "--check", tmp_path, *option)
+    assert status == 2
+    assert "--check DIR stands alone" in said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
