@@ -2,8 +2,7 @@
 
 `AdapterBank` hooks into the linear layers that adapters change. Within `bank.tokens(ids)` every such layer adds to each
 token what its adapter says (`trine.kernels.lora`); outside, the hooks do nothing and the model computes what it always
-did, captured graphs included. `MLP` multiplies with its layers' weights itself: within `tokens` its layers are called
-one by one instead, so that their hooks are reached.
+did, captured graphs included (`lora_hooks.py`).
 
     slot     the number of an adapter in the ids of tokens; it keeps it until it is removed, and then another takes it
     stacks   for each layer, A and B of all slots on the device: [E, R, C] and [E, F, R], zeros where one has no part
@@ -16,23 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trine.engine.errors import CheckpointError, UsageError
+from trine.engine.errors import UsageError
 from trine.engine.model.lora import Adapter
+from trine.engine.model.lora_hooks import LoraHooks, check_adaptable
 from trine.engine.model.transformer import Transformer
 from trine.kernels.lora.op import lora
 from trine.kernels.lora.tiles import MAX_ADAPTERS, Tiles, adapter_tiles
-from trine.kernels.mlp.activation import activate, gated
 from trine.kernels.target import uses_triton
 
 NO_ADAPTER = -1
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,7 @@ class AdapterBank:
         self._model, self._dtype, self._device = model, dtype, model.device
         self._slots: list[tuple[str, Adapter] | None] = []
         self._stacks: dict[str, _Stack] = {}
-        self._hooked: set[str] = set()
+        self._hooks = LoraHooks(model, active=lambda: self._ids_N is not None, add=self._add_to)
         self._ids_N: Tensor | None = None
         self._tiles: Tiles | None = None
 
@@ -97,7 +93,7 @@ class AdapterBank:
         if len(self.names) == MAX_ADAPTERS:
             raise UsageError(f"{MAX_ADAPTERS} adapters are loaded, and there is room for no more; unload one")
         for layer in adapter.parts:
-            self._check_layer(layer)
+            check_adaptable(self._model, layer)
         slots = list(self._slots)
         free = slots.index(None) if None in slots else len(slots)
         slots[free : free + 1] = [(name, adapter)]
@@ -109,7 +105,7 @@ class AdapterBank:
                 f"{adapter.rank}); give the key/value cache less, or unload another"
             ) from None
         for layer in adapter.parts:
-            self._hook(layer)
+            self._hooks.put(layer)
 
     def remove(self, name: str) -> None:
         """Free an adapter's slot and its memory. Raises `UsageError` where none is called so."""
@@ -152,39 +148,12 @@ class AdapterBank:
         scales = [0.0 if part is None else part.scale for part in parts]
         return _Stack(a_ERC, b_EFR, torch.tensor(scales, device=self._device))
 
-    # --- hooks --------------------------------------------------------------------------------------------------------
-
-    def _check_layer(self, name: str) -> None:
-        """The layer lies where its hook is reached: in attention, or in a feed-forward layer of our shape."""
-        path, _, last = name.rpartition(".")
-        parent = self._model.get_submodule(path)
-        attention, mlp = (all(hasattr(parent, each) for each in names) for names in (_ATTENTION, _MLP))
-        if not (attention and last in _ATTENTION) and not (mlp and last in _MLP):
-            raise CheckpointError(f"the adapter changes {name}, a {type(parent).__name__}'s, which is not supported")
-
-    def _hook(self, name: str) -> None:
-        path, _, last = name.rpartition(".")
-        if last in _MLP and path not in self._hooked:
-            mlp: Any = self._model.get_submodule(path)
-            mlp.forward = partial(self._mlp_forward, mlp, mlp.forward)
-            self._hooked.add(path)
-        if name not in self._hooked:
-            self._model.get_submodule(name).register_forward_hook(partial(self._add_to, name))
-            self._hooked.add(name)
-
-    def _add_to(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """The hook of a layer; None leaves its output as it is."""
+    def _add_to(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
+        """The layer's output with the adapters' part, in place; None where no adapter changes the layer."""
         stack = self._stacks.get(name)
-        if self._ids_N is None or stack is None:
+        if stack is None:
             return None
-        x_NC, y_NF = inputs[0].flatten(0, -2), output.flatten(0, -2)
+        assert self._ids_N is not None
+        x_NC, y_NF = x.flatten(0, -2), y.flatten(0, -2)
         y_NF = lora(x_NC, y_NF, stack.a_ERC, stack.b_EFR, stack.scales_E, self._ids_N, tiles=self._tiles)
-        return y_NF.view(output.shape)
-
-    def _mlp_forward(self, mlp: Any, own: Any, x: Tensor, deterministic: bool = False) -> Tensor:
-        """The feed-forward layer's own forward, or within `tokens` its layers one by one."""
-        if self._ids_N is None:
-            return own(x, deterministic)  # type: ignore[no-any-return]
-        up = mlp.up_proj(x)
-        h = activate(up, mlp.activation) if mlp.gate_proj is None else gated(mlp.gate_proj(x), up, mlp.activation)
-        return mlp.down_proj(h)  # type: ignore[no-any-return]
+        return y_NF.view(y.shape)

@@ -126,7 +126,7 @@ def read_adapter(folder: Path | str, config: ModelConfig) -> Adapter:
 
 
 @dataclass(slots=True)
-class _Module:
+class LinearModule:
     """A module of the checkpoint: our layers in it with their rows, its inputs, and the adapter's tensors for it."""
 
     layers: tuple[str, ...]
@@ -187,11 +187,11 @@ def _read_weights(folder: Path) -> bytes:
         raise CheckpointError(f"cannot read {folder / WEIGHTS}: {error}") from None
 
 
-def _by_module(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, _Module]:
+def _by_module(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, LinearModule]:
     """The adapter's tensors by the path of their module in the checkpoint, without `base_model.model.`."""
-    known = _adaptable(config)
+    known = adaptable(config)
     prefix = FAMILIES[config.family].prefix
-    found: dict[str, _Module] = {}
+    found: dict[str, LinearModule] = {}
     unknown = []
     for name, tensor in sorted(tensors.items()):
         match = _TENSOR.fullmatch(name.removeprefix(_PREFIX))
@@ -213,7 +213,7 @@ def _by_module(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig)
     return found
 
 
-def _adaptable(config: ModelConfig) -> dict[str, _Module]:
+def adaptable(config: ModelConfig) -> dict[str, LinearModule]:
     """The linear layers within the blocks, by the paths of the checkpoint's modules."""
     shapes = {name: tuple(p.shape) for name, p in Transformer(config, device="meta").named_parameters()}
     modules = {}
@@ -222,11 +222,11 @@ def _adaptable(config: ModelConfig) -> dict[str, _Module]:
         if first.startswith("layers.") and first.endswith(".weight") and len(shapes[first]) == 2:
             layers = tuple(name.removesuffix(".weight") for name in rule.ours)
             rows = [shapes[name][0] for name in rule.ours]
-            modules[rule.stored.removesuffix(".weight")] = _Module(layers, rows, shapes[first][1], {})
+            modules[rule.stored.removesuffix(".weight")] = LinearModule(layers, rows, shapes[first][1], {})
     return modules
 
 
-def _check_targets(folder: Path, settings: Mapping[str, Any], modules: Mapping[str, _Module]) -> None:
+def _check_targets(folder: Path, settings: Mapping[str, Any], modules: Mapping[str, LinearModule]) -> None:
     """Every module that the config lists has tensors."""
     targets = settings.get("target_modules")
     if not isinstance(targets, list):
@@ -239,7 +239,7 @@ def _check_targets(folder: Path, settings: Mapping[str, Any], modules: Mapping[s
         )
 
 
-def _check_part(folder: Path, path: str, module: _Module, base: str) -> None:
+def _check_part(folder: Path, path: str, module: LinearModule, base: str) -> None:
     """Both sides are there, of the model's sizes, in a float dtype and finite."""
     where = folder / WEIGHTS
     if len(module.sides) != 2:
