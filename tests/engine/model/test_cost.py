@@ -50,6 +50,23 @@ def test_the_34m_llama_by_hand() -> None:
     assert kv_bytes_per_token(config, torch.bfloat16) == 2 * 8 * 512 * 2
 
 
+def test_flops_of_the_other_families_by_hand() -> None:
+    """What differs: gpt2 has a plain feed-forward layer; qwen3 fewer key/value heads, and heads wider than its share.
+
+    Norms, biases and learned positions are no products and count for nothing.
+    """
+    sizes: dict[str, Any] = {"vocab_size": 100, "width": 48, "num_layers": 3, "num_heads": 4, "max_positions": 64}
+    gpt2 = ModelConfig(
+        family="gpt2", **sizes, num_kv_heads=4, head_dim=12, ffn_width=192, norm="layer", positions="learned",
+        rope=None, mlp="plain", activation="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True, tie_embeddings=True,
+    )  # fmt: skip
+    weights = 3 * (4 * 48 * 48 + 2 * 48 * 192) + 100 * 48
+    assert flops_per_token(gpt2, 64, training=True) == 6 * weights + 12 * 3 * 64 * 48
+    qwen3 = ModelConfig(family="qwen3", **sizes, num_kv_heads=2, head_dim=16, ffn_width=80, qk_norm="head")
+    weights = 3 * (48 * 64 + 2 * 48 * 32 + 64 * 48 + 3 * 48 * 80) + 100 * 48
+    assert flops_per_token(qwen3, 64, training=True) == 6 * weights + 12 * 3 * 64 * 64
+
+
 def test_kv_bytes_equal_an_allocated_cache(pair: Any) -> None:
     config = load_model(pair.folder).config
     cache = KVCache(config, 3, 7, dtype=torch.bfloat16)
