@@ -1,19 +1,60 @@
-"""The methods by name: from a weight to codes."""
+"""The methods by name: how codes are found, and whether inputs are rescaled before (`equivalent.py`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from trine.engine.errors import UsageError
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.quantize.gptq import quantize_gptq
 from trine.engine.quantize.rtn import quantize_rtn
+from trine.engine.quantize.statistics import InputStatistics
 
-Method = Callable[[Tensor, Scheme], QuantizedTensor]
 
-METHODS: dict[str, Method] = {
-    "rtn": quantize_rtn,
-    "rtn-mse": partial(quantize_rtn, search=True),
+class Method(Protocol):
+    """From a weight [N, K] to codes; `scale_dtype` None is the weight's. Rows do not depend on each other, but for
+    those of one block, so weights on the same input may be given one below the other.
+    """
+
+    def __call__(
+        self,
+        w_NK: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics | None = None,
+        *,
+        scale_dtype: torch.dtype | None = None,
+    ) -> QuantizedTensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A method as it is chosen. `calibrated`: it needs the statistics of the inputs.
+
+    `misfit`: what is wrong with a scheme for it, or None.
+    """
+
+    quantize: Method
+    calibrated: bool = False
+    misfit: Callable[[Scheme], str | None] = lambda scheme: None
+
+
+METHODS: dict[str, Choice] = {
+    "rtn": Choice(quantize_rtn),
+    "rtn-mse": Choice(partial(quantize_rtn, search="weights")),
+    "rtn-weighted": Choice(partial(quantize_rtn, search="inputs"), calibrated=True),
+    "gptq": Choice(quantize_gptq, calibrated=True),
 }
+
+
+def check_pair(method: str, scheme_name: str, scheme: Scheme) -> None:
+    """Raises `UsageError` where a method does not fit a scheme."""
+    misfit = METHODS[method].misfit(scheme)
+    if misfit is not None:
+        raise UsageError(f"method {method} does not fit scheme {scheme_name}: {misfit}")

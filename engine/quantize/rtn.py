@@ -12,46 +12,78 @@ the range [lo, hi] (at first from the smallest to the largest w, stretched to ho
 s is rounded to the dtype it is stored in before it is used; rounding is to nearest, ties to even. A group of zeros has
 the machine epsilon of that dtype as its scale, and z = 0.
 
-`search` takes the ranges t r (or [t lo, t hi]) for t = 1, 0.975, 0.95 ... 0.5 and keeps, in each group, the one with
-the least sum of (w - s (q - z))^2; of equal ones the widest. Cutting off a few large numbers makes all others finer.
+A search takes the ranges t r (or [t lo, t hi]) for t = 1, 0.975, 0.95 ... 0.5 and keeps, in each group, the one with
+the least error; of equal ones the widest. Cutting off a few large numbers makes all others finer. With d the error
+s (q - z) - w of the numbers of a group, and x the inputs that they are multiplied with, the error is
 
-Source: min-max is the rule of the compressed-tensors package; the search is the usual one over ranges ("MSE").
+    "weights"   sum d_k^2
+    "inputs"    sum d_k^2 mean(x_k^2)               what the output loses if inputs were independent of each other
+    "outputs"   mean (sum d_k x_k)^2 = d H d^T / 2  what it loses; H = 2 mean(x x^T), its block of the group
+
+Source: min-max is the rule of the compressed-tensors package; the searches are the usual ones: "MSE", "importance
+matrix" (llama.cpp), and the clipping of AWQ (arXiv:2306.00978).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from trine.engine.model.quantized.scheme import Scheme
+from trine.engine.model.quantized.scheme import BLOCK, Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor, from_groups, to_groups
+from trine.engine.quantize.statistics import InputStatistics
 
+Search = Literal["weights", "inputs", "outputs"]
 # Parts of the largest range that the search tries, the widest first.
 RANGES = tuple(1 - i / 40 for i in range(21))
+# Numbers of a weight that are searched at once: their temporary copies stay within a few tens of MiB.
+_PIECE = 2**21
 
 
 def quantize_rtn(
-    w_NK: Tensor, scheme: Scheme, *, scale_dtype: torch.dtype | None = None, search: bool = False
+    w_NK: Tensor,
+    scheme: Scheme,
+    statistics: InputStatistics | None = None,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    search: Search | None = None,
 ) -> QuantizedTensor:
     """The weight [N, K] in any float dtype, quantized; scales in `scale_dtype` (None: that of the weight).
 
-    Computed in fp32 (float64 in float64). Expects finite weights and whole groups (`Scheme.check_shape`).
+    Computed in fp32 (float64 in float64), some rows at a time. Expects finite weights and whole groups
+    (`Scheme.check_shape`). Raises ValueError for a search that needs statistics and has none.
     """
     scale_dtype = scale_dtype or w_NK.dtype
-    groups = to_groups(w_NK.to(torch.promote_types(w_NK.dtype, torch.float32)), scheme)
+    rows = max(1, _PIECE // (BLOCK * w_NK.shape[1])) * BLOCK
+    pieces = [_quantize(piece, scheme, statistics, scale_dtype, search) for piece in w_NK.split(rows)]
+    return pieces[0] if len(pieces) == 1 else join(pieces)
+
+
+def find_parameters(
+    groups: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    search: Search | None,
+    statistics: InputStatistics | None,
+    num_features: int,
+) -> tuple[Tensor, Tensor]:
+    """(scales, zero points) of the groups of a weight of so many rows (`to_groups`), in their dtype."""
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales, zeros = range_parameters(low, high, scheme, scale_dtype)
-    if search:
-        least = _error(groups, scales, zeros, scheme)
-        for part in RANGES[1:]:
-            other, other_zeros = range_parameters(part * low, part * high, scheme, scale_dtype)
-            error = _error(groups, other, other_zeros, scheme)
-            better = error < least
-            least, scales = torch.where(better, error, least), torch.where(better, other, scales)
-            zeros = torch.where(better, other_zeros, zeros)
-    codes = from_groups(round_to_codes(groups, scales, zeros, scheme), scheme, *w_NK.shape)
-    kept = None if scheme.symmetric else zeros.to(torch.int8)
-    return QuantizedTensor(scheme, codes.to(scheme.code_dtype), scales.to(scale_dtype), kept)
+    if search is None:
+        return scales, zeros
+    error = _error(search, scheme, statistics, num_features, groups.dtype)
+    least = error(dequantized(groups, scales, zeros, scheme) - groups)
+    for part in RANGES[1:]:
+        other, other_zeros = range_parameters(part * low, part * high, scheme, scale_dtype)
+        found = error(dequantized(groups, other, other_zeros, scheme) - groups)
+        better = found < least
+        least, scales = torch.where(better, found, least), torch.where(better, other, scales)
+        zeros = torch.where(better, other_zeros, zeros)
+    return scales, zeros
 
 
 def range_parameters(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -70,12 +102,65 @@ def range_parameters(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: tor
     return scales, zeros
 
 
-def round_to_codes(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
-    """Codes of the numbers of each group, as numbers in their dtype."""
-    scaled = (groups / scales[..., None] + zeros[..., None]).clamp(*scheme.limits)
-    return scaled.round() if scheme.kind == "int" else scaled.to(scheme.code_dtype).to(groups.dtype)
+def round_to_codes(x: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
+    """Codes of numbers whose scales and zero points lie beside them or broadcast, as numbers in their dtype."""
+    scaled = (x / scales + zeros).clamp_(*scheme.limits)
+    return scaled.round_() if scheme.kind == "int" else scaled.to(scheme.code_dtype).to(x.dtype)
 
 
-def _error(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
-    codes = round_to_codes(groups, scales, zeros, scheme)
-    return ((codes - zeros[..., None]) * scales[..., None] - groups).square().sum(-1)
+def dequantized(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
+    """What is left of the numbers of each group."""
+    codes = round_to_codes(groups, scales[..., None], zeros[..., None], scheme)
+    return codes.sub_(zeros[..., None]).mul_(scales[..., None])
+
+
+def quantized_tensor(
+    codes_NK: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme, scale_dtype: torch.dtype
+) -> QuantizedTensor:
+    """Numbers found, as they are kept."""
+    kept = None if scheme.symmetric else zeros.to(torch.int8)
+    return QuantizedTensor(scheme, codes_NK.to(scheme.code_dtype), scales.to(scale_dtype), kept)
+
+
+def join(pieces: list[QuantizedTensor]) -> QuantizedTensor:
+    """Weights one below the other as one; the opposite of `QuantizedTensor.split`."""
+    zeros = [piece.zeros_NG for piece in pieces if piece.zeros_NG is not None]
+    return QuantizedTensor(
+        pieces[0].scheme,
+        torch.cat([piece.codes_NK for piece in pieces]),
+        torch.cat([piece.scales for piece in pieces]),
+        torch.cat(zeros) if zeros else None,
+    )
+
+
+def _quantize(
+    w_NK: Tensor,
+    scheme: Scheme,
+    statistics: InputStatistics | None,
+    scale_dtype: torch.dtype,
+    search: Search | None,
+) -> QuantizedTensor:
+    groups = to_groups(w_NK.to(torch.promote_types(w_NK.dtype, torch.float32)), scheme)
+    scales, zeros = find_parameters(groups, scheme, scale_dtype, search, statistics, len(w_NK))
+    codes = round_to_codes(groups, scales[..., None], zeros[..., None], scheme)
+    return quantized_tensor(from_groups(codes, scheme, *w_NK.shape), scales, zeros, scheme, scale_dtype)
+
+
+def _error(
+    search: Search, scheme: Scheme, statistics: InputStatistics | None, num_features: int, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """From the errors of the numbers of each group to one number for each group."""
+    if search == "weights":
+        return lambda d: d.square().sum(-1)
+    if statistics is None:
+        raise ValueError(f"a search by {search} needs the statistics of the inputs; give calibration data")
+    hessian_KK = statistics.hessian_KK
+    width = len(hessian_KK)
+    if search == "inputs" or scheme.strategy == "block":  # a block holds rows of several outputs
+        mean_K = hessian_KK.diagonal().to(dtype)
+        rows = num_features if scheme.strategy == "block" else 1
+        weights = to_groups(mean_K.expand(rows, width), scheme)
+        return lambda d: (d.square() * weights).sum(-1)
+    size = scheme.group_size or width
+    blocks = torch.stack([hessian_KK[i : i + size, i : i + size] for i in range(0, width, size)]).to(dtype)
+    return lambda d: ((d.transpose(0, 1) @ blocks) * d.transpose(0, 1)).sum(-1).t()

@@ -69,7 +69,7 @@ def test_min_max_is_the_formula(name: str, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", list(CASES))
 def test_search_keeps_the_range_with_the_least_error(name: str, weight: torch.Tensor) -> None:
     scheme = CASES[name]
-    quantized = quantize_rtn(weight, scheme, search=True)
+    quantized = quantize_rtn(weight, scheme, search="weights")
     restored = _groups(quantized.dequantize(torch.float64), scheme)
     least = 0.0
     for group, values in zip(_groups(weight, scheme), restored, strict=True):
@@ -95,5 +95,7 @@ def test_scales_are_rounded_before_they_are_used() -> None:
 
 def test_groups_of_zeros_stay_zero() -> None:
     for name, scheme in CASES.items():
-        restored = quantize_rtn(torch.zeros(4, 64, dtype=torch.bfloat16), scheme, search=True).dequantize(torch.float32)
+        restored = quantize_rtn(torch.zeros(4, 64, dtype=torch.bfloat16), scheme, search="weights").dequantize(
+            torch.float32
+        )
         assert torch.equal(restored, torch.zeros(4, 64)), name
