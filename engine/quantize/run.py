@@ -21,7 +21,6 @@ from trine.engine.errors import CheckpointError, NonFiniteError, StorageError, U
 from trine.engine.log import progress
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.quantized.compressed_tensors import (
-    CONFIG_KEYS,
     Quantization,
     format_of,
     layout,
@@ -29,6 +28,7 @@ from trine.engine.model.quantized.compressed_tensors import (
     write_config,
 )
 from trine.engine.model.quantized.plan import linear_rules
+from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.weight_files import StoredTensor, read_json, write_json, write_weights
 from trine.engine.quantize.methods import Method
@@ -150,7 +150,7 @@ class _Work:
     def _quantize(self, path: str) -> dict[str, Tensor]:
         w_NK = self._stored[f"{path}.weight"].read()
         _check_finite(f"{path}.weight", w_NK)
-        quantized = self._method(w_NK.float() if w_NK.dtype == torch.float64 else w_NK, self._scheme)
+        quantized = self._method.quantize(w_NK.float() if w_NK.dtype == torch.float64 else w_NK, self._scheme, None)
         self.reports.append(measure(path, w_NK, quantized))
         next(self._ticks, None)
         return to_stored(quantized)
