@@ -26,9 +26,10 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
 from trine.engine.model.families.base import write_eos
 from trine.engine.model.families.registry import merge_generation_config
-from trine.engine.model.quantized import compressed_tensors
+from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized
-from trine.engine.model.quantized.plan import QuantizedRules, quantized_rules, read_weight
+from trine.engine.model.quantized.plan import QuantizedRules, notes, quantized_rules, read_weight
+from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.transformer import Transformer
 from trine.engine.model.weight_files import (
@@ -104,15 +105,17 @@ def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
     """Open and check a folder. Raises `CheckpointError` naming the file, key or shape that is wrong."""
     folder = Path(folder)
     hf = read_hf_config(folder)
-    quantization = compressed_tensors.read_config(hf)
-    config = config_from_hf({key: value for key, value in hf.items() if key not in compressed_tensors.CONFIG_KEYS})
+    form = read_format(hf)
+    config = config_from_hf({key: value for key, value in hf.items() if key not in CONFIG_KEYS})
     family = FAMILIES[config.family]
     with open_weights(folder) as files:
         stored = _normalised(files, family)
+        if form is not None:
+            stored = {name: tensor for name, tensor in stored.items() if not form.is_spare(name)}
         config = replace(config, tie_embeddings=_tied(config, family, stored))
         model = Transformer(config, device="meta")
         rules = family.rules(config)
-        quantized = {} if quantization is None else quantized_rules(model, rules, quantization)
+        quantized = {} if form is None else quantized_rules(model, rules, form, stored)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         _check(folder, rules, shapes, stored, quantized)
         yield Opened(model, rules, stored, quantized)
@@ -133,7 +136,9 @@ def load_model(
     with open_checkpoint(folder) as opened:
         model, stored, quantized = opened.model, opened.stored, opened.quantized
         dtype = dtype or _widest(stored[rule.stored] for rule in opened.rules if rule.stored not in quantized)
-        kept = {} if dequantize else quantized
+        kept = {} if dequantize else {name: one for name, one in quantized.items() if one.scheme is not None}
+        for line in () if dequantize else notes(quantized):
+            say(line)
         for rule in opened.rules:
             if rule.stored in kept:
                 _install(model, rule, read_weight(kept[rule.stored], stored).to(device))
@@ -143,19 +148,29 @@ def load_model(
             for rule in opened.rules:
                 if rule.stored in kept:
                     continue
-                codes = quantized.get(rule.stored)
-                tensor = stored[rule.stored].read() if codes is None else read_weight(codes, stored).dequantize(dtype)
-                tensor = tensor.T if rule.transpose else tensor
+                tensor = _numbers(rule, stored, quantized, dtype)
                 targets = [parameters[name] for name in rule.ours]
                 for target, part in zip(targets, torch.split(tensor, [len(t) for t in targets]), strict=True):
                     target.copy_(part)
         return model.requires_grad_(not kept).eval()
 
 
-def _install(model: Transformer, rule: TensorRule, weight: QuantizedTensor) -> None:
+def _numbers(
+    rule: TensorRule, stored: Mapping[str, StoredTensor], quantized: QuantizedRules, dtype: torch.dtype
+) -> Tensor:
+    """A tensor of the file as our parameters hold it."""
+    if rule.stored not in quantized:
+        tensor = stored[rule.stored].read()
+        return tensor.T if rule.transpose else tensor
+    weight = read_weight(quantized[rule.stored], stored)
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight
+
+
+def _install(model: Transformer, rule: TensorRule, weight: QuantizedTensor | Tensor) -> None:
+    assert isinstance(weight, QuantizedTensor), rule.stored
     rows = [model.get_parameter(name).shape[0] for name in rule.ours]
     for name, part in zip(rule.ours, weight.split(rule.stored, rows), strict=True):
-        install(model, name.removesuffix(".weight"), part.weight())
+        install(model, name.removesuffix(".weight"), part.weight(), part.order_K)
 
 
 def save_model(
@@ -229,7 +244,7 @@ def _check(
     quantized: QuantizedRules,
 ) -> None:
     """Every expected tensor is there, in its shape and of a dtype it may have, and no other."""
-    expected: compressed_tensors.Layout = {}
+    expected: Layout = {}
     for rule in rules:
         rows = sum(shapes[name][0] for name in rule.ours)
         shape = (rows, *shapes[rule.ours[0]][1:])

@@ -14,9 +14,10 @@ from typing import Any
 
 from trine.engine.errors import TrineError
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
-from trine.engine.model.quantized.compressed_tensors import CONFIG_KEYS
 from trine.engine.model.quantized.plan import QuantizedRule, linear_rules, read_weight
+from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.scheme import Scheme
+from trine.engine.model.quantized.tensor import QuantizedTensor
 
 # Layers that vLLM multiplies as one: they must have one scheme.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -82,6 +83,8 @@ def _check_fused(opened: Opened) -> list[str]:
 
 def _check_weight(opened: Opened, quantized: QuantizedRule) -> list[str]:
     weight = read_weight(quantized, opened.stored)
+    if not isinstance(weight, QuantizedTensor):
+        return [] if bool(weight.isfinite().all()) else [f"{quantized.path} holds numbers that are not finite"]
     found = []
     scales = weight.scales.float()
     bad = int((~(scales > 0) | scales.isinf()).sum())

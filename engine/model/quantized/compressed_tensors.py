@@ -1,4 +1,4 @@
-"""The format compressed-tensors, which vLLM and transformers read: config.json's quantization_config and the tensors.
+"""Writing the format compressed-tensors, which vLLM and transformers read; reading: `compressed_reader.py`.
 
 Of a linear layer `<path>` with weight [N, K]:
 
@@ -13,29 +13,23 @@ Source: the behaviour of the compressed-tensors package, against which the tests
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from trine.engine.errors import CheckpointError
-from trine.engine.model.quantized.scheme import BLOCK, GROUP_SIZES, SCHEMES, Scheme
+from trine.engine.model.quantized.format import FLOAT_KINDS, WORD_KINDS, Layout
+from trine.engine.model.quantized.scheme import BLOCK, Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
-from trine.engine.model.quantized.words import num_words, pack_words, unpack_words
+from trine.engine.model.quantized.words import num_words, pack_words
 
 METHOD = "compressed-tensors"
-CONFIG_KEYS = ("quantization_config", "compression_config")
 # The version of the format that is written: what its readers compare with is only the order of layouts in it.
 VERSION = "0.20.0"
-_FLOATS = frozenset({"F32", "BF16", "F16"})
 _HEADER_NAMES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
-# Settings of how scales were found, which do not change what is stored.
-_HISTORY = {"observer", "observer_kwargs", "actorder", "scale_dtype", "zp_dtype", "dynamic"}
-_KNOWN = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure"}
-
-Layout = dict[str, tuple[tuple[int, ...], frozenset[str]]]
+_LINEAR = "Linear"
+T = TypeVar("T")
 
 
 def format_of(scheme: Scheme) -> str:
@@ -49,23 +43,23 @@ def format_of(scheme: Scheme) -> str:
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """A quantization_config: schemes with the layers they are for, first match wins; `ignore` comes before all.
+class Targets(Generic[T]):
+    """Settings with the layers they are for, first match wins; `ignore` comes before all.
 
     A target is a layer's path, a regular expression after "re:", or "Linear" for all layers.
     """
 
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
+    groups: tuple[tuple[tuple[str, ...], T], ...]
     ignore: tuple[str, ...] = ()
 
-    def scheme_of(self, path: str) -> Scheme | None:
-        """The scheme of a linear layer, by its path on disk (`model.layers.0.mlp.up_proj`); None: not quantized."""
-        if any(_matches(path, target) or target == "Linear" for target in self.ignore):
+    def of(self, path: str) -> T | None:
+        """The settings of a linear layer, by its path on disk (`model.layers.0.mlp.up_proj`); None: not quantized."""
+        if any(_matches(path, target) or target == _LINEAR for target in self.ignore):
             return None
-        for matches in (_matches, lambda _, target: target == "Linear"):
-            for targets, scheme in self.groups:
+        for matches in (_matches, lambda _, target: target == _LINEAR):
+            for targets, settings in self.groups:
                 if any(matches(path, target) for target in targets):
-                    return scheme
+                    return settings
         return None
 
 
@@ -73,6 +67,15 @@ def _matches(path: str, target: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), path) is not None
     return path == target
+
+
+@dataclass(frozen=True)
+class Quantization(Targets[Scheme]):
+    """Schemes with the layers they are for, as they are written."""
+
+    def scheme_of(self, path: str) -> Scheme | None:
+        """The scheme of a linear layer; None: not quantized."""
+        return self.of(path)
 
 
 def write_config(quantization: Quantization) -> dict[str, Any]:
@@ -122,110 +125,19 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
     return {**base, "group_size": size, "dynamic": True}
 
 
-def read_config(hf: Mapping[str, Any]) -> Quantization | None:
-    """The quantization of a config.json; None where it has none.
-
-    Raises `CheckpointError` naming the key for what Trine does not read.
-    """
-    config = next((hf[key] for key in CONFIG_KEYS if hf.get(key) is not None), None)
-    if config is None:
-        return None
-    if not isinstance(config, Mapping) or config.get("quant_method") != METHOD:
-        method = config.get("quant_method") if isinstance(config, Mapping) else config
-        raise CheckpointError(
-            f"config.json has quant_method {method!r}; Trine reads {METHOD!r} (written by trine quantize and by "
-            "llm-compressor): quantize the original checkpoint with trine quantize"
-        )
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        value = config.get(key)
-        if value and value.get("format", "") != "dense":
-            raise CheckpointError(
-                f"config.json has {key} = {value!r} in quantization_config, which Trine does not read"
-            )
-    if config.get("quantization_status", "compressed") != "compressed":
-        raise CheckpointError(
-            f"config.json has quantization_status {config['quantization_status']!r}; only 'compressed' is read"
-        )
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise CheckpointError("config.json has a quantization_config without config_groups; it is not complete")
-    found = [_read_group(name, group, config.get("format")) for name, group in groups.items()]
-    return Quantization(tuple(found), tuple(map(str, config.get("ignore") or ())))
-
-
-def _read_group(name: str, group: Any, default_format: Any) -> tuple[tuple[str, ...], Scheme]:
-    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-        raise CheckpointError(f"config.json has {name} without weights in quantization_config; it is not complete")
-    weights, inputs = group["weights"], group.get("input_activations")
-    odd = sorted(weights.keys() - _KNOWN - _HISTORY)
-    if odd or group.get("output_activations"):
-        raise CheckpointError(
-            f"config.json has {', '.join(odd) or 'output_activations'} in {name}, which Trine does not read"
-        )
-    if weights.get("actorder") == "group":
-        raise CheckpointError(f"config.json has actorder 'group' in {name}, whose column order Trine does not read")
-    strategy = weights.get("strategy")
-    size = weights.get("group_size") if strategy == "group" else None
-    scheme = Scheme(
-        bits=weights.get("num_bits", 0),
-        kind=weights.get("type", "int"),
-        strategy=strategy,
-        group_size=size,
-        symmetric=weights.get("symmetric", True),
-        activations="none" if inputs is None else inputs.get("strategy"),
-    )
-    stored = group.get("format") or default_format
-    if not _supported(scheme, weights) or _activations(scheme) != _plain(inputs) or stored != format_of(scheme):
-        known = ", ".join(SCHEMES)
-        raise CheckpointError(
-            f"config.json has {name} of weights {dict(weights)}, input_activations {inputs} and format {stored!r} in "
-            f"quantization_config, which Trine does not read; it reads {known} (docs/quantization.md)"
-        )
-    targets = group.get("targets") or ()
-    return tuple(map(str, targets)), scheme
-
-
-def _plain(inputs: Any) -> dict[str, Any] | None:
-    """Settings of activations without those of how they were found."""
-    if inputs is None:
-        return None
-    kept = {key: value for key, value in inputs.items() if key not in _HISTORY - {"dynamic"}}
-    kept.setdefault("group_size", None)
-    if kept.get("block_structure", 0) is None:
-        del kept["block_structure"]
-    return kept
-
-
-def _supported(scheme: Scheme, weights: Mapping[str, Any]) -> bool:
-    if weights.get("dynamic"):
-        return False
-    if scheme.activations == "none":
-        sizes = GROUP_SIZES if scheme.strategy == "group" else (None,)
-        return (
-            scheme.kind == "int"
-            and scheme.bits in (4, 8)
-            and scheme.strategy in ("group", "channel")
-            and scheme.group_size in sizes
-        )
-    if scheme.strategy == "block":
-        return scheme == SCHEMES["fp8-block"] and list(weights.get("block_structure") or ()) == [BLOCK, BLOCK]
-    return scheme in (SCHEMES["w8a8"], SCHEMES["fp8"])
-
-
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def layout(scheme: Scheme, num_features: int, width: int) -> Layout:
     """What is stored of a weight [N, K]: shape and the dtypes it may have (safetensors' names), by name."""
     scales = scheme.scales_shape(num_features, width)
-    found: Layout = {"weight_scale": (scales, _FLOATS)}
+    found: Layout = {"weight_scale": (scales, FLOAT_KINDS)}
     if scheme.activations != "none":
         return {"weight": ((num_features, width), frozenset({_HEADER_NAMES[scheme.code_dtype]})), **found}
-    words = frozenset({"I32"})
-    found["weight_packed"] = ((num_features, num_words(width, scheme.bits)), words)
+    found["weight_packed"] = ((num_features, num_words(width, scheme.bits)), WORD_KINDS)
     found["weight_shape"] = ((2,), frozenset({"I64", "I32"}))
     if not scheme.symmetric:
-        found["weight_zero_point"] = ((num_words(num_features, scheme.bits), scales[1]), words)
+        found["weight_zero_point"] = ((num_words(num_features, scheme.bits), scales[1]), WORD_KINDS)
     return found
 
 
@@ -242,22 +154,3 @@ def to_stored(tensor: QuantizedTensor) -> dict[str, Tensor]:
     if tensor.zeros_NG is not None:
         found["weight_zero_point"] = pack_words(tensor.zeros_NG.t(), scheme.bits).t().contiguous()
     return found
-
-
-def from_stored(
-    path: str, stored: Mapping[str, Tensor], scheme: Scheme, num_features: int, width: int
-) -> QuantizedTensor:
-    """The weight of tensors whose names, shapes and dtypes are those of `layout`.
-
-    Raises `CheckpointError` for a weight_shape that is another.
-    """
-    if scheme.activations != "none":
-        return QuantizedTensor(scheme, stored["weight"], stored["weight_scale"])
-    shape = stored["weight_shape"].tolist()
-    if shape != [num_features, width]:
-        raise CheckpointError(f"{path}.weight_shape holds {shape}; config.json asks for {[num_features, width]}")
-    codes_NK = unpack_words(stored["weight_packed"], scheme.bits, width)
-    zeros_NG = None
-    if not scheme.symmetric:
-        zeros_NG = unpack_words(stored["weight_zero_point"].t(), scheme.bits, num_features).t().contiguous()
-    return QuantizedTensor(scheme, codes_NK, stored["weight_scale"], zeros_NG)

@@ -25,18 +25,24 @@ from trine.kernels.quantized.scaled_weight import ScaledWeight
 class QuantizedLinear(nn.Module):
     """y = x W^T + bias, in the dtype of x. `weight` is what `pack` or `scaled_weight` made of codes and scales.
 
-    W has no parameter and no gradient. `layer.to(device)` moves it; a change of dtype leaves it.
+    W has no parameter and no gradient. `layer.to(device)` moves it; a change of dtype leaves it. With `order_K` (int64)
+    column j of the weight multiplies input `order_K[j]`.
     """
 
-    def __init__(self, weight: Weight, bias: nn.Parameter | None) -> None:
+    def __init__(self, weight: Weight, bias: nn.Parameter | None, order_K: Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self.order_K = order_K
 
     def forward(self, x: Tensor, *, deterministic: bool = False) -> Tensor:
         """Raises `UsageError` in the deterministic mode, which is that of training, where weights are not codes."""
         self.refuse(deterministic)
-        return quantized_linear(x, self.weight, self.bias)
+        return quantized_linear(self.ordered(x), self.weight, self.bias)
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """x with its features in the order of the weight's columns."""
+        return x if self.order_K is None else x.index_select(-1, self.order_K)
 
     def refuse(self, deterministic: bool) -> None:
         """Raises `UsageError` for the deterministic mode."""
@@ -48,6 +54,7 @@ class QuantizedLinear(nn.Module):
         where = fn(torch.empty(0, device=self.weight.device)).device
         if where.type != "meta":
             self.weight = self.weight.to(where)
+            self.order_K = None if self.order_K is None else self.order_K.to(where)
         return self
 
     def extra_repr(self) -> str:
@@ -71,10 +78,15 @@ class QuantizedMLP(nn.Module):
 
     def _inner(self, x: Tensor, deterministic: bool) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
-        if isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear) and _alike(gate.weight, up.weight):
+        if isinstance(gate, QuantizedLinear) and isinstance(up, QuantizedLinear) and _alike(gate, up):
             gate.refuse(deterministic)
             return quantized_gated(
-                x, gate.weight, up.weight, activation=self.activation, gate_bias=gate.bias, up_bias=up.bias
+                gate.ordered(x),
+                gate.weight,
+                up.weight,
+                activation=self.activation,
+                gate_bias=gate.bias,
+                up_bias=up.bias,
             )
         up_x = up(x, deterministic=deterministic)
         if gate is None:
@@ -82,8 +94,11 @@ class QuantizedMLP(nn.Module):
         return gated(gate(x, deterministic=deterministic), up_x, self.activation)
 
 
-def _alike(gate: Weight, up: Weight) -> bool:
+def _alike(gate_layer: QuantizedLinear, up_layer: QuantizedLinear) -> bool:
     """Whether one product can take both; they have one shape."""
+    if gate_layer.order_K is not up_layer.order_K:
+        return False
+    gate, up = gate_layer.weight, up_layer.weight
     if isinstance(gate, PackedWeight) and isinstance(up, PackedWeight):
         same = gate.bits == up.bits and (gate.zeros is None) == (up.zeros is None) and gate.layout == up.layout
         return same and (gate.scales.shape, gate.scales.dtype) == (up.scales.shape, up.scales.dtype)
@@ -92,8 +107,8 @@ def _alike(gate: Weight, up: Weight) -> bool:
     return False
 
 
-def install(model: nn.Module, name: str, weight: Weight) -> None:
-    """Replace the `Linear` of that name by a quantized one with this weight."""
+def install(model: nn.Module, name: str, weight: Weight, order_K: Tensor | None = None) -> None:
+    """Replace the `Linear` of that name by a quantized one with this weight, its columns for the inputs `order_K`."""
     path, _, last = name.rpartition(".")
     parent: Any = model.get_submodule(path)
     if isinstance(parent, MLP):
@@ -102,7 +117,16 @@ def install(model: nn.Module, name: str, weight: Weight) -> None:
     old = getattr(parent, last)
     assert isinstance(old, Linear), name
     assert (weight.num_features, weight.width) == tuple(old.weight.shape), name
-    setattr(parent, last, QuantizedLinear(weight, old.bias))
+    setattr(parent, last, QuantizedLinear(weight, old.bias, _shared(parent, order_K)))
+
+
+def _shared(parent: nn.Module, order_K: Tensor | None) -> Tensor | None:
+    """An equal order that another layer there has, so that layers with one input can be seen to share it."""
+    for layer in parent.children():
+        other_K = layer.order_K if isinstance(layer, QuantizedLinear) else None
+        if order_K is not None and other_K is not None and torch.equal(other_K, order_K):
+            return other_K
+    return order_K
 
 
 def is_quantized(model: nn.Module) -> bool:

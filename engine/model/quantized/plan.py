@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from trine.engine.errors import CheckpointError
 from trine.engine.model.families import TensorRule
 from trine.engine.model.layers import Linear
-from trine.engine.model.quantized.compressed_tensors import Layout, Quantization, from_stored, layout
+from trine.engine.model.quantized.format import Encoding, Format, Layout
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
@@ -18,17 +19,21 @@ from trine.engine.model.weight_files import StoredTensor
 
 @dataclass(frozen=True)
 class QuantizedRule:
-    """How one weight [N, K] is stored: its path on disk and its scheme."""
+    """How one weight [N, K] is stored: its path on disk and its encoding."""
 
     path: str
-    scheme: Scheme
+    encoding: Encoding
     num_features: int
     width: int
 
+    @property
+    def scheme(self) -> Scheme | None:
+        """What layers multiply with; None where the weight is held as numbers."""
+        return self.encoding.scheme
+
     def layout(self) -> Layout:
         """Full names, shapes and dtypes of its tensors."""
-        parts = layout(self.scheme, self.num_features, self.width)
-        return {f"{self.path}.{name}": what for name, what in parts.items()}
+        return {f"{self.path}.{name}": what for name, what in self.encoding.layout.items()}
 
 
 # By the name of the weight in an unquantized file.
@@ -48,31 +53,34 @@ def linear_rules(model: nn.Module, rules: Iterable[TensorRule]) -> dict[str, tup
     return found
 
 
-def quantized_rules(model: nn.Module, rules: Iterable[TensorRule], quantization: Quantization) -> QuantizedRules:
+def quantized_rules(
+    model: nn.Module, rules: Iterable[TensorRule], form: Format, stored: Mapping[str, StoredTensor]
+) -> QuantizedRules:
     """What a quantization_config says of the layers of a model, which may have no memory yet.
 
     Raises `CheckpointError` where that is nothing, or for layers that the format does not hold.
     """
     found: QuantizedRules = {}
-    for stored, (rule, num_features, width) in linear_rules(model, rules).items():
-        path = stored.removesuffix(".weight")
-        scheme = quantization.scheme_of(path)
-        if scheme is None:
+    for name, (rule, num_features, width) in linear_rules(model, rules).items():
+        path = name.removesuffix(".weight")
+        encoding = form.encoding(path, num_features, width, stored)
+        if encoding is None:
             continue
-        if rule.transpose:
-            raise CheckpointError(f"{path} is stored [in, out], which compressed-tensors does not hold quantized")
-        if scheme.group_size and width % scheme.group_size:
-            raise CheckpointError(
-                f"config.json asks for groups of {scheme.group_size}, which the {width} columns of {path} do not fill"
-            )
-        found[stored] = QuantizedRule(path, scheme, num_features, width)
+        if rule.transpose and not form.transposes:
+            raise CheckpointError(f"{path} is stored [in, out], which {form.name} does not hold quantized")
+        found[name] = QuantizedRule(path, encoding, num_features, width)
     if not found:
         raise CheckpointError("config.json has a quantization_config, but it names no layer of the model")
     return found
 
 
-def read_weight(quantized: QuantizedRule, stored: Mapping[str, StoredTensor]) -> QuantizedTensor:
-    """One weight, its tensors read from disk."""
-    path, scheme, num_features, width = quantized.path, quantized.scheme, quantized.num_features, quantized.width
-    tensors = {name: stored[f"{path}.{name}"].read() for name in layout(scheme, num_features, width)}
-    return from_stored(path, tensors, scheme, num_features, width)
+def notes(quantized: QuantizedRules) -> list[str]:
+    """What becomes of these weights other than the file says, with the number of layers, a line each."""
+    counts = Counter(one.encoding.note for one in quantized.values() if one.encoding.note)
+    return [f"{note} ({count} layers)" for note, count in counts.items()]
+
+
+def read_weight(quantized: QuantizedRule, stored: Mapping[str, StoredTensor]) -> QuantizedTensor | Tensor:
+    """One weight [N, K], its tensors read from disk."""
+    encoding, path = quantized.encoding, quantized.path
+    return encoding.decode({name: stored[f"{path}.{name}"].read() for name in encoding.layout})

@@ -50,6 +50,10 @@ class Scheme:
             return -(-num_features // BLOCK), -(-width // BLOCK)
         return num_features, 1 if self.group_size is None else width // self.group_size
 
+    def with_groups(self, size: int) -> Scheme:
+        """The same with a scale for each `size` numbers."""
+        return replace(self, strategy="group", group_size=size)
+
     def check_shape(self, name: str, num_features: int, width: int) -> None:
         """Raises `UsageError` where a weight [N, K] of that name cannot be stored so."""
         if self.group_size is not None and width % self.group_size:

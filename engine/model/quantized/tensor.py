@@ -2,13 +2,16 @@
 
     w[n, k] = (q[n, k] - z[g]) s[g]        g the group, row or block of (n, k); no z where the scheme is symmetric
 
+Groups hold neighbouring columns. Where a format puts columns into groups in another order (GPTQ's activation order),
+the codes are kept in the order of the groups, and `order_K` says which input each of these columns multiplies.
+
 Shapes: N output features, K input features, G groups of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +27,14 @@ from trine.kernels.quantized.scaled_weight import scaled_weight
 @dataclass(frozen=True)
 class QuantizedTensor:
     """`codes_NK` int8 or float8_e4m3fn; `scales` of any float dtype, [N, G], or [N / 128, K / 128] rounded up for
-    blocks; `zeros_NG` int8 or None.
+    blocks; `zeros_NG` int8 or None. `order_K` int64 or None: column j of the codes is for input `order_K[j]`.
     """
 
     scheme: Scheme
     codes_NK: Tensor
     scales: Tensor
     zeros_NG: Tensor | None = None
+    order_K: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -45,17 +49,27 @@ class QuantizedTensor:
         groups = to_groups(self.codes_NK.to(work), self.scheme)
         if self.zeros_NG is not None:
             groups = groups - self.zeros_NG.to(work)[..., None]
-        return from_groups(groups * self.scales.to(work)[..., None], self.scheme, *self.codes_NK.shape).to(dtype)
+        w_NK = from_groups(groups * self.scales.to(work)[..., None], self.scheme, *self.codes_NK.shape).to(dtype)
+        return w_NK if self.order_K is None else w_NK[:, self.order_K.argsort()]
 
     def weight(self) -> Weight:
-        """As the kernels want it, on the device of the codes."""
+        """As the kernels want it, on the device of the codes; its inputs in the order of the codes."""
         if self.scheme.activations == "none":
             return pack(self.codes_NK, self.scales, self.zeros_NG, bits=self.scheme.bits)
         return scaled_weight(self.codes_NK, self.scales)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        zeros = None if self.zeros_NG is None else self.zeros_NG.to(device)
-        return QuantizedTensor(self.scheme, self.codes_NK.to(device), self.scales.to(device), zeros)
+        zeros, order = (None if one is None else one.to(device) for one in (self.zeros_NG, self.order_K))
+        return QuantizedTensor(self.scheme, self.codes_NK.to(device), self.scales.to(device), zeros, order)
+
+    def in_groups(self, size: int) -> QuantizedTensor:
+        """The same numbers with a scale for each `size` columns, which must divide its groups or rows."""
+        copies = (self.scheme.group_size or self.codes_NK.shape[1]) // size
+        scales, zeros = (
+            None if one is None else one.repeat_interleave(copies, 1) for one in (self.scales, self.zeros_NG)
+        )
+        assert scales is not None
+        return replace(self, scheme=self.scheme.with_groups(size), scales=scales, zeros_NG=zeros)
 
     def split(self, name: str, rows: Sequence[int]) -> list[QuantizedTensor]:
         """Its outputs as several weights of so many rows. Raises `CheckpointError` where that would cut a block."""
@@ -67,7 +81,7 @@ class QuantizedTensor:
         counts = [-(-count // each) for count in rows]
         zeros = [None] * len(rows) if self.zeros_NG is None else torch.split(self.zeros_NG, list(rows))
         parts = zip(torch.split(self.codes_NK, list(rows)), torch.split(self.scales, counts), zeros, strict=True)
-        return [QuantizedTensor(self.scheme, *part) for part in parts]
+        return [QuantizedTensor(self.scheme, *part, self.order_K) for part in parts]
 
 
 def to_groups(x_NK: Tensor, scheme: Scheme) -> Tensor:

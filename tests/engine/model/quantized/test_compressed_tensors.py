@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from trine.engine.errors import CheckpointError
+from trine.engine.model.quantized.compressed_reader import CompressedTensors
 from trine.engine.model.quantized.compressed_tensors import (
     Quantization,
     format_of,
-    from_stored,
     layout,
-    read_config,
     to_stored,
     write_config,
 )
+from trine.engine.model.quantized.registry import read_format
 from trine.engine.model.quantized.scheme import SCHEMES, Scheme, make_scheme
 from trine.engine.model.quantized.tensor import to_groups
 from trine.engine.quantize.rtn import quantize_rtn
@@ -47,6 +47,18 @@ def _weight(dtype: torch.dtype) -> torch.Tensor:
     w *= torch.logspace(-3, 1, 192)[:, None]
     w[3, :128], w[5], w[7] = 0, 0, w[7].abs()
     return w.to(dtype)
+
+
+def _config(scheme: Scheme) -> dict[str, Any]:
+    return write_config(Quantization(((("Linear",), scheme),), ("lm_head",)))
+
+
+def _read(config: Any) -> list[tuple[tuple[str, ...], Scheme]]:
+    """Targets and schemes of a config, and what is ignored."""
+    read = read_format({"quantization_config": config})
+    assert isinstance(read, CompressedTensors)
+    assert read.targets.ignore == ("lm_head",)
+    return [(targets, form.scheme) for targets, form in read.targets.groups]
 
 
 def _theirs(scheme: Scheme) -> Any:
@@ -99,14 +111,15 @@ def test_the_package_reads_the_same_numbers(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(ALL))
-def test_stored_tensors_come_back_and_fit_their_layout(name: str) -> None:
+def test_stored_tensors_come_back_and_fit_their_layout(name: str, read_layer: Any) -> None:
     scheme = ALL[name]
     quantized = quantize_rtn(_weight(torch.bfloat16)[:189], scheme)
     stored = to_stored(quantized)
     assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == {
         key: shape for key, (shape, _) in layout(scheme, 189, 384).items()
     }
-    back = from_stored("layer", stored, scheme, 189, 384)
+    encoding, back = read_layer(_config(scheme), stored, 189, 384)
+    assert (encoding.scheme, encoding.note) == (scheme, "")
     assert torch.equal(back.codes_NK.view(torch.int8), quantized.codes_NK.view(torch.int8))
     assert torch.equal(back.scales, quantized.scales)
     assert (back.zeros_NG is None) == scheme.symmetric
@@ -116,11 +129,11 @@ def test_stored_tensors_come_back_and_fit_their_layout(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(ALL))
 def test_config_reads_back(name: str) -> None:
-    written = Quantization(((("Linear",), ALL[name]),), ("lm_head",))
-    assert read_config({"quantization_config": write_config(written)}) == written
+    written = _config(ALL[name])
+    assert _read(written) == [(("Linear",), ALL[name])]
     # As the package itself writes it again.
-    again = QuantizationConfig.model_validate(write_config(written)).model_dump(mode="json")
-    assert read_config({"quantization_config": {**again, "quantization_status": "compressed"}}) == written
+    again = QuantizationConfig.model_validate(written).model_dump(mode="json")
+    assert _read({**again, "quantization_status": "compressed"}) == [(("Linear",), ALL[name])]
 
 
 def test_layers_are_matched_by_path_then_pattern_then_class() -> None:
@@ -135,34 +148,37 @@ def test_layers_are_matched_by_path_then_pattern_then_class() -> None:
     assert quantization.scheme_of("model.layers.1.mlp.up_proj") == four
     written = write_config(quantization)
     assert written["format"] == "pack-quantized"
-    assert read_config({"quantization_config": written}) == quantization
+    read = read_format({"quantization_config": written})
+    assert isinstance(read, CompressedTensors)
+    for path in ("lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.0.x"):
+        form = read.targets.of(path)
+        assert (None if form is None else form.scheme) == quantization.scheme_of(path)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"quant_method": "gptq"}, "quant_method 'gptq'"),
-        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq'"),
         ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
-        ({"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+        ({"quantization_status": "calibration"}, "quantization_status 'calibration'"),
         ({"config_groups": {}}, "config_groups"),
         ({"format": "int-quantized"}, "format 'int-quantized'"),
     ],
-    ids=["method", "cache", "sparse", "status", "groups", "format"],
+    ids=["method", "sparse", "status", "groups", "format"],
 )
 def test_configs_that_are_not_read_are_refused_by_name(change: dict[str, Any], words: str) -> None:
     config = write_config(Quantization(((("Linear",), SCHEMES["w4a16"]),)))
     with pytest.raises(CheckpointError, match=words):
-        read_config({"quantization_config": {**config, **change}})
+        read_format({"quantization_config": {**config, **change}})
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"num_bits": 3}, "'num_bits': 3"),
-        ({"group_size": 16}, "'group_size': 16"),
-        ({"actorder": "group"}, "actorder 'group'"),
-        ({"strategy": "tensor"}, "'strategy': 'tensor'"),
+        ({"group_size": 0}, "'group_size': 0"),
+        ({"actorder": "odd"}, "'actorder': 'odd'"),
+        ({"strategy": "tensor_group"}, "'strategy': 'tensor_group'"),
         ({"dynamic": True}, "'dynamic': True"),
         ({"colour": "red"}, "colour"),
     ],
@@ -172,4 +188,4 @@ def test_weights_that_are_not_read_are_refused_by_name(change: dict[str, Any], w
     config = write_config(Quantization(((("Linear",), SCHEMES["w4a16"]),)))
     config["config_groups"]["group_0"]["weights"].update(change)
     with pytest.raises(CheckpointError, match=words):
-        read_config({"quantization_config": config})
+        read_format({"quantization_config": config})

@@ -1,0 +1,101 @@
+"""What a format of quantized checkpoints is: for each layer, which tensors are stored of it and what they stand for.
+
+A format is read from config.json (`registry.py`) and then answers, for a weight [N, K] at a path on disk, with an
+`Encoding`: the names, shapes and dtypes of its tensors, which the loader compares with the headers of the files before
+any memory is taken, and the way from these tensors to the weight. The loader knows no format, and a format no loader.
+
+Where our kernels multiply the codes as they are, the weight comes as a `QuantizedTensor`; else as plain numbers, to be
+held like those of an unquantized checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trine.engine.errors import CheckpointError
+from trine.engine.model.quantized.scheme import GROUP_SIZES, Scheme
+from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.model.weight_files import StoredTensor
+
+# Shapes and the dtypes that are allowed (safetensors' names), by the name of the tensor.
+Layout = dict[str, tuple[tuple[int, ...], frozenset[str]]]
+Headers = Mapping[str, StoredTensor]
+Stored = Mapping[str, Tensor]
+
+FLOAT_KINDS = frozenset({"F32", "BF16", "F16"})
+WORD_KINDS = frozenset({"I32"})
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How one weight [N, K] is stored: its tensors by their names after the layer's path, and what they stand for.
+
+    `scheme` is what our layers multiply with; None where there is no product of such codes, and `decode` then gives
+    the numbers [N, K] in fp32. `note` says in a few words what becomes other than the file says, if anything does.
+    """
+
+    layout: Layout
+    decode: Callable[[Stored], QuantizedTensor | Tensor]
+    scheme: Scheme | None
+    note: str = ""
+
+
+class Format(Protocol):
+    """A quantization_config that was read, in one format."""
+
+    @property
+    def name(self) -> str:
+        """As in config.json's `quant_method`."""
+        ...
+
+    @property
+    def transposes(self) -> bool:
+        """Whether layers that an unquantized file stores [in, out] (GPT-2's) may be quantized in this format."""
+        ...
+
+    def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
+        """How the weight [N, K] of that path is stored, `headers` being all tensors there are; None: not quantized.
+
+        Raises `CheckpointError` for what is not read.
+        """
+        ...
+
+    def is_spare(self, name: str) -> bool:
+        """Whether a tensor of that name says nothing that Trine needs (scales of caches, for instance)."""
+        ...
+
+
+def fitting_scheme(scheme: Scheme, width: int) -> Scheme | None:
+    """The scheme in which kernels multiply weights of K columns that are stored in `scheme`; None where none does.
+
+    Groups of a multiple of 128 are groups of 128 with equal scales; a group of all columns is a channel.
+    """
+    size = scheme.group_size
+    if size is None or size in GROUP_SIZES:
+        return scheme
+    largest = GROUP_SIZES[-1]
+    return scheme.with_groups(largest) if size % largest == 0 and width % size == 0 else None
+
+
+def fitted(tensor: QuantizedTensor) -> QuantizedTensor | Tensor:
+    """The weight in the scheme that `fitting_scheme` gives for its own; its numbers in fp32 where that is None."""
+    scheme = fitting_scheme(tensor.scheme, tensor.codes_NK.shape[1])
+    if scheme is None:
+        return tensor.dequantize(torch.float32)
+    if scheme == tensor.scheme:
+        return tensor
+    assert scheme.group_size is not None
+    return tensor.in_groups(scheme.group_size)
+
+
+def require(config: Mapping[str, Any], *keys: str) -> Any:
+    """The value of the first of these keys that the quantization_config has."""
+    for key in keys:
+        if config.get(key) is not None:
+            return config[key]
+    raise CheckpointError(f"config.json has no {keys[0]} in quantization_config; it is not complete")
