@@ -17,6 +17,7 @@ Shapes: R rank, C inputs, F outputs.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -32,13 +33,14 @@ from torch import Tensor
 from trine.engine.errors import CheckpointError
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES
+from trine.engine.model.lora_base import Base
 from trine.engine.model.transformer import Transformer
 from trine.engine.model.weight_files import read_json, some_names
 from trine.kernels.lora.op import MAX_RANK
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Settings that are read below, or that matter for training alone. Every other one must be off.
 _KNOWN = {
@@ -67,12 +69,15 @@ class Adapter:
     """An adapter that fits a model.
 
     `parts`: by the names of our layers (`layers.0.self_attn.q_proj`). `base`: the model it was trained on, as its
-    config calls it, or "". `digest`: SHA-256 of both files.
+    config calls it, or "". `digest`: SHA-256 of both files. `record`: the marks of the base, where Trine wrote it.
+    `stable`: its scales are rank-stabilised.
     """
 
     parts: dict[str, LowRank]
     base: str
     digest: bytes
+    record: Base | None = None
+    stable: bool = False
 
     @property
     def rank(self) -> int:
@@ -122,7 +127,8 @@ def read_adapter(folder: Path | str, config: ModelConfig) -> Adapter:
         parts.update({name: LowRank(a_RC, b, scale) for name, b in zip(module.layers, pieces, strict=True)})
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     digest.update(blob)
-    return Adapter(parts, base, digest.digest())
+    stable = bool(settings.get("use_rslora"))
+    return Adapter(parts, base, digest.digest(), Base.from_metadata(_metadata(blob)), stable)
 
 
 @dataclass(slots=True)
@@ -187,6 +193,12 @@ def _read_weights(folder: Path) -> bytes:
         raise CheckpointError(f"cannot read {folder / WEIGHTS}: {error}") from None
 
 
+def _metadata(blob: bytes) -> dict[str, str]:
+    """Of a safetensors file that has been read."""
+    found: dict[str, str] = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")]).get("__metadata__", {})
+    return found
+
+
 def _by_module(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, LinearModule]:
     """The adapter's tensors by the path of their module in the checkpoint, without `base_model.model.`."""
     known = adaptable(config)
@@ -194,7 +206,7 @@ def _by_module(folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig)
     found: dict[str, LinearModule] = {}
     unknown = []
     for name, tensor in sorted(tensors.items()):
-        match = _TENSOR.fullmatch(name.removeprefix(_PREFIX))
+        match = _TENSOR.fullmatch(name.removeprefix(PREFIX))
         path = "" if match is None else match["module"]
         if path not in known and prefix + path in known:
             path = prefix + path  # trained on the model without its head

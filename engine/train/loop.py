@@ -22,10 +22,7 @@ from trine.engine.data.objectives import CausalLM
 from trine.engine.env import environment
 from trine.engine.errors import LossSpikeError, NonFiniteError
 from trine.engine.log import format_duration, say
-from trine.engine.model.checkpoint import load_model
 from trine.engine.model.cost import flops_per_token
-from trine.engine.model.init import initialize
-from trine.engine.model.transformer import Transformer
 from trine.engine.train import step as steps
 from trine.engine.train.announce import announce, log_saved, log_start, log_step
 from trine.engine.train.early_stopping import EarlyStopping
@@ -44,6 +41,7 @@ from trine.engine.train.schedule import lr_factor
 from trine.engine.train.signals import StopRequest
 from trine.engine.train.spikes import LossWatch
 from trine.engine.train.step_folder import Snapshot, TrainerState, load_optimizer, read_state
+from trine.engine.train.subject import Subject, make_subject
 from trine.engine.train.validation import ValidationResult, sample, validate
 from trine.kernels.hardware import keep_freed_memory, peak_flops
 
@@ -95,7 +93,7 @@ class Trainer:
 
     setup: Setup
     folder: RunFolder
-    model: Transformer
+    subject: Subject
     optimizer: Optimizer
     facts: dict[str, Any]
     meter: Meter
@@ -103,7 +101,6 @@ class Trainer:
     saver: Saver
     watch: LossWatch
     rollbacks: Rollbacks
-    objective: CausalLM = field(default_factory=CausalLM)
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
     step: int = 0
@@ -124,8 +121,10 @@ class Trainer:
         """Model, optimizer and counters, new or as a step folder left them."""
         if setup.device.type == "cpu":
             keep_freed_memory()
-        model = _make_model(setup)
-        optimizer = Optimizer(model, setup.recipe.optim, muon_dtype=setup.compute_dtype, seed=setup.recipe.train.seed)
+        subject = make_subject(setup)
+        optimizer = Optimizer(
+            subject.trained, setup.recipe.optim, muon_dtype=setup.compute_dtype, seed=setup.recipe.train.seed
+        )
         peak, peak_source = peak_flops(setup.device, setup.compute_dtype)
         per_token = flops_per_token(setup.config, setup.recipe.data.seq_len, training=True)
         settings = setup.recipe.checkpoint
@@ -135,7 +134,7 @@ class Trainer:
         spike = setup.recipe.spike
         trainer = cls(
             watch=LossWatch(spike), rollbacks=Rollbacks(folder, spike.max_rollbacks),
-            setup=setup, folder=folder, model=model, optimizer=optimizer, facts=facts,
+            setup=setup, folder=folder, subject=subject, optimizer=optimizer, facts=facts,
             meter=Meter(flops_per_token=per_token, peak_flops=peak), peak_source=peak_source, saver=saver,
         )  # fmt: skip
         if origin is not None and state is not None:
@@ -162,7 +161,7 @@ class Trainer:
         self.folder.begin(recipe, self.origin)
         metrics = MetricsFile.resume(self.folder.metrics, step=self.step) if resumed else None
         metrics = metrics or MetricsFile.create(self.folder.metrics)
-        self.model.train()
+        self.subject.model.train()
         # Garbage is collected only at evaluations and checkpoints: a full collection looks at over 200,000 objects and
         # takes 0.25 s, while steps leave no cycles (with activation checkpointing a few functions, but no tensors).
         collecting = gc.isenabled()
@@ -214,19 +213,19 @@ class Trainer:
         )
         num_valid = steps.count_valid(pieces)
         loss = steps.accumulate_gradients(
-            self.model,
-            self.objective,
+            self.subject.model,
+            self.subject.objective,
             pieces,
             num_valid=num_valid,
             seed=recipe.train.seed,
             compute_dtype=self.setup.compute_dtype,
             checkpoint_activations=recipe.train.checkpoint_activations,
         )
-        result = steps.check_and_clip(self.model, loss, max_norm=recipe.optim.grad_clip, step=self.step + 1)
+        result = steps.check_and_clip(self.subject.trained, loss, max_norm=recipe.optim.grad_clip, step=self.step + 1)
         self.watch.check(result.loss, step=self.step + 1)
         factor = lr_factor(recipe.schedule, step=self.step, steps=recipe.train.steps)
         self.optimizer.step(factor)
-        self.model.zero_grad(set_to_none=True)
+        self.subject.trained.zero_grad(set_to_none=True)
         self.step += 1
         self.next_sample += recipe.train.batch_size
         self.loss = result.loss
@@ -248,14 +247,14 @@ class Trainer:
         if data is None or (self.step % recipe.eval.every and self.step != recipe.train.steps):
             return
         self.validation = result = validate(
-            self.model,
-            self.objective,
+            self.subject.model,
+            CausalLM(),
             data,
             batch_size=recipe.eval.batch_size or self.setup.micro_batch_size,
             compute_dtype=self.setup.compute_dtype,
         )
         texts = sample(
-            self.model,
+            self.subject.model,
             self.setup.tokenizer,
             recipe.eval,
             seed=recipe.train.seed,
@@ -299,7 +298,10 @@ class Trainer:
                 environment=self.facts,
             )
             snapshot = Snapshot(
-                model=self.model, optimizer=self.optimizer.state_tensors(), recipe=self.setup.recipe, state=state
+                trained=self.subject.trained,
+                optimizer=self.optimizer.state_tensors(),
+                recipe=self.setup.recipe,
+                state=state,
             )
             self.saver.save(snapshot, wait=wait)
             self.saved_step = self.step
@@ -320,7 +322,7 @@ class Trainer:
         self._log_saves(metrics)
         failed, after = self.step + 1, self.next_sample + self.setup.recipe.train.batch_size
         target, state = self.rollbacks.find(error)
-        restore(self.model, self.optimizer, target, state)
+        restore(self.subject, self.optimizer, target, state)
         self._take(state)
         self.saved_step = state.step
         self.first_step = min(self.first_step, state.step)
@@ -334,7 +336,9 @@ class Trainer:
 
     def _finish(self, metrics: MetricsFile) -> RunResult:
         self._save(metrics, wait=True)
-        final = self.folder.export(self.model, self.setup.tokenizer, getattr(torch, self.setup.recipe.export.dtype))
+        final = self.folder.export(
+            self.subject.trained, self.setup.tokenizer, getattr(torch, self.setup.recipe.export.dtype)
+        )
         early = self.step < self.setup.recipe.train.steps
         if early:
             say(
@@ -370,14 +374,3 @@ class Trainer:
             bits_per_byte=None if self.validation is None else self.validation.bits_per_byte,
             final_dir=final,
         )
-
-
-def _make_model(setup: Setup) -> Transformer:
-    """fp32 master weights: new ones by the recipe's seed, or those of the folder the run starts or continues from."""
-    model = Transformer(setup.config)
-    if setup.weights is None:
-        initialize(model, setup.recipe.train.seed)
-    else:
-        # A checkpoint's config holds dropout only in part, so the weights are moved into a model of the full config.
-        model.load_state_dict(load_model(setup.weights, dtype=torch.float32).state_dict())
-    return model.to(setup.device)

@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import AfterValidator, Field, model_validator
 
 from trine.engine.config import Settings, apply_overrides, parse, read_toml
+from trine.kernels.lora.op import MAX_RANK
 
 RECIPE = "recipe.toml"  # its name in a run folder
 
@@ -72,6 +73,30 @@ class ModelSettings(Settings):
             missing = [name for name, value in sizes.items() if value is None]
             if missing:
                 raise ValueError(f"{', '.join(missing)} required for a new model")
+        return self
+
+
+class AdapterSettings(Settings):
+    """LoRA: `model.init_from` is frozen; a low-rank change of its linear layers is trained and saved, in PEFT's layout.
+
+    A layer adds scale B A x, with scale = `alpha` / `rank`, or `alpha` / sqrt(`rank`) with `use_rslora`; `dropout`
+    falls on x. `targets` are the layers by their names in the checkpoint. With `init_from`, a PEFT folder, an adapter
+    is trained further, and only `dropout` may be set beside it. What is left out is chosen by `resolve`: rank 16, alpha
+    2 rank, targets ["all-linear"], no `use_rslora`.
+    """
+
+    init_from: PathValue | None = None
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
+    alpha: Rate | None = None
+    targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+    use_rslora: bool | None = None
+    dropout: BelowOne = 0.0
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> AdapterSettings:
+        extra = sorted(self.model_fields_set - {"init_from", "dropout"})
+        if self.init_from is not None and extra:
+            raise ValueError(f"{extra[0]} has no effect beside init_from (the adapter decides); remove it")
         return self
 
 
@@ -253,6 +278,7 @@ class Recipe(Settings):
     """A whole training run. See the sections' own docstrings."""
 
     model: ModelSettings
+    adapter: AdapterSettings | None = None
     data: DataSettings
     train: TrainSettings
     optim: OptimSettings = OptimSettings()
@@ -285,11 +311,22 @@ class Recipe(Settings):
                 "eval.min_improvement has no effect with eval.patience = 0; set eval.patience or remove it"
             )
         self._check_retention()
+        self._check_adapter()
         if self.spike.action == "rollback" and self.checkpoint.every == 0:
             raise ValueError(
                 'spike.action = "rollback" has nothing to go back to with checkpoint.every = 0; set checkpoint.every'
             )
         return self
+
+    def _check_adapter(self) -> None:
+        if self.adapter is None:
+            return
+        if self.model.init_from is None:
+            raise ValueError("[adapter] needs model.init_from, the checkpoint that it is trained on")
+        if self.optim.name == "muon":
+            raise ValueError(
+                'optim.name = "muon" is for the matrices of a whole model, which [adapter] freezes; set "adamw"'
+            )
 
     def _check_retention(self) -> None:
         saved, evaluated = self.checkpoint, self.eval.every

@@ -19,9 +19,10 @@ from trine.engine.data.shards import read_manifest
 from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
-from trine.engine.model.checkpoint import read_config, resolve_checkpoint
+from trine.engine.model.checkpoint import open_checkpoint, read_config, resolve_checkpoint
 from trine.engine.model.config import DropoutConfig, ModelConfig, RopeConfig, default_ffn_width
 from trine.engine.model.families.registry import config_to_hf
+from trine.engine.model.lora_weights import ALL_LINEAR
 from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
@@ -40,12 +41,17 @@ _CUSTOMS: dict[str, dict[str, Any]] = {
 _SIZES = (
     "vocab_size", "num_kv_heads", "head_dim", "ffn_width", "max_positions", "tie_embeddings", "norm_eps", "init_std",
 )  # fmt: skip
+DEFAULT_RANK = 16
 _THETA = {"llama": 10_000.0, "qwen3": 1_000_000.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A resolved recipe and what it names. `weights` is the folder the first weights come from, None for new ones."""
+    """A resolved recipe and what it names.
+
+    `weights` is the folder the first weights come from, None for new ones; with an adapter that of the base, and
+    `adapter_from` that of the adapter.
+    """
 
     recipe: Recipe
     config: ModelConfig
@@ -57,6 +63,7 @@ class Setup:
     threads: int
     compute_dtype: torch.dtype
     dtype_reason: str
+    adapter_from: Path | None = None
 
     @property
     def micro_batch_size(self) -> int:
@@ -80,12 +87,14 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
         document_mask=recipe.data.document_mask,
     )
     tokenizer = Tokenizer.load(stream.tokenizer_dir)
-    weights = continue_from
+    adapter = recipe.adapter
+    weights = continue_from if adapter is None else None
+    adapter_from = None if adapter is None else continue_from or adapter.init_from
     if weights is None and recipe.model.init_from is not None:
         weights = resolve_checkpoint(recipe.model.init_from)
     if recipe.model.init_from is not None:
         assert weights is not None
-        config = _pretrained_config(recipe.model, weights, tokenizer)
+        config = _pretrained_config(recipe, weights, tokenizer)
     else:
         config = new_model_config(recipe.model, tokenizer, default_positions=recipe.data.seq_len)
     if config.max_positions < recipe.data.seq_len:
@@ -97,7 +106,7 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     resolved = _close(recipe, config, threads=threads, device=device, compute_dtype=compute_dtype)
     return Setup(
         recipe=resolved, config=config, weights=weights, tokenizer=tokenizer, stream=stream, validation=validation,
-        device=device, threads=threads, compute_dtype=compute_dtype, dtype_reason=reason,
+        device=device, threads=threads, compute_dtype=compute_dtype, dtype_reason=reason, adapter_from=adapter_from,
     )  # fmt: skip
 
 
@@ -155,7 +164,7 @@ def changed_settings(old: Settings, new: Settings, prefix: str = "") -> dict[str
     changes: dict[str, tuple[Any, Any]] = {}
     for name in type(old).model_fields:
         before, after = getattr(old, name), getattr(new, name)
-        if isinstance(before, Settings):
+        if isinstance(before, Settings) and isinstance(after, Settings):
             changes |= changed_settings(before, after, f"{prefix}{name}.")
         elif before != after:
             changes[prefix + name] = (before, after)
@@ -179,8 +188,12 @@ def _open_validation(recipe: Recipe) -> ValidationSet:
     )
 
 
-def _pretrained_config(model: ModelSettings, folder: Path, tokenizer: Tokenizer) -> ModelConfig:
-    config = read_config(folder)
+def _pretrained_config(recipe: Recipe, folder: Path, tokenizer: Tokenizer) -> ModelConfig:
+    if recipe.adapter is None:
+        config = read_config(folder)
+    else:
+        with open_checkpoint(folder) as opened:
+            config = opened.model.config
     if (folder / "tokenizer.json").is_file():
         own = Tokenizer.load(folder)
         if own.fingerprint != tokenizer.fingerprint:
@@ -193,7 +206,7 @@ def _pretrained_config(model: ModelSettings, folder: Path, tokenizer: Tokenizer)
             f"the data's tokenizer has {tokenizer.vocab_size} tokens, the model in {folder} only {config.vocab_size}; "
             "prepare the data with the model's tokenizer"
         )
-    return replace(config, dropout=_dropout(model.dropout))
+    return replace(config, dropout=_dropout(recipe.model.dropout))
 
 
 def _dropout(rate: float) -> DropoutConfig:
@@ -242,4 +255,12 @@ def _close(
         schedule = schedule.model_copy(update={"final_ratio": schedule.resolved_final_ratio})
     if schedule.kind == "wsd":
         schedule = schedule.model_copy(update={"decay_fraction": schedule.resolved_decay_fraction})
-    return recipe.model_copy(update={"model": model, "train": train, "optim": optim, "schedule": schedule})
+    adapter = recipe.adapter
+    if adapter is not None and adapter.init_from is None:
+        given = adapter.model_dump(exclude_none=True)
+        rank = adapter.rank or DEFAULT_RANK
+        adapter = adapter.model_copy(
+            update={"rank": rank, "alpha": 2.0 * rank, "targets": (ALL_LINEAR,), "use_rslora": False, **given}
+        )
+    closed = {"model": model, "adapter": adapter, "train": train, "optim": optim, "schedule": schedule}
+    return recipe.model_copy(update=closed)

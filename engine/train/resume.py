@@ -17,7 +17,7 @@ from trine.engine.log import say, warn
 from trine.engine.train.resolve import Setup, changed_settings
 from trine.engine.train.step_folder import TrainerState, read_step_recipe
 
-_BREAKING = ("data.seq_len", "data.document_mask", "train.seed", "optim.name", "optim.state_dtype", "model.")
+_BREAKING = ("data.seq_len", "data.document_mask", "train.seed", "optim.name", "optim.state_dtype", "model.", "adapter")
 # Changes of these do not touch what is computed; data folders may move, their fingerprint is compared instead.
 _FREE = (
     "run.",

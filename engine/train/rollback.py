@@ -10,14 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from trine.engine.errors import LossSpikeError, NonFiniteError
-from trine.engine.model.checkpoint import load_model
-from trine.engine.model.transformer import Transformer
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.run_folder import RunFolder
 from trine.engine.train.step_folder import TrainerState, load_optimizer, read_state
+from trine.engine.train.subject import Subject, restore_weights
 
 Divergence = NonFiniteError | LossSpikeError
 
@@ -46,8 +43,8 @@ class Rollbacks:
         return target, state
 
 
-def restore(model: Transformer, optimizer: Optimizer, folder: Path, state: TrainerState) -> None:
+def restore(subject: Subject, optimizer: Optimizer, folder: Path, state: TrainerState) -> None:
     """Weights and optimizer state as a step folder holds them, in place."""
-    model.load_state_dict(load_model(folder, dtype=torch.float32).state_dict())
-    model.zero_grad(set_to_none=True)
+    restore_weights(subject.trained, folder, subject.model)
+    subject.trained.zero_grad(set_to_none=True)
     load_optimizer(optimizer, folder, updates=state.optimizer_updates)

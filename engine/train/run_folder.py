@@ -22,8 +22,6 @@ from safetensors import SafetensorError
 
 from trine.engine.errors import CheckpointError, StorageError, UsageError
 from trine.engine.log import format_bytes, warn
-from trine.engine.model.checkpoint import save_model
-from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.durable import ASIDE, clear_leftovers, flush, remove_folder, write_file, write_folder
 from trine.engine.train.metrics import METRICS
@@ -37,6 +35,7 @@ from trine.engine.train.step_folder import (
     step_name,
     write_step,
 )
+from trine.engine.train.subject import Trained, save_weights
 
 LATEST = "latest"
 FINAL = "final"
@@ -168,11 +167,11 @@ class RunFolder:
             raise self._storage_error(f"the checkpoint of step {snapshot.state.step}", error) from None
         return folder, num_bytes
 
-    def export(self, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype) -> Path:
-        """Write `final/`: the model in `dtype` with its tokenizer. Raises `StorageError`."""
+    def export(self, trained: Trained, tokenizer: Tokenizer, dtype: torch.dtype) -> Path:
+        """Write `final/`: the model or adapter in `dtype` with its tokenizer. Raises `StorageError`."""
 
         def fill(aside: Path) -> None:
-            save_model(model, aside, dtype=dtype)
+            save_weights(trained, aside, dtype=dtype)
             tokenizer.save(aside)
 
         try:

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trine.engine.model.transformer import Transformer
 from trine.engine.train.step_folder import Snapshot
+from trine.engine.train.subject import Trained, blank_copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +100,18 @@ class Copies:
     """Buffers in host memory for all tensors of a snapshot, made at the first `take` and used again by later ones."""
 
     def __init__(self) -> None:
-        self._model: Transformer | None = None
+        self._trained: Trained | None = None
         self._optimizer: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def take(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with copies of its tensors."""
-        if self._model is None:
-            self._model = Transformer(snapshot.model.config, device="meta").to(snapshot.model.dtype)
-            self._model.to_empty(device="cpu")
+        if self._trained is None:
+            self._trained = blank_copy(snapshot.trained)
             self._optimizer = {name: torch.empty_like(t, device="cpu") for name, t in snapshot.optimizer.items()}
-        sources = dict(snapshot.model.named_parameters())
-        for name, target in self._model.named_parameters():
+        sources = dict(snapshot.trained.named_parameters())
+        for name, target in self._trained.named_parameters():
             target.copy_(sources[name])
         for name, buffer in self._optimizer.items():
             buffer.copy_(snapshot.optimizer[name])
-        return replace(snapshot, model=self._model, optimizer=dict(self._optimizer))
+        return replace(snapshot, trained=self._trained, optimizer=dict(self._optimizer))

@@ -1,6 +1,7 @@
 """A step folder: all of a run at one step, and reading it back.
 
-    config.json, model.safetensors, tokenizer.json ...   a Hugging Face folder with the fp32 master weights
+    config.json, model.safetensors, tokenizer.json ...   a Hugging Face folder with the fp32 master weights; with an
+                                                         adapter adapter_config.json, adapter_model.safetensors
     state/optimizer.safetensors                          optimizer state by parameter name
     state/recipe.toml                                    the resolved recipe these steps were trained with
     state/trainer.json                                   `TrainerState`
@@ -17,17 +18,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.checkpoint import save_model
-from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.durable import MANIFEST, damage, write_folder
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.recipe import RECIPE, Recipe, load_recipe, recipe_toml
+from trine.engine.train.subject import Trained, save_weights
 
 STATE = "state"
 STATE_VERSION = 2
@@ -59,7 +60,7 @@ class TrainerState:
 class Snapshot:
     """What goes into a step folder; the tensors must not change until it is written."""
 
-    model: Transformer
+    trained: Trained
     optimizer: dict[str, Tensor]
     recipe: Recipe
     state: TrainerState
@@ -74,7 +75,7 @@ def write_step(folder: Path, snapshot: Snapshot, tokenizer: Tokenizer) -> int:
     """Write a step folder, whole or not at all; returns its bytes. Raises `OSError` or `SafetensorError`."""
 
     def fill(aside: Path) -> None:
-        save_model(snapshot.model, aside, dtype=snapshot.model.dtype)
+        save_weights(snapshot.trained, aside, dtype=torch.float32)
         tokenizer.save(aside)
         state = aside / STATE
         state.mkdir()

@@ -139,7 +139,7 @@ def test_divergence_stops_before_the_update_and_keeps_the_checkpoint(
 
     def poisoned(self: loop.Trainer, *args: Any) -> None:
         if self.step == 5:
-            parameter = self.model.get_parameter("layers.1.mlp.up_proj.weight")
+            parameter = self.subject.model.get_parameter("layers.1.mlp.up_proj.weight")
             parameter.register_hook(lambda grad: grad * float("nan"))
         original(self, *args)
 

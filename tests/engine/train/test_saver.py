@@ -42,11 +42,11 @@ def snapshot(make_recipe: MakeRecipe) -> Snapshot:
         data_fingerprint="", data_stamps=[], tokenizer_fingerprint="", environment={},
     )  # fmt: skip
     optimizer = Optimizer(model, OptimSettings(name="muon"))
-    return Snapshot(model=model, optimizer=optimizer.state_tensors(), recipe=make_recipe(), state=state)
+    return Snapshot(trained=model, optimizer=optimizer.state_tensors(), recipe=make_recipe(), state=state)
 
 
 def values(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    named = {name: parameter.detach().clone() for name, parameter in snapshot.model.named_parameters()}
+    named = {name: parameter.detach().clone() for name, parameter in snapshot.trained.named_parameters()}
     return named | {name: tensor.clone() for name, tensor in snapshot.optimizer.items()}
 
 
@@ -62,7 +62,7 @@ def test_what_is_written_is_what_was_there_when_save_was_called(snapshot: Snapsh
     saver = Saver(write, background=True)
     saver.save(snapshot)
     with torch.no_grad():
-        for tensor in [*snapshot.model.parameters(), *snapshot.optimizer.values()]:
+        for tensor in [*snapshot.trained.parameters(), *snapshot.optimizer.values()]:
             tensor.fill_(7.0)
     assert saver.finished() == []
     may_write.set()

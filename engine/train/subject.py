@@ -1,0 +1,83 @@
+"""What a run trains, and by which loss: a whole model, or an adapter on a frozen one.
+
+The loop asks three things of a `Subject` and knows no more: a model that computes, the module whose parameters are
+trained and saved, and the objective.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trine.engine.data.objectives import CausalLM
+from trine.engine.model.checkpoint import load_model, save_model
+from trine.engine.model.init import initialize
+from trine.engine.model.lora import read_adapter
+from trine.engine.model.lora_weights import LoraWeights
+from trine.engine.model.transformer import Transformer
+from trine.engine.train.adapter import adapt
+from trine.engine.train.resolve import Setup
+
+Trained = Transformer | LoraWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """`model` computes; the parameters of `trained`, which is the model or an adapter on it, get gradients.
+
+    Within `computing()` the model has the weights that losses are computed with.
+    """
+
+    model: Transformer
+    trained: Trained
+    objective: CausalLM
+    computing: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def make_subject(setup: Setup) -> Subject:
+    """New weights by the recipe's seed, or those that the run starts or continues from."""
+    if setup.recipe.adapter is not None:
+        model, adapter = adapt(setup)
+        return Subject(model=model, trained=adapter, objective=CausalLM())
+    model = _whole_model(setup)
+    return Subject(model=model, trained=model, objective=CausalLM())
+
+
+def save_weights(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:
+    """Into a folder that exists: a Hugging Face checkpoint, or an adapter in PEFT's layout."""
+    if isinstance(trained, LoraWeights):
+        trained.write(folder, dtype=dtype)
+    else:
+        save_model(trained, folder, dtype=dtype)
+
+
+def restore_weights(trained: Trained, folder: Path, model: Transformer) -> None:
+    """In place, from what `save_weights` wrote of the same module; `model` is the one it computes in."""
+    if isinstance(trained, LoraWeights):
+        trained.load(read_adapter(folder, model.config))
+    else:
+        trained.load_state_dict(load_model(folder, dtype=torch.float32).state_dict())
+
+
+def blank_copy(trained: Trained) -> Trained:
+    """A module of the same kind on the CPU, with memory of its own that holds nothing yet."""
+    if isinstance(trained, LoraWeights):
+        return copy.deepcopy(trained).cpu()
+    blank = Transformer(trained.config, device="meta").to(trained.dtype)
+    return blank.to_empty(device="cpu")
+
+
+def _whole_model(setup: Setup) -> Transformer:
+    """fp32 master weights."""
+    model = Transformer(setup.config)
+    if setup.weights is None:
+        initialize(model, setup.recipe.train.seed)
+    else:
+        # A checkpoint's config holds dropout only in part, so the weights are moved into a model of the full config.
+        model.load_state_dict(load_model(setup.weights, dtype=torch.float32).state_dict())
+    return model.to(setup.device)
