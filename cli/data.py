@@ -23,7 +23,7 @@ def prepare(
     tokenizer: Annotated[Path, typer.Option(metavar="DIR", help="A tokenizer folder (trine tokenizer train).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the shards and their manifest.")],
     validation: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Text, likewise, for the validation split (repeatable).")
+        list[str] | None, typer.Option(metavar="FILE", help="Text, likewise, for the validation split (repeatable).")
     ] = None,
     validation_fraction: Annotated[
         float, typer.Option(metavar="X", help="Share of the documents to hold out, by a hash of their names.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,10 +12,10 @@ from trine.cli.options import Checkpoint, Device, Dtype, TextField
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE...", help="Text files, folders of them, or .jsonl files.  [required]"),
+        list[str] | None,
+        typer.Option(metavar="FILE...", help="Text, .jsonl or .parquet files, folders of them, or URLs.  [required]"),
     ] = None,
-    more_data: Annotated[list[Path] | None, typer.Argument(metavar="--data FILE", hidden=True)] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(metavar="--data FILE", hidden=True)] = None,
     window: Annotated[
         int | None,
         typer.Option(

@@ -14,8 +14,21 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or a run folder (its final/ or latest step)."),
 ]
-TextFiles = Annotated[list[Path], typer.Argument(metavar="FILE", help="Text files, folders of them, or .jsonl files.")]
-TextField = Annotated[str, typer.Option(metavar="NAME", help="Field of a .jsonl line that holds the text.")]
+TextFiles = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILE", help="Text, .jsonl or .parquet files (also .gz, .bz2, .xz, .zst), folders of them, or URLs."
+    ),
+]
+TextField = Annotated[
+    str,
+    typer.Option(
+        "--text-field",
+        "--text-column",
+        metavar="NAME",
+        help="Field of a .jsonl line, or column of a .parquet file, that holds the text.",
+    ),
+]
 Suffixes = Annotated[
     list[str] | None, typer.Option("--suffix", metavar=".EXT", help="Take only such files of a folder (repeatable).")
 ]
@@ -24,3 +37,27 @@ SkipBad = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Draft = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CHECKPOINT", help="A small model of the same vocabulary that guesses tokens.", show_default="none"
+    ),
+]
+Speculate = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Guess so many tokens a step while few are under way, by --draft or by what repeats; 0 is off.",
+        show_default="4 with --draft, else 0",
+    ),
+]
+
+
+def guesses(speculate: int | None, draft: Path | None) -> int:
+    """The number of --speculate. Raises `UsageError` for a draft model that is to guess nothing."""
+    from trine.engine.errors import UsageError
+
+    if draft is not None and speculate == 0:
+        raise UsageError(f"--draft {draft} with --speculate 0 guesses nothing; leave out the one or the other")
+    return (0 if draft is None else 4) if speculate is None else speculate

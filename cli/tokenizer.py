@@ -45,7 +45,8 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer that is there already.")] = False,
 ) -> None:
     """Learn a tokenizer and write its folder. transformers loads it with identical ids."""
-    from trine.engine.data.sources import find_sources, read_texts
+    from trine.engine.data.files import find_sources
+    from trine.engine.data.sources import read_texts
     from trine.engine.errors import UsageError
     from trine.engine.log import say, warn
     from trine.engine.text.train_tokenizer import END_OF_TEXT, train_bpe, train_characters

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from trine.engine.data.encode import encode_pieces
+from trine.engine.data.files import Source, find_sources
 from trine.engine.data.progress import ByteProgress
 from trine.engine.data.shard_writer import ShardWriter
 from trine.engine.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, Split, read_manifest
-from trine.engine.data.sources import Complaints, Piece, Source, find_sources, read_source
+from trine.engine.data.sources import Complaints, Piece, read_source
 from trine.engine.errors import DataError, UsageError
 from trine.engine.text.tokenizer import Tokenizer
 
@@ -59,12 +60,13 @@ def prepare(
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Prepared:
-    """Encode `files` (text files, folders, .jsonl) into the folder `out`, laid out as in `shards`.
+    """Encode `files` (text, .jsonl, .parquet; folders of them; URLs) into the folder `out`, laid out as in `shards`.
 
     validation_files: text for the validation split.
     validation_fraction: share of the documents of `files` to hold out instead, by a hash of `split_seed` and of the
         document's name (file name or path below the folder given, and line), whatever the order of the files.
-    text_field: field of a JSON line that holds the text. suffixes: which files of a folder to take (all if empty).
+    text_field: field of a JSON line, or column of a Parquet file, that holds the text.
+    suffixes: which files of a folder to take (all if empty).
     skip_bad: leave out bad UTF-8, empty files and broken lines, and list them in the manifest, instead of stopping.
     overwrite: replace prepared data made from something else. workers: threads (default: one per core).
 
@@ -144,15 +146,15 @@ class _Run:
                     if encoded.piece.ends:
                         writer.end_document()
                     progress.update(encoded.piece.position, tokens=len(encoded.ids))
-                hashes = {split: list(pool.map(_hash_file, group)) for split, group in self._sources.items()}
+                identities = {split: list(pool.map(_identity, group)) for split, group in self._sources.items()}
             splits = self._finish(writers)
         finally:
             for writer in writers.values():
                 writer.close()
         records = [
-            {"split": split, "name": s.name, "size": s.size, "modified_ns": s.modified_ns, "sha256": digest}
+            {"split": split, "name": source.name, "size": source.size, **identity}
             for split, group in self._sources.items()
-            for s, digest in zip(group, hashes[split], strict=True)
+            for source, identity in zip(group, identities[split], strict=True)
         ]
         return {
             "version": FORMAT_VERSION,
@@ -184,7 +186,12 @@ class _Run:
     def _pieces(self) -> Iterator[Piece]:
         for split, group in self._sources.items():
             for source in group:
-                for piece in read_source(source, text_field=self._options["text_field"], complain=self._complaints):
+                for piece in read_source(
+                    source,
+                    text_field=self._options["text_field"],
+                    complain=self._complaints,
+                    check_first=self._options["skip_bad"],
+                ):
                     chosen = self._held_out(piece.document) if split == "train" else "validation"
                     yield piece.moved(split=chosen, position=self._bytes_before + piece.position)
                 self._bytes_before += source.size
@@ -199,7 +206,7 @@ def _check_options(
     files: Sequence[Path | str], validation_fraction: float, shard_tokens: int, workers: int | None
 ) -> None:
     if not files:
-        raise UsageError("no files to prepare; name text files, folders or .jsonl files")
+        raise UsageError("no files to prepare; name text files, folders, .jsonl or .parquet files")
     if not 0.0 <= validation_fraction < 1.0:
         raise UsageError(f"validation fraction {validation_fraction} should be at least 0 and below 1")
     if shard_tokens < 1:
@@ -209,10 +216,12 @@ def _check_options(
 
 
 def _check_apart(sources: dict[Split, list[Source]]) -> None:
-    training = {source.path.resolve() for source in sources["train"]}
+    training = {source.identity for source in sources["train"]}
     for source in sources["validation"]:
-        if source.path.resolve() in training:
-            raise UsageError(f"{source.path} is named both for training and for validation; name it for one of them")
+        if source.identity in training:
+            raise UsageError(
+                f"{source.location} is named both for training and for validation; name it for one of them"
+            )
 
 
 def _existing(
@@ -259,10 +268,22 @@ def _difference(manifest: dict[str, Any], wanted: dict[str, Any], sources: dict[
     if names_before != names_now:
         return "the files come in another order"
     for record, (_, source) in zip(records, now, strict=True):
-        same_time = record["modified_ns"] == source.modified_ns and record["size"] == source.size
-        if not same_time and (record["size"] != source.size or record["sha256"] != _hash_file(source)):
-            return f"the file {source.path} has changed"
+        if record["size"] != source.size or not _same_content(record, source):
+            return f"the file {source.location} has changed"
     return None
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """What the manifest keeps to tell whether a file has changed; one behind a URL is not read again for it."""
+    if source.remote:
+        return {"url": source.location, "version": source.version}
+    return {"modified_ns": source.modified_ns, "sha256": _hash_file(source)}
+
+
+def _same_content(record: dict[str, Any], source: Source) -> bool:
+    if source.remote:
+        return bool(record.get("version") == source.version)
+    return record.get("modified_ns") == source.modified_ns or record.get("sha256") == _hash_file(source)
 
 
 @contextmanager
@@ -300,5 +321,5 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _hash_file(source: Source) -> str:
-    with source.path.open("rb") as file:
+    with Path(source.location).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

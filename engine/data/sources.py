@@ -1,25 +1,24 @@
-"""Where text comes from: text files, folders of them, and JSON lines.
+"""From files to documents: text files, JSON lines, Parquet.
 
-`find_sources` turns what a person names into an ordered list of files, each with a name that does not depend on where
-the files lie. `read_source` turns a file into documents, in pieces of bounded size, so that memory stays constant
-whatever the size of a file. A text file is one document; each line of a `.jsonl` file is one.
+`read_source` turns a file into documents, in pieces of bounded size, so that memory stays constant whatever the size
+of a file. A text file is one document; each line of a `.jsonl` file and each row of a `.parquet` file is one.
 
 Everything that is not right (bytes that are not UTF-8, an empty file, a broken line) is a `BadInput` with file and
-line; the caller decides whether it stops the run or is skipped and counted.
+line or row; the caller decides whether it stops the run or is skipped and counted.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from trine.engine.data import parquet
+from trine.engine.data.files import DamagedError, Reader, Source
 from trine.engine.data.progress import ByteProgress
 from trine.engine.data.shards import Split
-from trine.engine.errors import DataError, UsageError
+from trine.engine.errors import DataError
 from trine.engine.log import say, warn
 
 # Text is encoded in pieces of at most about this many bytes: large enough for speed, small enough for memory.
@@ -27,16 +26,6 @@ PIECE_BYTES = 1 << 20
 JSON_LINES = (".jsonl", ".ndjson")
 _SHOWN = 10
 _LISTED = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A file to read. `name` is its path below the folder that was named (its own name if it was named itself)."""
-
-    path: Path
-    name: str
-    size: int
-    modified_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,51 +45,48 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class BadInput:
-    """Something wrong in a file; `line` counts from 1, 0 where the whole file is meant."""
+    """Something wrong in a file; `line` (a row of Parquet) counts from 1, 0 where the whole file is meant."""
 
-    path: Path
+    location: str
     line: int
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.reason}" if self.line else f"{self.path}: {self.reason}"
+        return f"{self.location}:{self.line}: {self.reason}" if self.line else f"{self.location}: {self.reason}"
 
 
-def find_sources(paths: Sequence[Path | str], *, suffixes: Sequence[str] = ()) -> list[Source]:
-    """Files in the order given; folders are walked in sorted order, hidden entries left out.
-
-    With `suffixes`, only files of a folder that end in one of them are taken. Raises `DataError` for a missing path
-    or a folder without files, `UsageError` for a file named twice.
-    """
-    sources: list[Source] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = [_source(file, file.relative_to(path).as_posix()) for file in _walk(path, tuple(suffixes))]
-            if not found:
-                wanted = f" that end in {' or '.join(suffixes)}" if suffixes else ""
-                raise DataError(f"the folder {path} holds no files{wanted}; name a folder with text in it")
-            sources.extend(found)
-        elif path.is_file():
-            sources.append(_source(path, path.name))
-        else:
-            raise DataError(f"no file or folder {path}; check the name")
-    seen: set[Path] = set()
-    for source in sources:
-        resolved = source.path.resolve()
-        if resolved in seen:
-            raise UsageError(f"{source.path} is named more than once; name each file once")
-        seen.add(resolved)
-    return sources
+Report = Callable[[int, str], None]  # line or row, reason
 
 
 def read_source(
-    source: Source, *, text_field: str = "text", complain: Callable[[BadInput], None], piece_bytes: int = PIECE_BYTES
+    source: Source,
+    *,
+    text_field: str = "text",
+    complain: Callable[[BadInput], None],
+    piece_bytes: int = PIECE_BYTES,
+    check_first: bool = True,
 ) -> Iterator[Piece]:
-    """The documents of a file, in pieces. Calls `complain` for what is wrong and goes on without it."""
-    if source.path.suffix.lower() in JSON_LINES:
-        yield from _read_json_lines(source, text_field, complain, piece_bytes)
+    """The documents of a file, in pieces. Calls `complain` for what is wrong and goes on without it.
+
+    A text file is read twice, so that a bad one is left out whole; `check_first=False` saves the first reading for
+    those whose `complain` raises. Raises `DataError` where a server or a missing package is in the way.
+    """
+
+    def report(line: int, reason: str) -> None:
+        complain(BadInput(source.location, line, reason))
+
+    if source.suffix == parquet.SUFFIX:
+        documents = parquet.read_rows(source, text_field, report)
+    elif source.suffix in JSON_LINES:
+        documents = _read_json_lines(source, text_field, report)
     else:
-        yield from _read_text(source, complain, piece_bytes)
+        yield from _read_text(source, report, piece_bytes, check_first)
+        return
+    for number, text, position in documents:
+        *complete, last = cut(text, piece_bytes)
+        for part in complete:
+            yield Piece(part, f"{source.name}:{number}", False, position)
+        yield Piece(last, f"{source.name}:{number}", True, position)
 
 
 class Complaints:
@@ -133,7 +119,7 @@ def read_texts(sources: Sequence[Source], *, text_field: str = "text", skip_bad:
     before = 0
     with ByteProgress(sum(source.size for source in sources), what="reading") as progress:
         for source in sources:
-            for piece in read_source(source, text_field=text_field, complain=complaints):
+            for piece in read_source(source, text_field=text_field, complain=complaints, check_first=skip_bad):
                 progress.update(before + piece.position)
                 yield piece.text
             before += source.size
@@ -149,63 +135,67 @@ def cut(text: str, limit: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_text(source: Source, complain: Callable[[BadInput], None], piece_bytes: int) -> Iterator[Piece]:
-    problem = _check_text(source.path, piece_bytes)
-    if problem is not None:
-        complain(problem)
-        return
-    # Checked to the end before the first piece is given out: a bad file is left out whole, not in part.
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with source.path.open("rb") as file:
-        pending = ""
-        position = 0
-        while block := file.read(piece_bytes):
-            position += len(block)
-            pending += decoder.decode(block)
-            *complete, pending = cut(pending, piece_bytes)
-            for text in complete:
-                yield Piece(text, source.name, False, position)
-        yield Piece(pending + decoder.decode(b"", final=True), source.name, True, position)
+def _read_text(source: Source, report: Report, piece_bytes: int, check_first: bool) -> Iterator[Piece]:
+    try:
+        if check_first:
+            for _ in _decoded(source, piece_bytes):
+                pass
+        pending, position = "", 0
+        for text, position in _decoded(source, piece_bytes):
+            *complete, pending = cut(pending + text, piece_bytes)
+            for part in complete:
+                yield Piece(part, source.name, False, position)
+        yield Piece(pending, source.name, True, position)
+    except _UnreadableError as error:
+        report(error.line, error.reason)
 
 
-def _check_text(path: Path, piece_bytes: int) -> BadInput | None:
+def _decoded(source: Source, piece_bytes: int) -> Iterator[tuple[str, int]]:
+    """The text of a file, block by block, with the position after each. Raises `_UnreadableError`."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    line = 1
-    with path.open("rb") as file:
-        empty = True
-        while block := file.read(piece_bytes):
-            empty = False
-            held = decoder.getstate()[0]
+    line, empty, ended = 1, True, False
+    with Reader(source) as reader:
+        while not ended:
             try:
-                decoder.decode(block)
+                block = reader.file.read(piece_bytes)
+                held = decoder.getstate()[0]
+                ended = not block
+                yield decoder.decode(block, final=ended), reader.position
+            except DamagedError as error:
+                raise _UnreadableError(line, str(error)) from None
             except UnicodeDecodeError as error:
                 line += (held + block).count(b"\n", 0, error.start)
-                return BadInput(path, line, _not_utf8(error))
+                raise _UnreadableError(line, _not_utf8(error)) from None
             line += block.count(b"\n")
+            empty = empty and ended
+    if empty:
+        raise _UnreadableError(0, "the file is empty")
+
+
+def _read_json_lines(source: Source, text_field: str, report: Report) -> Iterator[tuple[int, str, int]]:
+    number = 0
+    with Reader(source) as reader:
         try:
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            return BadInput(path, line, _not_utf8(error))
-    return BadInput(path, 0, "the file is empty") if empty else None
+            for number, line in enumerate(reader.file, start=1):
+                text = _text_of_line(line, text_field)
+                if isinstance(text, _Reason):
+                    report(number, text)
+                else:
+                    yield number, text, reader.position
+        except DamagedError as error:
+            report(number + 1, str(error))
+            return
+    if number == 0:
+        report(0, "the file is empty")
 
 
-def _read_json_lines(
-    source: Source, text_field: str, complain: Callable[[BadInput], None], piece_bytes: int
-) -> Iterator[Piece]:
-    position = 0
-    with source.path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            position += len(line)
-            text = _text_of_line(line, text_field)
-            if isinstance(text, _Reason):
-                complain(BadInput(source.path, number, text))
-                continue
-            *complete, last = cut(text, piece_bytes)
-            for part in complete:
-                yield Piece(part, f"{source.name}:{number}", False, position)
-            yield Piece(last, f"{source.name}:{number}", True, position)
-    if position == 0:
-        complain(BadInput(source.path, 0, "the file is empty"))
+class _UnreadableError(Exception):
+    """A text file that is left out; `line` counts from 1, 0 is the whole file."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+        self.reason = reason
 
 
 class _Reason(str):
@@ -245,16 +235,3 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     # Not the position: with a streaming decoder it counts from the block's start.
     byte = error.object[error.start]
     return f"byte 0x{byte:02x} is not valid UTF-8 ({error.reason})"
-
-
-def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        for name in sorted(files):
-            if not name.startswith(".") and (not suffixes or name.endswith(suffixes)):
-                yield Path(parent) / name
-
-
-def _source(path: Path, name: str) -> Source:
-    status = path.stat()
-    return Source(path=path, name=name, size=status.st_size, modified_ns=status.st_mtime_ns)

@@ -1,4 +1,4 @@
-"""The texts to evaluate on, read whole: text files, folders of them, JSON lines (the rules of `trine data prepare`)."""
+"""The texts to evaluate on, read whole: files, folders and URLs by the rules of `trine data prepare`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from trine.engine.data.sources import BadInput, find_sources, read_source
+from trine.engine.data.files import find_sources
+from trine.engine.data.sources import BadInput, read_source
 from trine.engine.errors import DataError
 
 
-def read_texts(paths: Sequence[Path], *, text_field: str = "text") -> list[str]:
+def read_texts(paths: Sequence[Path | str], *, text_field: str = "text") -> list[str]:
     """One text for each text file and for each line of a .jsonl file.
 
     Raises `DataError` for what is missing, empty, not UTF-8, or a broken line, naming file and line.
@@ -18,7 +19,7 @@ def read_texts(paths: Sequence[Path], *, text_field: str = "text") -> list[str]:
     texts: list[str] = []
     for source in find_sources(paths):
         parts: list[str] = []
-        for piece in read_source(source, text_field=text_field, complain=_refuse):
+        for piece in read_source(source, text_field=text_field, complain=_refuse, check_first=False):
             parts.append(piece.text)
             if piece.ends:
                 texts.append("".join(parts))

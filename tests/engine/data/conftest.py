@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +69,16 @@ def make_prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path)
 def prepared(make_prepared: Callable[..., Path]) -> Path:
     """Documents 0 to 119 with some held out, in shards of 500 tokens."""
     return make_prepared(0, 120, validation_fraction=0.2, shard_tokens=500)
+
+
+@pytest.fixture(scope="session")
+def write_parquet() -> Callable[..., Path]:
+    """`write_parquet(path, compression=..., column=values, ...)` writes a Parquet file of several row groups."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def write(path: Path, *, compression: str = "snappy", **columns: Any) -> Path:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, compression=compression, row_group_size=300)
+        return path
+
+    return write

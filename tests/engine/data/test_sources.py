@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from trine.engine.data import progress
-from trine.engine.data.sources import BadInput, Piece, cut, find_sources, read_source, read_texts
+from trine.engine.data.files import find_sources
+from trine.engine.data.sources import BadInput, Piece, cut, read_source, read_texts
 from trine.engine.errors import DataError, UsageError
 
 
