@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ from trine.engine.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ALL_DTYPES = {
+    **_DTYPES,
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 # The float types that a model's own weights may be stored in, in safetensors' words.
 FLOATS = frozenset(_DTYPES)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -41,11 +48,27 @@ class StoredTensor:
     shape: tuple[int, ...]
     kind: str
     dtype: torch.dtype | None
+    path: Path
 
     def read(self) -> Tensor:
         """The tensor, on the CPU, in its stored dtype."""
         tensor: Tensor = self.file.get_tensor(self.name)
         return tensor
+
+    def read_copy(self) -> Tensor:
+        """As `read`, in memory of its own: what was read of the file by `read` stays mapped while the file is open."""
+        status = self.path.stat()
+        start, size = _places(self.path, status.st_size, status.st_mtime_ns)[self.name]
+        data = torch.empty(size, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            if file.readinto(data.numpy().data) != size:
+                raise CheckpointError(f"{self.path} is truncated; copy it again")
+        return data.view(_ALL_DTYPES[self.kind]).view(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * _ALL_DTYPES[self.kind].itemsize
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,7 +92,7 @@ def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
     with ExitStack() as stack:
         found: dict[str, StoredTensor] = {}
         for name, expected in _files(folder).items():
-            tensors = _open_file(folder / name, stack)
+            tensors = open_file(folder / name, stack)
             if expected is not None and set(tensors) != expected:
                 odd = sorted(set(tensors) ^ expected)
                 raise CheckpointError(
@@ -77,6 +100,17 @@ def open_weights(folder: Path) -> Iterator[dict[str, StoredTensor]]:
                 )
             found.update(tensors)
         yield found
+
+
+@lru_cache(maxsize=4)
+def _places(path: Path, size: int, modified_ns: int) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a file begins, and its bytes, by the header; size and time tell one content from another."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + length + start, stop - start) for name, (start, stop) in offsets.items()}
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:
@@ -107,7 +141,8 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint")
 
 
-def _open_file(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
+def open_file(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
+    """The tensors of one file by name, open for reading until the stack is closed."""
     try:
         file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         tensors = {}
@@ -115,7 +150,7 @@ def _open_file(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
             header = file.get_slice(name)
             shape = tuple(header.get_shape())
             kind = header.get_dtype()
-            tensors[name] = StoredTensor(file, name, shape, kind, _DTYPES.get(kind))
+            tensors[name] = StoredTensor(file, name, shape, kind, _DTYPES.get(kind), path)
         return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again") from None
