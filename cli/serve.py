@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trine.cli.options import Checkpoint, Device, Dtype
+from trine.cli.options import Checkpoint, Device, Draft, Dtype, Speculate, guesses
 
 if TYPE_CHECKING:
     from trine.serve.settings import ServerSettings
@@ -64,9 +64,8 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Answers do not depend on what runs beside them; slower.")
     ] = False,
-    speculate: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Guess so many tokens a step while few are under way; 0 is off.")
-    ] = 0,
+    draft: Draft = None,
+    speculate: Speculate = None,
     max_in_flight: Annotated[
         int, typer.Option(metavar="N", help="Completions on their way; more are answered 429.")
     ] = 256,
@@ -103,7 +102,8 @@ def serve(
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
             deterministic=deterministic,
-            speculate=speculate,
+            speculate=guesses(speculate, draft),
+            draft=None if draft is None else str(draft),
             adapters=tuple(_name_and_folder(each) for each in adapter or ()),
         ),
         host=host,

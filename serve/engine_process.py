@@ -16,7 +16,7 @@ from trine.engine.env import set_threads
 from trine.engine.errors import UsageError
 from trine.engine.generate.engine import Engine
 from trine.engine.generate.grammar import Grammar
-from trine.engine.generate.load import load_for_inference
+from trine.engine.generate.load import load_draft, load_for_inference
 from trine.engine.generate.logprobs import TokenLogprobs
 from trine.engine.generate.records import EngineConfig, GenerationRequest, Output
 from trine.engine.generate.sampling import SamplingParams
@@ -98,7 +98,10 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         speculate=start.speculate,
         **{name: value for name, value in given.items() if value is not None},
     )
-    engine = Engine(model, tokenizer, config)
+    draft = None
+    if start.draft is not None:
+        draft = load_draft(Path(start.draft), model, tokenizer, dtype=start.dtype)
+    engine = Engine(model, tokenizer, config, draft=draft)
     lent = RealEngine(engine, folder)
     for name, adapter in start.adapters:
         lent.load_adapter(name, adapter)

@@ -38,6 +38,7 @@ class Start(_Message, frozen=True):
     prefix_caching: bool = True
     deterministic: bool = False
     speculate: int = 0
+    draft: str | None = None  # a checkpoint
     adapters: tuple[tuple[str, str], ...] = ()  # names and folders
 
 
@@ -185,6 +186,8 @@ class Stats(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     steps: int = 0
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Step(_Message, frozen=True):

@@ -98,6 +98,8 @@ class _EngineStats(Collector):
             ("trine_prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_query_tokens),
             ("trine_prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_hit_tokens),
             ("trine_num_preemptions", "Times a completion lost its blocks to others.", stats.preemptions),
+            ("trine_spec_decode_num_draft_tokens", "Guessed tokens that were verified.", stats.drafted_tokens),
+            ("trine_spec_decode_num_accepted_tokens", "Guessed tokens that stood.", stats.accepted_tokens),
             ("trine_engine_steps", "Steps of the engine.", stats.steps),
             ("trine_engine_step_seconds", "Time spent in steps.", stats.step_seconds),
             ("trine_engine_schedule_seconds", "The part of it spent on scheduling.", stats.schedule_seconds),

@@ -57,14 +57,7 @@ def choose(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[
 def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> list[Choice]:
     device = logits_RV.device
     params = [sampler.params for sampler in samplers]
-    adjusted_RV = logits_RV
-    if any(sampler.adjusts for sampler in samplers):
-        adjusted_RV = logits_RV.clone()
-        _adjust(adjusted_RV, samplers)
-    for row, allowed_V in enumerate(allowed_RV):
-        if isinstance(allowed_V, Tensor):
-            adjusted_RV = adjusted_RV.clone() if adjusted_RV is logits_RV else adjusted_RV
-            adjusted_RV[row].masked_fill_(~allowed_V, -math.inf)
+    adjusted_RV = adjusted(logits_RV, samplers, allowed_RV)
     uniforms = [0.0 if sampler.params.greedy else sampler.uniform() for sampler in samplers]
     tokens_R, _ = sample(
         adjusted_RV,
@@ -91,6 +84,21 @@ def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: S
         except TrineError as error:
             choices.append(error)
     return choices
+
+
+def adjusted(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> Tensor:
+    """Logits [R, V] after penalties, biases and bans; `logits_RV` itself where there are none."""
+    if not any(sampler.adjusts for sampler in samplers) and not any(isinstance(one, Tensor) for one in allowed_RV):
+        return logits_RV
+    masks = [one if isinstance(one, Tensor) else None for one in allowed_RV]
+    if not logits_RV.is_cuda:
+        return torch.stack([s.adjusted(row, mask) for s, row, mask in zip(samplers, logits_RV, masks, strict=True)])
+    adjusted_RV = logits_RV.clone()
+    _adjust(adjusted_RV, samplers)
+    for row, mask in zip(adjusted_RV, masks, strict=True):
+        if mask is not None:
+            row.masked_fill_(~mask, -math.inf)
+    return adjusted_RV
 
 
 def _adjust(logits_RV: Tensor, samplers: Sequence[Sampler]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from trine.engine.errors import ContextLengthError, UsageError
 from trine.engine.generate.blocks import BlockPool
 from trine.engine.generate.deterministic import check_deterministic
+from trine.engine.generate.draft import Draft, Drafter
 from trine.engine.generate.logprobs import TokenLogprobs, prompt_logprobs
 from trine.engine.generate.lookup import propose
 from trine.engine.generate.memory import choose_num_blocks, fits_decode_steps
@@ -72,12 +73,20 @@ class Engine:
             long as the engine is used.
         tokenizer: the model's.
         config: sizes and switches.
+        draft: a model of the same vocabulary on the same device (`load_draft`) that guesses `config.speculate` tokens.
 
     Raises:
-        UsageError: the model and the tokenizer, or the sizes, do not fit together.
+        UsageError: the model and the tokenizer, the draft or the sizes do not fit together.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
+        *,
+        draft: Transformer | None = None,
+    ) -> None:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self._model = model.eval()
@@ -90,6 +99,7 @@ class Engine:
         if decode_steps and not fits_decode_steps(model):
             decode_steps = False
             say("decoding runs operation by operation: there is no room for the copy of the weights of compiled steps")
+        self._drafter = None if draft is None else self._make_drafter(draft)
         num_blocks, reason = choose_num_blocks(
             model,
             block_size=config.block_size,
@@ -99,6 +109,7 @@ class Engine:
             max_running=config.max_running,
             compute_dtype=compute_dtype,
             decode_steps=decode_steps,
+            reserved_bytes=0 if self._drafter is None else self._drafter.kv_bytes,
         )
         cache = PagedCache(
             model.config, num_blocks=num_blocks, block_size=config.block_size, device=model.device, dtype=kv_dtype
@@ -124,6 +135,7 @@ class Engine:
             deterministic=config.deterministic,
         )
         self._kv_bytes = cache.num_bytes
+        self._drafts: dict[Sequence, Draft] = {}  # for the step that verifies them
         self._grammars: GrammarCompiler | None = None
         self._entries: dict[str, _Entry] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = 0
@@ -230,6 +242,9 @@ class Engine:
         """Compute one step; returns what each completion gained by it (none, where only prompts went on)."""
         started = time.perf_counter()
         self._guess()
+        deciding = (
+            started if self._drafter is None else time.perf_counter()
+        )  # a draft model computes, it does not decide
         plan = self._scheduler.schedule()
         scheduled = time.perf_counter()
         if not plan.chunks:
@@ -243,7 +258,7 @@ class Engine:
             raise
         outputs = self._advance(plan, computed)
         self._steps += 1
-        self._schedule_seconds += scheduled - started
+        self._schedule_seconds += scheduled - deciding
         self._step_seconds += time.perf_counter() - started
         return outputs
 
@@ -276,10 +291,18 @@ class Engine:
         scheduler, count = self._scheduler, self.config.speculate
         if not count or scheduler.num_waiting or scheduler.num_running > self.config.speculate_max_running:
             return
-        for entry in self._entries.values():
-            for sequence in entry.sequences.values():
-                if sequence.num_uncomputed == 1:
-                    sequence.draft = propose(sequence.tokens, max_tokens=count)
+        decoding = [
+            (sequence, entry.choices[number].sampler)
+            for entry in self._entries.values()
+            for number, sequence in entry.sequences.items()
+            if sequence.num_uncomputed == 1
+        ]
+        if self._drafter is None:
+            self._drafts = {each: Draft(propose(each.tokens, max_tokens=count)) for each, _ in decoding}
+        else:
+            self._drafts = self._drafter.propose(decoding, max_tokens=count)
+        for sequence, draft in self._drafts.items():
+            sequence.draft = list(draft.token_ids)
 
     def _advance(self, plan: Plan, computed: Computed) -> list[Output]:
         """Choose tokens wherever a chunk reaches the end of its sequence; commit the plan; end what is done."""
@@ -314,7 +337,8 @@ class Engine:
             numbers = list(range(entry.request.params.n))
             entry.choices |= {number: self._new_choice(entry.request, number, entry.matcher) for number in numbers[1:]}
         draft = list(sequence.draft) if chunk.num_draft else []
-        return [Turn(sequence, number, entry.choices[number], row, draft) for number in numbers]
+        drawn = self._drafts[sequence].guesses if draft else []
+        return [Turn(sequence, number, entry.choices[number], row, draft, drawn) for number in numbers]
 
     def _fork_if_new(self, source: Sequence, number: int) -> None:
         """A sequence for another choice, sharing the computed prompt; to be called before any choice may end."""
@@ -380,6 +404,25 @@ class Engine:
                 vocab_size=self.tokenizer.vocab_size,
                 deterministic=self.config.deterministic,
             )
+
+    def _make_drafter(self, draft: Transformer) -> Drafter:
+        """Raises `UsageError` where the draft does not fit the model or nothing is asked of it."""
+        config, model = self.config, self._model
+        if not config.speculate:
+            raise UsageError("a draft model without speculate guesses nothing; set speculate to the tokens to guess")
+        if draft.device != model.device:
+            raise UsageError(
+                f"the draft model is on {draft.device}, the model on {model.device}; put them on one device"
+            )
+        return Drafter(
+            draft,
+            vocab_size=self.tokenizer.vocab_size,
+            max_running=min(config.speculate_max_running, config.max_running),
+            max_tokens=model.config.max_positions,
+            max_batch_tokens=config.max_batch_tokens,
+            block_size=config.block_size,
+            decode_steps=config.decode_steps,
+        )
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from trine.engine.env import choose_device, choose_dtype
-from trine.engine.errors import DataError
+from trine.engine.errors import DataError, UsageError
 from trine.engine.log import say_once
 from trine.engine.model.checkpoint import load_model, resolve_checkpoint
 from trine.engine.model.transformer import Transformer
@@ -37,6 +37,22 @@ def load_for_inference(checkpoint: Path, *, dtype: str = "auto", device: str = "
         chosen = f"computing in {_name(wanted)}, as requested"
     say_once(f"{folder} on {where}, {chosen}")
     return model, tokenizer
+
+
+def load_draft(checkpoint: Path, model: Transformer, tokenizer: Tokenizer, *, dtype: str = "auto") -> Transformer:
+    """Load a draft model onto the device of the `model` that verifies its guesses; as `load_for_inference`.
+
+    Raises `UsageError` where its tokenizer gives another token to an id: guesses are ids.
+    """
+    draft, theirs = load_for_inference(checkpoint, dtype=dtype, device=str(model.device))
+    if theirs.vocabulary != tokenizer.vocabulary:
+        own, other = ({i: token for token, i in each.vocabulary.items()} for each in (tokenizer, theirs))
+        first = min(i for i in own | other if own.get(i) != other.get(i))
+        raise UsageError(
+            f"the draft {checkpoint} has another vocabulary: id {first} is {other.get(first)!r} in it and "
+            f"{own.get(first)!r} in the model; take a draft model with the model's own tokenizer"
+        )
+    return draft
 
 
 def inference_dtype(stored: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:

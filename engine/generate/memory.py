@@ -19,6 +19,8 @@ from trine.engine.model.transformer import Transformer
 # The share of free memory that the cache takes: a host is shared with other programs, a GPU usually is not.
 CPU_SHARE = 0.5
 GPU_SHARE = 0.9
+# The share that the cache of a draft model takes of it at most.
+DRAFT_SHARE = 0.1
 
 
 def choose_num_blocks(
@@ -31,9 +33,11 @@ def choose_num_blocks(
     max_running: int,
     compute_dtype: torch.dtype,
     decode_steps: bool,
+    reserved_bytes: int = 0,
 ) -> tuple[int, str]:
     """Blocks, and the reason in a few words. `kv_bytes` 0 chooses; no more than all sequences at once could fill.
-    `decode_steps`: the weights will be copied for compiled steps, see `fits_decode_steps`.
+    `decode_steps`: the weights will be copied for compiled steps, see `fits_decode_steps`. `reserved_bytes`: of a CPU's
+    memory, given to others that have not used it yet.
 
     Raises `UsageError` where not even one block fits, or where `kv_bytes` is more than is free.
     """
@@ -44,7 +48,7 @@ def choose_num_blocks(
         free, share = torch.cuda.mem_get_info(device)[0], GPU_SHARE
     else:
         needed = _estimate_step(config, max_batch_tokens, max_running, compute_dtype)
-        needed += _weight_bytes(model) if decode_steps else 0
+        needed += reserved_bytes + (_weight_bytes(model) if decode_steps else 0)
         free, share = available_memory(), CPU_SHARE
     room = max(0, free - needed)
     if kv_bytes:
@@ -65,6 +69,24 @@ def choose_num_blocks(
             f"{format_bytes(room)} of {device} are free; free memory or use a smaller model"
         )
     return blocks, reason
+
+
+def choose_draft_blocks(model: Transformer, max_running: int, max_tokens: int, block_size: int) -> int:
+    """Blocks of a draft model's cache: what its sequences can fill, and no more than a tenth of the model's own could.
+
+    Raises `UsageError` where not even one sequence of one block fits.
+    """
+    each = bytes_per_block(model.config, block_size, model.dtype)
+    device = model.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    room = int(DRAFT_SHARE * (GPU_SHARE if device.type == "cuda" else CPU_SHARE) * free)
+    blocks = min(room // each, max_running * -(-max_tokens // block_size))
+    if blocks < 1:
+        raise UsageError(
+            f"the draft model's cache has no room: a block takes {format_bytes(each)}, but {format_bytes(room)} of "
+            f"{device} are for it; free memory or leave out the draft"
+        )
+    return blocks
 
 
 def fits_decode_steps(model: Transformer) -> bool:

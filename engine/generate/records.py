@@ -35,8 +35,9 @@ class EngineConfig:
         deterministic: what a request gets does not depend on what runs beside it, on how its prompt is cut, on
             preemption or on cached blocks, to the last bit, and log-probabilities are those of `Transformer.forward`
             with `deterministic=True` in the same dtype. Slower; refused where this machine does not keep the bits.
-        speculate: tokens that are guessed (`lookup.py`) and verified together in a step; 0 is off. What is generated
-            stays the same.
+        speculate: tokens that are guessed (by `lookup.py`, or by a draft model where the engine has one) and verified
+            together in a step; 0 is off. What is generated stays the same, or where a draft model meets a request that
+            draws without a seed, its distribution does.
         speculate_max_running: no guesses where more completions are under way, or any wait: then they cost others time.
     """
 

@@ -351,9 +351,14 @@ def uniform(generator: torch.Generator) -> float:
 
 def draw(logits_V: Tensor, generator: torch.Generator) -> int:
     """One id from softmax(logits [V]), by one uniform number of the (CPU) generator."""
-    cumulative_V = (logits_V - logits_V.max()).exp().double().cumsum(-1)
+    return pick((logits_V - logits_V.max()).exp().double(), uniform(generator))
+
+
+def pick(weights_V: Tensor, point: float) -> int:
+    """The id at which the cumulative sum of fp64 weights [V] passes `point` (in [0, 1)) times their total."""
+    cumulative_V = weights_V.cumsum(-1)
     # The first id whose cumulative weight exceeds the point: an id of weight 0 is never taken. Rounding could lift
     # the point to the total itself, which nothing exceeds.
     total = cumulative_V[-1].item()
-    point = min(uniform(generator) * total, math.nextafter(total, 0.0))
+    point = min(point * total, math.nextafter(total, 0.0))
     return int(torch.searchsorted(cumulative_V, point, right=True))

@@ -6,10 +6,11 @@ that was guessed, the turn goes on at the next row.
 
     row i gives t_i;    t_i == draft_i: go on with row i + 1;    else: t_i is the last token of the turn
 
-A guess is a single token, so choosing from the model's own distribution p and comparing is rejection sampling: the
-guess d stands with probability p(d), and what replaces it is drawn from p without d. The distribution of the text is
-that without drafts; indeed a seeded or greedy completion has the same tokens. Source of the method: Leviathan et al.
-2023 (arXiv 2211.17192).
+A guess of which nothing else is known is a single token, so choosing from the model's own distribution p and comparing
+is rejection sampling: the guess d stands with probability p(d), and what replaces it is drawn from p without d. The
+distribution of the text is that without drafts; indeed a seeded or greedy completion has the same tokens. A guess that
+comes with the distribution it was drawn from is verified by `rejection.py`: more of them stand, and p is kept too.
+Source of the method: Leviathan et al. 2023 (arXiv 2211.17192).
 
 Shapes: N rows, V vocabulary.
 """
@@ -22,8 +23,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from trine.engine.errors import TrineError, UsageError
-from trine.engine.generate.batch_sampler import Allowed, Choice, choose
+from trine.engine.generate.batch_sampler import Allowed, Choice
 from trine.engine.generate.logprobs import TokenLogprobs, token_logprobs
+from trine.engine.generate.rejection import Guess, choose_over_guesses
 from trine.engine.generate.request import Request
 from trine.engine.generate.sequence import Sequence
 
@@ -38,6 +40,7 @@ class Turn:
         completion: its state.
         row: of the next token's logits.
         draft: the guessed tokens that were computed behind the last one.
+        guesses: what each of them was drawn from; empty where they were not drawn.
         accepted: how many of them stand.
         token_ids, texts, logprobs: what was chosen so far.
         error: why no token could be chosen.
@@ -48,11 +51,17 @@ class Turn:
     completion: Request
     row: int
     draft: list[int] = field(default_factory=list)
+    guesses: list[Guess] = field(default_factory=list)
     accepted: int = 0
     token_ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: str | None = None
+
+    @property
+    def guess(self) -> Guess | None:
+        """What the next token was guessed to be, where that was drawn."""
+        return self.guesses[self.accepted] if self.accepted < min(len(self.draft), len(self.guesses)) else None
 
     def take(self, choice: Choice, logprobs: TokenLogprobs | None) -> bool:
         """Give the turn what was chosen; returns whether it goes on at the next row."""
@@ -81,7 +90,8 @@ def run_turns(turns: SequenceOf[Turn], logits_NV: Tensor) -> None:
         rows = [turn.row for turn in active]
         logits_RV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[rows]
         samplers = [turn.completion.sampler for turn in active]
-        choices = choose(logits_RV, samplers, [_allowed(turn, logits_NV) for turn in active])
+        allowed = [_allowed(turn, logits_NV) for turn in active]
+        choices = choose_over_guesses(logits_RV, samplers, allowed, [turn.guess for turn in active])
         found = _logprobs(logits_RV, active, choices)
         active = [turn for turn, choice, one in zip(active, choices, found, strict=True) if turn.take(choice, one)]
 

@@ -105,9 +105,14 @@ class Tokenizer:
         return str(self._parsing.decode(ids, skip_special_tokens=skip_special_tokens))
 
     @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones included, as tokenizer.json spells them."""
+        return dict(self._parsing.get_vocab(with_added_tokens=True))
+
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id, so that every id has a row in an embedding of this size."""
-        return 1 + max(self._parsing.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self.vocabulary.values())
 
     @property
     def bos_id(self) -> int | None:
@@ -141,8 +146,7 @@ class Tokenizer:
 
         Where it is not None, the joined bytes of `encode(text, parse_special=False)` are the UTF-8 bytes of the text.
         """
-        vocabulary = self._parsing.get_vocab(with_added_tokens=True)
-        return token_bytes(json.loads(self._definition), vocabulary)
+        return token_bytes(json.loads(self._definition), self.vocabulary)
 
     @cached_property
     def bytes_join_to_text(self) -> bool:

@@ -86,6 +86,17 @@ def test_every_choice_of_the_start_reaches_the_engine(tiny_checkpoint: Path, mon
     assert (engine._engine.config.speculate, engine._engine.config.kv_dtype) == (2, torch.int8)
 
 
+def test_a_draft_model_guesses_and_is_counted(tiny_checkpoint: Path) -> None:
+    engine, _ = load(start(tiny_checkpoint, draft=str(tiny_checkpoint), speculate=3))
+    before = engine.stats()
+    engine.add(Submit(id="a", prompt_ids=[5, 6], sampling=Sampling(max_tokens=20, temperature=0.0, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+    after = engine.stats()
+    assert after.accepted_tokens - before.accepted_tokens == after.drafted_tokens - before.drafted_tokens > 10
+    assert after.steps - before.steps < 10
+
+
 def test_an_unknown_type_of_cache_is_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="kv-dtype 'int9' is not known; give int8 or float8_e4m3fn"):
         load(start(tiny_checkpoint, kv_dtype="int9"))
