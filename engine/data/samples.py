@@ -9,8 +9,11 @@ the position in the data is one integer. Over an epoch every window comes exactl
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,29 +24,64 @@ from trine.engine.data.shards import TokenShards, open_together
 from trine.engine.errors import DataError, UsageError
 
 
-class SampleStream:
-    """An endless sequence of windows of `seq_len` tokens from weighted prepared folders; it has no state.
+class MixedSource(NamedTuple):
+    """A prepared folder in a mixture: its weight, and how often or how much of it may be seen (None: without limit).
 
-    Attributes: fingerprint (names the sequence: data, weights, seq_len, seed, document_mask), tokenizer_dir,
-    tokenizer_fingerprint, num_tokens (of all sources), samples_per_epoch (windows of all sources together), seq_len.
-    Raises `DataError` for sources with different tokenizers or with fewer than seq_len + 1 tokens.
+    A source that has given `max_epochs` times its windows, or `max_tokens` tokens, gives no more; see `mixture`.
+    """
+
+    folder: Path | str
+    weight: float = 1.0
+    max_epochs: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUse:
+    """What a number of samples takes from one source. `ends_at`: the first sample when it has nothing left, or None."""
+
+    source: MixedSource
+    num_tokens: int  # of the source
+    limit: int | None  # samples it gives at most
+    samples: int  # taken
+    epochs: float  # taken
+    ends_at: int | None
+
+
+class SampleStream:
+    """A sequence of windows of `seq_len` tokens from weighted prepared folders; it has no state.
+
+    It is endless, unless every source has a limit.
+
+    Attributes: fingerprint (names the sequence: data, weights, limits, seq_len, seed, document_mask), tokenizer_dir,
+    tokenizer_fingerprint, num_tokens (of all sources), samples_per_epoch (windows of all sources together), seq_len,
+    num_samples (None: endless), endings (the first samples that some source has nothing left for).
+    A source may be given as (folder, weight). Raises `DataError` for sources with different tokenizers or with fewer
+    than seq_len + 1 tokens, `UsageError` for a limit under one sample.
     """
 
     def __init__(
-        self, sources: Sequence[tuple[Path | str, float]], *, seq_len: int, seed: int, document_mask: bool = True
+        self,
+        sources: Sequence[MixedSource | tuple[Path | str, float]],
+        *,
+        seq_len: int,
+        seed: int,
+        document_mask: bool = True,
     ) -> None:
         if seq_len < 1:
             raise UsageError(f"sequence length {seq_len}; give at least 1")
         if not sources:
             raise UsageError("no data sources; name at least one prepared folder")
-        self._shards = open_together([folder for folder, _ in sources], "train")
+        self.sources = [MixedSource(*source) for source in sources]
+        self._shards = open_together([source.folder for source in self.sources], "train")
         for shards in self._shards:
             if shards.num_tokens <= seq_len:
                 raise DataError(
                     f"{shards.folder} has {shards.num_tokens} tokens, a sample of length {seq_len} needs "
                     f"{seq_len + 1}; give more text or a shorter seq_len"
                 )
-        weights = [float(weight) for _, weight in sources]
+        weights = [float(source.weight) for source in self.sources]
+        limits = [_limit(*pair, seq_len) for pair in zip(self.sources, self._shards, strict=True)]
         self.seq_len = seq_len
         self.seed = seed
         self.document_mask = document_mask
@@ -51,11 +89,16 @@ class SampleStream:
         self.tokenizer_fingerprint = self._shards[0].tokenizer_fingerprint
         self.num_tokens = sum(shards.num_tokens for shards in self._shards)
         self.samples_per_epoch = sum(shards.num_tokens // seq_len for shards in self._shards)
-        self._mixture = Mixture(weights, seed=seed)
+        self._limits = limits
+        self._mixture = Mixture(weights, seed=seed, limits=limits)
+        self.num_samples = self._mixture.num_samples
+        self.endings = [sample for sample, _ in self._mixture.endings()]
         parts = [
             (shards.fingerprint, weight / sum(weights)) for shards, weight in zip(self._shards, weights, strict=True)
         ]
         identity = f"samples-1 {parts} {seq_len} {seed} {document_mask}"
+        if any(limit is not None for limit in limits):
+            identity += f" {limits}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def batch(self, first_sample: int, count: int) -> Batch:
@@ -69,6 +112,19 @@ class SampleStream:
             for s, start in zip(source.tolist(), starts.tolist(), strict=True)
         ]
         return make_batch(windows, seq_len=self.seq_len, document_mask=self.document_mask)
+
+    def uses(self, num_samples: int) -> list[SourceUse]:
+        """What the first `num_samples` take from each source."""
+        taken = self._mixture.taken(num_samples).tolist()
+        ends_at = {s: sample for sample, ended in self._mixture.endings() for s in ended}
+        return [
+            SourceUse(
+                source, shards.num_tokens, limit, count, count / (shards.num_tokens // self.seq_len), ends_at.get(s)
+            )
+            for s, (source, shards, limit, count) in enumerate(
+                zip(self.sources, self._shards, self._limits, taken, strict=True)
+            )
+        ]
 
     def stamps(self) -> list[list[int]]:
         """Size in bytes and time of change (ns) of each file of tokens and borders.
@@ -95,6 +151,23 @@ class SampleStream:
             chosen = permute(place[inside], shards.num_tokens // self.seq_len, key)
             starts[inside] = (offset + chosen * self.seq_len) % shards.num_tokens
         return starts
+
+
+def _limit(source: MixedSource, shards: TokenShards, seq_len: int) -> int | None:
+    """How many samples a source gives at most."""
+    limits = []
+    if source.max_epochs is not None:
+        limits.append(math.floor(source.max_epochs * (shards.num_tokens // seq_len)))
+    if source.max_tokens is not None:
+        limits.append(source.max_tokens // seq_len)
+    if not limits:
+        return None
+    if min(limits) < 1:
+        raise UsageError(
+            f"max_epochs = {source.max_epochs} and max_tokens = {source.max_tokens} of {source.folder} allow not even "
+            f"one sample of {seq_len} tokens; raise them or leave the source out"
+        )
+    return min(limits)
 
 
 def ring_window(shards: TokenShards, start: int, count: int) -> Window:

@@ -11,6 +11,7 @@ from trine.engine.log import format_bytes, format_duration, say, warn
 from trine.engine.model.cost import count_parameters
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
+from trine.engine.train.mixing import source_lines
 from trine.engine.train.plan import describe
 from trine.engine.train.progress import Progress, Status
 from trine.engine.train.resolve import Setup
@@ -99,6 +100,9 @@ def log_saved(metrics: MetricsFile, saved: Saved, *, tell: Callable[[str], None]
 def announce(setup: Setup, meter: Meter, *, peak_source: str) -> None:
     """What is trained on what; what MFU is a share of; a warning where the machine is busy."""
     say(describe(setup))
+    train = setup.recipe.train
+    for line in source_lines(setup.stream, num_samples=train.steps * train.batch_size, batch_size=train.batch_size):
+        say(line)
     if meter.peak_flops:
         say(f"MFU is the share of a {peak_source} peak of {meter.peak_flops / 1e12:.3g} TFLOP/s")
     load, cores = load_average()[0], physical_cores()

@@ -28,6 +28,7 @@ from trine.engine.train.announce import announce, log_saved, log_start, log_step
 from trine.engine.train.early_stopping import EarlyStopping
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
+from trine.engine.train.mixing import tell_ended
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.plan import plan_lines
 from trine.engine.train.progress import Progress
@@ -227,6 +228,7 @@ class Trainer:
         self.optimizer.step(factor)
         self.subject.trained.zero_grad(set_to_none=True)
         self.step += 1
+        first_sample = self.next_sample
         self.next_sample += recipe.train.batch_size
         self.loss = result.loss
         self.smoothed.update(result.loss)
@@ -234,6 +236,10 @@ class Trainer:
         log_step(
             metrics, progress, self.setup, self.meter, result, self.smoothed,
             step=self.step, first_step=self.first_step, rates=self.optimizer.learning_rates(factor),
+        )  # fmt: skip
+        tell_ended(
+            metrics, progress, self.setup.stream,
+            step=self.step, first_sample=first_sample, next_sample=self.next_sample,
         )  # fmt: skip
         self._evaluate_if_due(metrics, progress)
         self._log_saves(metrics)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.cost import count_parameters, flops_per_token
+from trine.engine.train.mixing import source_lines
 from trine.engine.train.recipe import recipe_toml
 from trine.engine.train.resolve import Setup
 from trine.kernels.adamw.states import BLOCK
@@ -83,6 +84,11 @@ def plan_lines(setup: Setup) -> str:
             f"memory       about {format_bytes(memory.total)}: {parts} (available {format_bytes(_available(setup))})",
             f"tokens       {format_count(tokens)} = {recipe.train.steps} steps of {per_step:,}, {epochs:.2f} epochs "
             f"of {format_count(setup.stream.num_tokens)}; {tokens / parameters.total:.1f} per parameter",
+            *source_lines(
+                setup.stream,
+                num_samples=recipe.train.steps * recipe.train.batch_size,
+                batch_size=recipe.train.batch_size,
+            ),
             f"FLOPs        {per_token * tokens:.3g} in all, {format_count(per_token)} per token",
             f"time         at least {format_duration(at_peak)} at the {how} peak of {peak / 1e12:.3g} TFLOP/s; "
             f"about {format_duration(at_peak / TYPICAL_MFU)} at {TYPICAL_MFU:.0%} of it",

@@ -101,10 +101,15 @@ class AdapterSettings(Settings):
 
 
 class SourceSettings(Settings):
-    """One folder made by `trine data prepare` and its share of the training tokens."""
+    """One folder made by `trine data prepare`, its share of the training tokens, and how much of it may be seen.
+
+    After `max_epochs` passes or `max_tokens` tokens the source gives no more and the others share what is left.
+    """
 
     path: PathValue
     weight: Rate = 1.0
+    max_epochs: Rate | None = None
+    max_tokens: Positive | None = None
 
 
 class DataSettings(Settings):
@@ -122,11 +127,14 @@ class DataSettings(Settings):
         return self
 
     @property
+    def mixed(self) -> tuple[SourceSettings, ...]:
+        """All sources, `path` as one without limits."""
+        return self.sources if self.path is None else (SourceSettings(path=self.path),)
+
+    @property
     def weighted(self) -> list[tuple[Path, float]]:
         """All sources as (folder, weight)."""
-        if self.path is not None:
-            return [(self.path, 1.0)]
-        return [(source.path, source.weight) for source in self.sources]
+        return [(source.path, source.weight) for source in self.mixed]
 
 
 class TrainSettings(Settings):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trine.engine.config import Settings
-from trine.engine.data.samples import SampleStream
+from trine.engine.data.samples import MixedSource, SampleStream
 from trine.engine.data.shards import read_manifest
 from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
@@ -80,12 +80,7 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     if device.type == "cuda":
         make_deterministic()  # before the first matrix product on the GPU
     compute_dtype, reason = choose_dtype(device, recipe.train.compute_dtype)
-    stream = SampleStream(
-        recipe.data.weighted,
-        seq_len=recipe.data.seq_len,
-        seed=recipe.train.seed,
-        document_mask=recipe.data.document_mask,
-    )
+    stream = _open_stream(recipe)
     tokenizer = Tokenizer.load(stream.tokenizer_dir)
     adapter = recipe.adapter
     weights = continue_from if adapter is None else None
@@ -172,7 +167,7 @@ def changed_settings(old: Settings, new: Settings, prefix: str = "") -> dict[str
 
 
 def _open_validation(recipe: Recipe) -> ValidationSet:
-    folders = [path for path, _ in recipe.data.weighted]
+    folders = [source.path for source in recipe.data.mixed]
     for folder in folders:
         if "validation" not in read_manifest(folder)["splits"]:
             raise DataError(
@@ -186,6 +181,23 @@ def _open_validation(recipe: Recipe) -> ValidationSet:
         max_tokens=recipe.eval.max_batches * batch * recipe.data.seq_len or None,
         document_mask=recipe.data.document_mask,
     )
+
+
+def _open_stream(recipe: Recipe) -> SampleStream:
+    stream = SampleStream(
+        [MixedSource(s.path, s.weight, s.max_epochs, s.max_tokens) for s in recipe.data.mixed],
+        seq_len=recipe.data.seq_len,
+        seed=recipe.train.seed,
+        document_mask=recipe.data.document_mask,
+    )
+    wanted = recipe.train.steps * recipe.train.batch_size
+    if stream.num_samples is not None and wanted > stream.num_samples:
+        raise UsageError(
+            f"train.steps = {recipe.train.steps} of train.batch_size = {recipe.train.batch_size} take {wanted} samples, "
+            f"but max_epochs and max_tokens of the sources allow {stream.num_samples} in all, enough for "
+            f"{stream.num_samples // recipe.train.batch_size} steps; train for fewer, or raise a limit"
+        )
+    return stream
 
 
 def _pretrained_config(recipe: Recipe, folder: Path, tokenizer: Tokenizer) -> ModelConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trine.engine.data.batch import IGNORED, Batch
-from trine.engine.data.samples import SampleStream
+from trine.engine.data.samples import MixedSource, SampleStream
 from trine.engine.data.shards import TokenShards
 from trine.engine.errors import DataError, UsageError
 
@@ -119,8 +121,39 @@ def test_weights_decide_the_shares(mixed: SampleStream, prepared: Path, other: P
     assert mixed.num_tokens == TokenShards.open(prepared).num_tokens + TokenShards.open(other).num_tokens
 
 
+def test_limits_count_epochs_and_tokens_in_whole_samples(prepared: Path, other: Path) -> None:
+    windows = TokenShards.open(other).num_tokens // SEQ_LEN
+    sources = [MixedSource(prepared, 1.0), MixedSource(other, 1.0, max_epochs=1.5)]
+    stream = SampleStream(sources, seq_len=SEQ_LEN, seed=5)
+    one, two = stream.uses(10 * windows)
+    assert (one.limit, one.ends_at, stream.num_samples) == (None, None, None)
+    assert (two.limit, two.samples) == (math.floor(1.5 * windows),) * 2
+    assert two.epochs == pytest.approx(1.5, abs=1 / windows)
+    assert two.ends_at == stream.endings[0] == pytest.approx(2 * two.samples, abs=2)
+    assert one.samples + two.samples == 10 * windows
+    capped = SampleStream([MixedSource(prepared, 1.0, 9.0, 7 * SEQ_LEN + 3)], seq_len=SEQ_LEN, seed=5)
+    assert capped.num_samples == 7
+    assert equal_rows(capped.batch(0, 7), SampleStream([(prepared, 1.0)], seq_len=SEQ_LEN, seed=5).batch(0, 7), 0)
+    with pytest.raises(UsageError, match="limits allow 7"):
+        capped.batch(5, 3)
+    with pytest.raises(UsageError, match=r"max_tokens = 15 of .* allow not even one sample of 16 tokens"):
+        SampleStream([MixedSource(prepared, 1.0, None, 15)], seq_len=SEQ_LEN, seed=5)
+
+
+def test_a_limited_source_shows_each_window_once_an_epoch(prepared: Path, other: Path) -> None:
+    windows = TokenShards.open(other).num_tokens // SEQ_LEN
+    stream = SampleStream([MixedSource(prepared), MixedSource(other, 2.0, 2.0)], seq_len=SEQ_LEN, seed=5)
+    source, index = stream._mixture.assign(np.arange(stream.endings[0]))
+    starts = stream._starts(source, index)[source == 1]
+    assert sorted(index[source == 1].tolist()) == list(range(2 * windows))
+    epochs = [starts[index[source == 1] // windows == epoch] for epoch in (0, 1)]
+    assert [len(set(epoch.tolist())) for epoch in epochs] == [windows, windows]
+
+
 def test_the_fingerprint_names_the_sequence(prepared: Path, other: Path) -> None:
-    def fingerprint(*sources: tuple[Path, float], seq_len: int = 16, seed: int = 0, document_mask: bool = True) -> str:
+    def fingerprint(
+        *sources: MixedSource | tuple[Path, float], seq_len: int = 16, seed: int = 0, document_mask: bool = True
+    ) -> str:
         return SampleStream(sources, seq_len=seq_len, seed=seed, document_mask=document_mask).fingerprint
 
     base = fingerprint((prepared, 1.0), (other, 1.0))
@@ -132,8 +165,15 @@ def test_the_fingerprint_names_the_sequence(prepared: Path, other: Path) -> None
         fingerprint((prepared, 1.0), (other, 1.0), seed=1),
         fingerprint((prepared, 1.0), (other, 1.0), document_mask=False),
         fingerprint((prepared, 1.0)),
+        fingerprint((prepared, 1.0), MixedSource(other, 1.0, max_epochs=2.0)),
+        fingerprint(MixedSource(prepared, 1.0, max_tokens=64), (other, 1.0)),
     ]
-    assert len({base, *others}) == 7
+    assert len({base, *others}) == 9
+    assert base == fingerprint(MixedSource(prepared), MixedSource(other))
+    # Runs are resumed by later versions: the name of a sequence without limits may not change.
+    one, two = (TokenShards.open(folder).fingerprint for folder in (prepared, other))
+    identity = f"samples-1 {[(one, 0.5), (two, 0.5)]} 16 0 True"
+    assert base == hashlib.sha256(identity.encode()).hexdigest()
 
 
 def test_seeds_give_different_orders(prepared: Path) -> None:
