@@ -28,8 +28,9 @@ from trine.engine.model.quantized.format import (
     Headers,
     Layout,
     Stored,
+    check_groups,
+    encoding_of,
     fitted,
-    fitting_scheme,
 )
 from trine.engine.model.quantized.ordered import group_order
 from trine.engine.model.quantized.scheme import BLOCK, Scheme
@@ -77,16 +78,12 @@ class CompressedTensors:
         if form is None:
             return None
         scheme = form.scheme
-        if scheme.group_size is not None and width % scheme.group_size:
-            raise CheckpointError(
-                f"config.json asks for groups of {scheme.group_size}, which the {width} columns of {path} do not fill"
-            )
-        note = form.note or self.note
-        kept = fitting_scheme(scheme, width) if scheme.activations != "none" or scheme.kind == "int" else None
-        if kept is None:
-            note = f"{scheme.describe()} has no product of codes: weights are held as numbers"
+        check_groups(path, scheme, width)
+        layout = _layout(path, form, num_features, width, headers)
         decode = partial(_decode, path, form, num_features, width)
-        return Encoding(_layout(path, form, num_features, width, headers), decode, kept, note)
+        if scheme.kind == "float" and scheme.activations == "none":
+            return Encoding(layout, decode, None, "fp8 weights without fp8 activations are held as numbers")
+        return encoding_of(scheme, width, layout, decode, form.note or self.note)
 
     def is_spare(self, name: str) -> bool:
         """Scales of activations and caches."""

@@ -93,6 +93,35 @@ def fitted(tensor: QuantizedTensor) -> QuantizedTensor | Tensor:
     return tensor.in_groups(scheme.group_size)
 
 
+def encoding_of(
+    scheme: Scheme, width: int, layout: Layout, decode: Callable[[Stored], QuantizedTensor | Tensor], note: str = ""
+) -> Encoding:
+    """The encoding of integer codes in `scheme`, which `decode` hands through `fitted`."""
+    kept = fitting_scheme(scheme, width)
+    if kept is None:
+        note = f"{scheme.describe()} has no product of codes: weights are held as numbers"
+    return Encoding(layout, decode, kept, note)
+
+
+def grouped_scheme(path: str, bits: int, size: int, symmetric: bool, width: int) -> Scheme:
+    """Integers with a scale for each `size` columns; for the row where that is -1 or as wide.
+
+    Raises `CheckpointError` as `check_groups`.
+    """
+    if size == -1 or size >= width:
+        return Scheme(bits=bits, symmetric=symmetric)
+    scheme = Scheme(bits=bits, strategy="group", group_size=size, symmetric=symmetric)
+    check_groups(path, scheme, width)
+    return scheme
+
+
+def check_groups(path: str, scheme: Scheme, width: int) -> None:
+    """Raises `CheckpointError` for groups that do not fill rows of K columns."""
+    size = scheme.group_size
+    if size is not None and width % size:
+        raise CheckpointError(f"config.json asks for groups of {size}, which the {width} columns of {path} do not fill")
+
+
 def require(config: Mapping[str, Any], *keys: str) -> Any:
     """The value of the first of these keys that the quantization_config has."""
     for key in keys:

@@ -37,8 +37,9 @@ from trine.engine.model.quantized.format import (
     Headers,
     Layout,
     Stored,
+    encoding_of,
     fitted,
-    fitting_scheme,
+    grouped_scheme,
     require,
 )
 from trine.engine.model.quantized.ordered import group_order
@@ -71,17 +72,18 @@ class Gptq:
         settings = self._settings(path)
         if settings is None or f"{path}.weight" in headers:
             return None
-        stored = _stored_scheme(path, settings.bits, settings.group_size, settings.symmetric, width)
+        if width * settings.bits % 32:
+            raise CheckpointError(f"{path} has {width} columns of {settings.bits} bits, which do not fill whole words")
+        stored = grouped_scheme(path, settings.bits, settings.group_size, settings.symmetric, width)
         parts = layout(stored, num_features, width)
-        if f"{path}.g_idx" not in headers:
-            del parts["g_idx"]
-        if not settings.symmetric or f"{path}.qzeros" in headers:
-            parts["qzeros"] = _zeros_layout(stored, num_features, width)
+        for name in ("g_idx", *(["qzeros"] if settings.symmetric else [])):
+            if f"{path}.{name}" not in headers:
+                del parts[name]
         decode = partial(_decode, path, settings.version, stored, num_features, width)
-        scheme = fitting_scheme(stored, width)
-        return Encoding(parts, decode, scheme)
+        return encoding_of(stored, width, parts, decode)
 
     def is_spare(self, name: str) -> bool:
+        """None are."""
         return False
 
     def _settings(self, path: str) -> Gptq | None:
@@ -136,16 +138,6 @@ def _read_settings(config: Mapping[str, Any], base: Gptq) -> Gptq:
     return replace(base, bits=bits, group_size=size, symmetric=symmetric, overrides=())
 
 
-def _stored_scheme(path: str, bits: int, size: int, symmetric: bool, width: int) -> Scheme:
-    if width * bits % 32:
-        raise CheckpointError(f"{path} has {width} columns of {bits} bits, which do not fill the words of its qweight")
-    if size == -1 or size >= width:
-        return Scheme(bits=bits, symmetric=symmetric)
-    if width % size:
-        raise CheckpointError(f"config.json asks for groups of {size}, which the {width} columns of {path} do not fill")
-    return Scheme(bits=bits, strategy="group", group_size=size, symmetric=symmetric)
-
-
 def _decode(
     path: str, version: str, scheme: Scheme, num_features: int, width: int, stored: Stored
 ) -> QuantizedTensor | Tensor:
@@ -174,28 +166,31 @@ def _wrapped(codes: Tensor, bits: int) -> Tensor:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_scheme(scheme: Scheme) -> None:
-    """Raises `UsageError` for a scheme that the written form does not hold."""
+def check_scheme(scheme: Scheme, shapes: Mapping[str, tuple[int, int]] | None = None) -> None:
+    """Raises `UsageError` for a scheme that the written form does not hold, or a weight [N, K] that fills no words."""
     if scheme.kind != "int" or scheme.activations != "none" or not scheme.symmetric:
         raise UsageError(
             f"--format gptq does not hold {scheme.describe()}; it holds symmetric w4a16 and w8a16, so leave out "
             "--format, or choose one of these"
         )
+    per_word = 32 // scheme.bits
+    for path, (num_features, width) in (shapes or {}).items():
+        if num_features % per_word or width % per_word:
+            raise UsageError(
+                f"--format gptq packs {per_word} codes into a word, which {path} [{num_features}, {width}] does not "
+                "fill; leave out --format"
+            )
 
 
 def layout(scheme: Scheme, num_features: int, width: int) -> Layout:
-    """What is stored of a weight [N, K]. Raises `UsageError` where its sides do not fill whole words."""
+    """What is stored of a weight [N, K], which `check_scheme` has let through."""
     num_groups = scheme.scales_shape(num_features, width)[1]
     return {
         "qweight": ((num_words(width, scheme.bits), num_features), WORD_KINDS),
-        "qzeros": _zeros_layout(scheme, num_features, width),
+        "qzeros": ((num_groups, num_words(num_features, scheme.bits)), WORD_KINDS),
         "scales": ((num_groups, num_features), FLOAT_KINDS),
         "g_idx": ((width,), WORD_KINDS),
     }
-
-
-def _zeros_layout(scheme: Scheme, num_features: int, width: int) -> tuple[tuple[int, ...], frozenset[str]]:
-    return (scheme.scales_shape(num_features, width)[1], num_words(num_features, scheme.bits)), WORD_KINDS
 
 
 def to_stored(tensor: QuantizedTensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.quantized import compressed_reader, compressed_tensors, gptq
+from trine.engine.model.quantized import awq, bitsandbytes, compressed_reader, compressed_tensors, fp8, gptq
 from trine.engine.model.quantized.format import Format
 
 # Names under which config.json holds the settings; the second is an old one of compressed-tensors.
@@ -14,6 +14,9 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 READERS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     compressed_tensors.METHOD: compressed_reader.read_config,
     gptq.METHOD: gptq.read_config,
+    awq.METHOD: awq.read_config,
+    fp8.METHOD: fp8.read_config,
+    bitsandbytes.METHOD: bitsandbytes.read_config,
 }
 
 
