@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trine.cli.options import Checkpoint, Device, Dtype
+from trine.cli.options import Adapters, Checkpoint, Device, Draft, Dtype, Speculate, guesses, names_and_folders
 
 if TYPE_CHECKING:
+    from trine.engine.generate.engine import Engine
+    from trine.engine.generate.request import Completion
     from trine.engine.generate.sampling import SamplingParams
+
+# Completions computed in turns, at most.
+MAX_RUNNING = 64
 
 
 def generate(
@@ -52,6 +57,9 @@ def generate(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
     n: Annotated[int, typer.Option("-n", "--n", metavar="N", help="Completions per prompt.")] = 1,
+    adapter: Adapters = None,
+    draft: Draft = None,
+    speculate: Speculate = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON object per completion, each on a line.")] = False,
@@ -67,9 +75,11 @@ def generate(
     """Complete prompts. One completion is streamed as it comes; several are printed in order, under headings.
 
     With --prompts and --out a file of prompts runs through the batching engine.
+    A single --adapter is that of every prompt; of several, a line of --prompts names its own.
     """
     from trine.engine.generate.sampling import SamplingParams
 
+    adapters, num_guesses = names_and_folders(adapter), guesses(speculate, draft)
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -86,25 +96,43 @@ def generate(
     )
     if prompts_file is not None or out is not None:
         _check_batch(prompts_file, out, others=bool(prompt or prompt_file or json))
-        assert prompts_file is not None
-        assert out is not None
-        _run_batch(checkpoint, prompts_file, out, params, dtype=dtype, device=device)
-        return
-    prompts = _read_prompts(prompt or [], prompt_file or [])
+    else:
+        prompts = _read_prompts(prompt or [], prompt_file or [])
+        _check_adapters(adapters)
 
     import time
 
     from trine.engine.env import set_threads
     from trine.engine.generate.batch_file import to_json
-    from trine.engine.generate.load import load_for_inference
+    from trine.engine.generate.engine import Engine, EngineConfig
+    from trine.engine.generate.load import load_draft, load_for_inference
     from trine.engine.generate.plain import generate as complete
     from trine.engine.log import format_duration, say
+    from trine.engine.model.checkpoint import resolve_checkpoint
 
     set_threads(0)
-    model, tokenizer = load_for_inference(checkpoint, dtype=dtype, device=device)
+    folder = resolve_checkpoint(checkpoint)
+    model, tokenizer = load_for_inference(folder, dtype=dtype, device=device)
+    guessing = None if draft is None else load_draft(draft, model, tokenizer, dtype=dtype)
+
+    def make_engine(max_running: int) -> Engine:
+        config = EngineConfig(speculate=num_guesses, max_running=max_running)
+        made = Engine(model, tokenizer, config, draft=guessing)
+        for name, place in adapters:
+            made.load_adapter(name, place, base=folder)
+        return made
+
+    if prompts_file is not None and out is not None:
+        _run_batch(make_engine(MAX_RUNNING), checkpoint, prompts_file, out, params, dict(adapters))
+        return
     streams = not json and len(prompts) * n == 1
+    # The plain generator knows neither adapters nor guesses.
+    engine = make_engine(min(MAX_RUNNING, len(prompts) * n)) if adapters or num_guesses else None
     started = time.perf_counter()
-    completions = complete(model, tokenizer, prompts, params, on_text=_show if streams else None)
+    if engine is None:
+        completions = complete(model, tokenizer, prompts, params, on_text=_show if streams else None)
+    else:
+        completions = _through(engine, prompts, params, adapters[0][0] if adapters else None, streams=streams)
     seconds = time.perf_counter() - started
     if json:
         for completion in completions:
@@ -133,17 +161,42 @@ def _check_batch(prompts: Path | None, out: Path | None, *, others: bool) -> Non
         raise UsageError("--prompts takes its prompts from the file and writes to --out; leave out --prompt and --json")
 
 
-def _run_batch(checkpoint: Path, prompts: Path, out: Path, params: SamplingParams, *, dtype: str, device: str) -> None:
-    from trine.engine.env import set_threads
+def _check_adapters(adapters: tuple[tuple[str, str], ...]) -> None:
+    from trine.engine.errors import UsageError
+
+    if len(adapters) > 1:
+        names = ", ".join(name for name, _ in adapters)
+        raise UsageError(f"--prompt goes with one --adapter, got {names}; give one, or name them in lines of --prompts")
+
+
+def _through(
+    engine: Engine, prompts: list[str], params: SamplingParams, adapter: str | None, *, streams: bool
+) -> list[Completion]:
+    """The prompts through the batching engine. Raises what the plain generator raises for a prompt that is refused."""
+    from trine.engine.errors import TrineError
+    from trine.engine.generate.offline import complete_each
+    from trine.engine.generate.records import Output
+
+    def show(output: Output) -> None:
+        if streams:
+            _show(0, output.choice, output.text)
+
+    found = list(complete_each(engine, ((prompt, params, adapter) for prompt in prompts), on_output=show))
+    for completion in found:
+        if completion.error is not None:
+            raise TrineError(f"prompt {completion.prompt_index + 1}: {completion.error}")
+    return found
+
+
+def _run_batch(
+    engine: Engine, checkpoint: Path, prompts: Path, out: Path, params: SamplingParams, adapters: dict[str, str]
+) -> None:
     from trine.engine.errors import DataError
     from trine.engine.generate.batch_file import run_file
-    from trine.engine.generate.engine import Engine
-    from trine.engine.generate.load import load_for_inference
     from trine.engine.log import format_duration, say
 
-    set_threads(0)
-    model, tokenizer = load_for_inference(checkpoint, dtype=dtype, device=device)
-    done = run_file(Engine(model, tokenizer), prompts, out, params, checkpoint=str(checkpoint.resolve()))
+    folders = {name: str(Path(folder).resolve()) for name, folder in adapters.items()}
+    done = run_file(engine, prompts, out, params, checkpoint=str(checkpoint.resolve()), adapters=folders)
     rate = done.tokens / max(done.seconds, 1e-9)
     say(
         f"{done.lines - done.before} prompts, {done.tokens} tokens in {format_duration(done.seconds)}, "

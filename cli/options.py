@@ -37,6 +37,10 @@ SkipBad = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME=DIR", help="A LoRA adapter in PEFT's layout (repeatable)."),
+]
 Draft = Annotated[
     Path | None,
     typer.Option(
@@ -61,3 +65,18 @@ def guesses(speculate: int | None, draft: Path | None) -> int:
     if draft is not None and speculate == 0:
         raise UsageError(f"--draft {draft} with --speculate 0 guesses nothing; leave out the one or the other")
     return (0 if draft is None else 4) if speculate is None else speculate
+
+
+def names_and_folders(given: list[str] | None) -> tuple[tuple[str, str], ...]:
+    """What --adapter says. Raises `UsageError` where one is not NAME=DIR, or two have one name."""
+    from trine.engine.errors import UsageError
+
+    found: dict[str, str] = {}
+    for each in given or ():
+        name, sign, folder = each.partition("=")
+        if not name or not sign or not folder:
+            raise UsageError(f"--adapter {each!r} is not NAME=DIR; give a name and the folder of a PEFT adapter")
+        if name in found:
+            raise UsageError(f"--adapter names {name!r} twice; give each adapter a name of its own")
+        found[name] = folder
+    return tuple(found.items())

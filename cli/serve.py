@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trine.cli.options import Checkpoint, Device, Draft, Dtype, Speculate, guesses
+from trine.cli.options import Adapters, Checkpoint, Device, Draft, Dtype, Speculate, guesses, names_and_folders
 
 if TYPE_CHECKING:
     from trine.serve.settings import ServerSettings
@@ -29,10 +29,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="What requests call the model (repeatable); [its folder's name]."),
     ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="A LoRA adapter (PEFT), asked for by this model name (repeatable)."),
-    ] = None,
+    adapter: Adapters = None,
     runtime_adapters: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Let clients load and unload adapters below this folder.", show_default="off"),
@@ -104,7 +101,7 @@ def serve(
             deterministic=deterministic,
             speculate=guesses(speculate, draft),
             draft=None if draft is None else str(draft),
-            adapters=tuple(_name_and_folder(each) for each in adapter or ()),
+            adapters=names_and_folders(adapter),
         ),
         host=host,
         port=port,
@@ -128,15 +125,6 @@ def run(settings: ServerSettings, on_ready: Callable[[str], None] | None = None)
     from trine.serve.server import serve as run_server
 
     raise typer.Exit(run_server(settings, on_ready=on_ready))
-
-
-def _name_and_folder(given: str) -> tuple[str, str]:
-    from trine.engine.errors import UsageError
-
-    name, sign, folder = given.partition("=")
-    if not name or not sign or not folder:
-        raise UsageError(f"--adapter {given!r} is not NAME=DIR; give a name and the folder of a PEFT adapter")
-    return name, folder
 
 
 def _read_keys(path: Path | None) -> list[str]:

@@ -1,10 +1,10 @@
 """A file of prompts to a file of completions, through the engine; an interrupted run goes on where it ended.
 
-Prompts are JSON lines: an object with `prompt` (text) or `prompt_ids`, and where wanted `id` and any field of
-`SamplingParams` that shall differ for this line. Completions are JSON lines in the same order, one for each choice, in
-the form of `trine generate --json` with the line's `id`. Lines are appended whole; what a crash left of a line, or of
-a prompt with several choices, is cut off when the run goes on. `OUT.job.json` says what the run was, so that nothing
-else is appended to its results.
+Prompts are JSON lines: an object with `prompt` (text) or `prompt_ids`, and where wanted `id`, `adapter` (a name, null
+for the model alone) and any field of `SamplingParams` that shall differ for this line. Completions are JSON lines in
+the same order, one for each choice, in the form of `trine generate --json` with the line's `id`. Lines are appended
+whole; what a crash left of a line, or of a prompt with several choices, is cut off when the run goes on.
+`OUT.job.json` says what the run was, so that nothing else is appended to its results.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Line:
     prompt: Prompt
     params: SamplingParams
     id: str | int | None
+    adapter: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +59,54 @@ def to_json(completion: Completion, line_id: str | int | None = None) -> str:
     return json.dumps(record if line_id is None else {"id": line_id, **record})
 
 
-def read_lines(path: Path, params: SamplingParams) -> Iterator[Line]:
-    """The prompts of a file, one after another. Raises `DataError` naming the line that is wrong."""
+def read_lines(path: Path, params: SamplingParams, adapters: Sequence[str] = ()) -> Iterator[Line]:
+    """The prompts of a file, one after another. Raises `DataError` naming the line that is wrong.
+
+    `adapters`: names that lines may give. A single one is that of every line that gives none.
+    """
     with path.open("rb") as file:
         for number, text in enumerate(file, start=1):
-            yield _parse(text, f"{path}:{number}", params)
+            yield _parse(text, f"{path}:{number}", params, adapters)
 
 
-def run_file(engine: Engine, prompts: Path, out: Path, params: SamplingParams, *, checkpoint: str) -> Summary:
+def run_file(
+    engine: Engine,
+    prompts: Path,
+    out: Path,
+    params: SamplingParams,
+    *,
+    checkpoint: str,
+    adapters: Mapping[str, str] | None = None,
+) -> Summary:
     """Complete every prompt of the file that `out` has no completions of yet.
 
-    The whole file is read once before anything is computed. Raises `DataError` for a line that is wrong, `UsageError`
-    where `out` holds the results of something else.
+    `checkpoint`, and `adapters` by name (the engine has loaded them): where the weights come from, for the record. The
+    whole file is read once before anything is computed. Raises `DataError` for a line that is wrong, `UsageError` where
+    `out` holds the results of something else, or where no line uses an adapter.
     """
     if not prompts.is_file():
         raise DataError(f"no prompts file {prompts}; check the name")
-    choices = [line.params.n for line in read_lines(prompts, params)]
-    _check_job(out, {"checkpoint": checkpoint, "prompts": _sha256(prompts), "params": asdict(params)})
+    named = tuple(adapters or ())
+    choices, unused = [], set(named)
+    for line in read_lines(prompts, params, named):
+        choices.append(line.params.n)
+        unused.discard(line.adapter or "")
+    if unused:
+        raise UsageError(f"no line of {prompts} names the adapter {min(unused)!r}; leave it out, or add it to lines")
+    job = {"checkpoint": checkpoint, "prompts": _sha256(prompts), "params": asdict(params)}
+    _check_job(out, {**job, "adapters": dict(adapters)} if adapters else job)
     done = _finished(out, choices)
     if done:
         say(f"{out} has the completions of {done} of {len(choices)} prompts; going on with the rest")
     progress = _Progress(len(choices), done)
     failed = 0
-    lines = (line for number, line in enumerate(read_lines(prompts, params)) if number >= done)
+    lines = (line for number, line in enumerate(read_lines(prompts, params, named)) if number >= done)
     ids: dict[int, str | int | None] = {}
 
-    def feed() -> Iterator[tuple[Prompt, SamplingParams]]:
+    def feed() -> Iterator[tuple[Prompt, SamplingParams, str | None]]:
         for number, line in enumerate(lines, start=done):
             ids[number] = line.id
-            yield line.prompt, line.params
+            yield line.prompt, line.params, line.adapter
 
     with out.open("ab") as file, progress:
         synced = time.monotonic()
@@ -112,21 +132,25 @@ def run_file(engine: Engine, prompts: Path, out: Path, params: SamplingParams, *
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(text: bytes, where: str, params: SamplingParams) -> Line:
+def _parse(text: bytes, where: str, params: SamplingParams, adapters: Sequence[str]) -> Line:
     try:
         record = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); give one object a line") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: a {type(record).__name__}; give an object with prompt or prompt_ids")
-    unknown = sorted(record.keys() - _SETTINGS.keys() - {"id", "prompt", "prompt_ids"})
+    unknown = sorted(record.keys() - _SETTINGS.keys() - {"id", "prompt", "prompt_ids", "adapter"})
     if unknown:
-        raise DataError(f"{where}: unknown field {unknown[0]!r}; known: id, prompt, prompt_ids, {_names()}")
+        raise DataError(f"{where}: unknown field {unknown[0]!r}; known: id, prompt, prompt_ids, adapter, {_names()}")
     if ("prompt" in record) == ("prompt_ids" in record):
         raise DataError(f"{where}: give either prompt or prompt_ids")
     line_id = record.pop("id", None)
     if line_id is not None and not isinstance(line_id, str | int):
         raise DataError(f"{where}: id is a {type(line_id).__name__}; give a text or a number")
+    adapter = record.pop("adapter", adapters[0] if len(adapters) == 1 else None)
+    if adapter is not None and adapter not in adapters:
+        loaded = f"loaded: {', '.join(adapters)}" if adapters else "none is loaded"
+        raise DataError(f"{where}: there is no adapter {adapter!r}; {loaded} (--adapter NAME=DIR)")
     prompt = record.pop("prompt", None)
     ids = record.pop("prompt_ids", None)
     if prompt is not None and not isinstance(prompt, str):
@@ -137,7 +161,7 @@ def _parse(text: bytes, where: str, params: SamplingParams) -> Line:
         own = replace(params, **{name: _frozen(name, value) for name, value in record.items()})
     except (UsageError, TypeError, ValueError) as error:
         raise DataError(f"{where}: {error}") from None
-    return Line(ids if prompt is None else prompt, own, line_id)
+    return Line(ids if prompt is None else prompt, own, line_id, adapter)
 
 
 def _frozen(name: str, value: Any) -> Any:
@@ -192,7 +216,7 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         before = {}
-    changed = [name for name in job if before.get(name) != job[name]]
+    changed = [name for name in {**job, **before} if before.get(name) != job.get(name)]
     if changed:
         raise UsageError(
             f"{out} exists and was not made from the same {' and '.join(changed)}; choose another --out or remove it"

@@ -38,17 +38,17 @@ def complete(engine: Engine, prompts: Iterable[Prompt], params: SamplingParams) 
     A prompt that the engine refuses, or whose completion fails, gives a completion with `finish_reason` "error" and the
     reason; the others go on.
     """
-    return complete_each(engine, ((prompt, params) for prompt in prompts))
+    return complete_each(engine, ((prompt, params, None) for prompt in prompts))
 
 
 def complete_each(
     engine: Engine,
-    prompts: Iterable[tuple[Prompt, SamplingParams]],
+    prompts: Iterable[tuple[Prompt, SamplingParams, str | None]],
     *,
     first_index: int = 0,
     on_output: Callable[[Output], None] | None = None,
 ) -> Iterator[Completion]:
-    """As `complete`, with parameters for each prompt.
+    """As `complete`, with parameters for each prompt and the name of its adapter (None: the model alone).
 
     `first_index`: `prompt_index` of the first. `on_output`: called with every output of the engine, as it comes.
     """
@@ -83,11 +83,11 @@ def complete_each(
             engine.abort(str(index))
 
 
-def _add(engine: Engine, index: int, prompt: Prompt, params: SamplingParams) -> _Pending:
+def _add(engine: Engine, index: int, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Pending:
     entry = _Pending(params)
     try:
         ids = tuple(encode_prompt(engine.tokenizer, prompt))
-        engine.add(GenerationRequest(id=str(index), prompt_ids=ids, params=params))
+        engine.add(GenerationRequest(id=str(index), prompt_ids=ids, params=params, adapter=adapter))
         entry.open = params.n
     except TrineError as error:
         entry.refused = str(error)

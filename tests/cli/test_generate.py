@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.checkpoint import load_model, save_model
+from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 
 Trine = Callable[..., tuple[int, str, str]]
@@ -194,3 +196,55 @@ def test_options_of_a_file_of_prompts_go_together(trine: Trine, tiny_checkpoint:
     status, _, err = trine("generate", tiny_checkpoint, "--prompts", tmp_path / "none", "--out", tmp_path / "x")
     assert status == 1
     assert "no prompts file" in err
+
+
+# --- drafts and adapters ----------------------------------------------------------------------------------------------
+
+
+def test_a_draft_changes_nothing_of_a_greedy_text(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    expected = generate(load_model(tiny_checkpoint), tiny_tokenizer, ["the cat"], GREEDY)[0].text
+    command = ["generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS]
+    for options in (["--draft", tiny_checkpoint], ["--speculate", "3"]):
+        status, out, _ = trine(*command, *options)
+        assert (status, out) == (0, expected + "\n")
+    status, _, err = trine(*command, "--draft", tiny_checkpoint, "--speculate", "0")
+    assert (status, "guesses nothing" in err) == (2, True)
+
+
+def test_an_adapter_is_that_of_every_prompt(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "lora", load_model(tiny_checkpoint))
+    named = ["--adapter", f"mine={folder}"]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "the cat", "adapter": null}\n')
+    plain = trine("generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS)[1]
+    status, adapted, err = trine("generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS, *named)
+    assert status == 0
+    assert "adapter 'mine': rank 2" in err
+    assert adapted != plain
+    many = ["generate", tiny_checkpoint, "--prompts", prompts, "--out", out, *ENGINE_OPTIONS]
+    assert trine(*many, *named)[0] == 0
+    assert [json.loads(line)["text"] + "\n" for line in out.read_text().splitlines()] == [adapted, plain]
+
+
+def test_adapters_that_cannot_be_meant_are_refused(trine: Trine, tiny_checkpoint: Path) -> None:
+    for options, message in (
+        (["--adapter", "a=x", "--adapter", "b=y"], "--prompt goes with one --adapter, got a, b"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "names 'a' twice"),
+        (["--adapter", "x"], "'x' is not NAME=DIR"),
+    ):
+        status, _, err = trine("generate", tiny_checkpoint, "--prompt", "x", *options)
+        assert (status, message in err) == (2, True)
+
+
+def write_adapter(folder: Path, model: Transformer) -> Path:
+    """A LoRA adapter of the first layer's queries, strong enough to change the text."""
+    folder.mkdir()
+    width = model.config.width
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{path}.lora_A.weight": torch.ones(2, width), f"{path}.lora_B.weight": torch.ones(width, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trine.engine.errors import UsageError
+from trine.engine.errors import DataError, UsageError
+from trine.engine.generate.batch_file import run_file
 from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
@@ -298,3 +299,45 @@ def test_another_base_by_name_is_warned_of(llama: Case, tmp_path: Path, capsys: 
     warnings = [line for line in capsys.readouterr().err.splitlines() if "was trained on" in line]
     assert len(warnings) == 1
     assert "'someone/Small-1B', not on models/Other-1B" in warnings[0]
+
+
+# --- files of prompts -------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_a_file_name_their_adapters(llama: Case, tmp_path: Path) -> None:
+    wanted = [("x", "mlp"), ("def add(", None), ("x", "attention"), ("x", None)]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": prompt, **({} if adapter is None else {"adapter": adapter})} for prompt, adapter in wanted]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folders = {"mlp": "there", "attention": "elsewhere"}
+    run_file(llama.engine("mlp", "attention"), prompts, out, GREEDY, checkpoint="here", adapters=folders)
+    found = [tuple(json.loads(line)["token_ids"]) for line in out.read_text().splitlines()]
+    assert found == [llama.expected(prompt, adapter) for prompt, adapter in wanted]
+    with pytest.raises(UsageError, match="not made from the same adapters"):
+        run_file(llama.engine("mlp"), prompts, out, GREEDY, checkpoint="here", adapters={**folders, "mlp": "new"})
+
+
+def test_a_single_adapter_is_that_of_lines_without_one(llama: Case, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "x"}\n{"prompt": "x", "adapter": null}\n')
+    run_file(llama.engine("mlp"), prompts, out, GREEDY, checkpoint="here", adapters={"mlp": "there"})
+    found = [tuple(json.loads(line)["token_ids"]) for line in out.read_text().splitlines()]
+    assert found == [llama.expected("x", "mlp"), llama.expected("x", None)]
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "message"),
+    [
+        ({"adapter": "other"}, ("mlp",), r"prompts.jsonl:1: there is no adapter 'other'; loaded: mlp \(--adapter"),
+        ({"adapter": "mlp"}, (), r"there is no adapter 'mlp'; none is loaded"),
+        ({"adapter": "mlp"}, ("mlp", "all"), r"no line of .*prompts.jsonl names the adapter 'all'"),
+    ],
+)
+def test_adapters_of_a_file_and_of_the_engine_go_together(
+    llama: Case, tmp_path: Path, line: dict[str, Any], names: tuple[str, ...], message: str
+) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"prompt": "x", **line}) + "\n")
+    with pytest.raises((DataError, UsageError), match=message):
+        run_file(llama.engine(), prompts, out, GREEDY, checkpoint="here", adapters=dict.fromkeys(names, "there"))
+    assert not out.exists()
