@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,9 @@ def evaluate(
         ),
     ] = None,
     text_field: TextField = "text",
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A LoRA adapter (PEFT), or the run folder of one.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on one line.")] = False,
@@ -52,12 +56,12 @@ def evaluate(
     from trine.engine.env import set_threads
     from trine.engine.evaluate.perplexity import perplexity
     from trine.engine.evaluate.texts import read_texts
-    from trine.engine.generate.load import load_for_inference
+    from trine.engine.generate.adapted import load_adapted
     from trine.engine.log import progress, warn
 
     set_threads(0)
     texts = read_texts(files, text_field=text_field)
-    model, tokenizer = load_for_inference(checkpoint, dtype=dtype, device=device)
+    model, tokenizer = load_adapted(checkpoint, adapter, dtype=dtype, device=device)
     result = perplexity(model, tokenizer, texts, window=window, stride=stride, bos=bos, progress=progress)
     if result.unknown_tokens:
         warn(

@@ -99,6 +99,23 @@ class Adapter:
         return sum(part.a_RC.numel() + part.b_FR.numel() for part in self.parts.values())
 
 
+def resolve_adapter(path: Path | str) -> Path | None:
+    """The adapter's folder meant by `path`: itself, or a run folder's `final/` or latest step; None if it is none."""
+    path = Path(path)
+    candidates = [path]
+    if not (path / "config.json").is_file():
+        candidates.append(path / "final")
+        latest = path / "latest"
+        if latest.is_file():
+            candidates.append(path / latest.read_text(encoding="utf-8").strip())
+    return next((each for each in candidates if (each / CONFIG).is_file()), None)
+
+
+def base_name(folder: Path) -> str:
+    """The model that an adapter was trained on, as its config calls it, or ""."""
+    return str(read_json(folder / CONFIG).get("base_model_name_or_path") or "")
+
+
 def read_adapter(folder: Path | str, config: ModelConfig) -> Adapter:
     """The adapter in a folder, for a model of this config.
 

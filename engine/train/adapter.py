@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from trine.engine.errors import UsageError
 from trine.engine.model.blocks import Attention, Block
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_base import check_base, identify
 from trine.engine.model.lora_weights import LoraWeights
+from trine.engine.model.quantized.layers import QuantizedLinear
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.resolve import Setup
+from trine.kernels.quantized.scaled_weight import ScaledWeight
 
 
 def adapt(setup: Setup) -> tuple[Transformer, LoraWeights]:
@@ -46,6 +49,7 @@ def adapt(setup: Setup) -> tuple[Transformer, LoraWeights]:
         check_base(read.record, setup.adapter_from, folder)
         adapter = LoraWeights.of(read, setup.config, dropout=settings.dropout, base=base)
     model = _frozen(setup, folder)
+    _check_gradients(model, folder)
     adapter.to(setup.device).attach(model)
     return model, adapter
 
@@ -61,3 +65,13 @@ def _frozen(setup: Setup, folder: Path) -> Transformer:
         elif isinstance(module, Block):
             module.dropout = dropout.residual
     return model
+
+
+def _check_gradients(model: Transformer, folder: Path) -> None:
+    """Raises `UsageError` where a layer rounds its inputs to codes, which has no gradient."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and isinstance(module.weight, ScaledWeight):
+            raise UsageError(
+                f"{folder} quantizes activations too (as w8a8 and fp8 do, in {name}), and so has no gradients; train "
+                "on the checkpoint it was made from, or on a copy in w4a16 or w8a16: the adapter can be used on all"
+            )
