@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trine.cli import bench, data, doctor, generate, quantize, quickstart, report, serve, tokenizer, train
+from trine.cli import bench, data, doctor, generate, merge, quantize, quickstart, report, serve, tokenizer, train
 from trine.cli import eval as evaluate
 
 # typer's error for a wrong command line: the base of its one public class of that kind.
@@ -50,6 +50,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("merge")(merge.merge)
 app.command("quantize")(quantize.quantize)
 app.command("serve")(serve.serve)
 app.command("report")(report.report)
