@@ -3,8 +3,9 @@
     take what has come  ->  Submit: add, Abort: abort, ...: answer  ->  one step  ->  one frame with all it brought
 
 A thread reads frames into a queue of fixed size; when that is full it reads no more, and the socket makes the API
-process wait. When the API process goes away, in whatever way, the socket ends and so does this process. A request that
-the engine does not take is refused alone; an error of a step is one of the engine, ends the process, and is said first.
+process wait. When the API process goes away, in whatever way, the kernel ends this process on Linux, and the end of the
+socket does elsewhere. A request that the engine does not take is refused alone; an error of a step is one of the
+engine, ends the process, and is said first.
 
 The loop knows an engine by the few things in `Computes`; `trine.serve.engine_process` puts the real one in.
 """
@@ -46,6 +47,7 @@ from trine.serve.messages import (
     pack,
     unpack_to_engine,
 )
+from trine.serve.parent import end_with_parent
 
 INBOX_MESSAGES = 1024
 # How long a step may still take when the API process is gone.
@@ -82,7 +84,8 @@ Load = Callable[[Start], tuple[Computes, Ready]]
 
 
 def connect(path: str) -> socket.socket:
-    """The socket that the API process listens on."""
+    """The socket that the API process, which started this one, listens on."""
+    end_with_parent()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(path)
     return connection

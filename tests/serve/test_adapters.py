@@ -201,7 +201,7 @@ def test_settings_that_are_refused(settings: dict[str, Any], complaint: str) -> 
 
 @pytest.mark.parametrize("given", ["first", "=folder", "first="])
 def test_the_option_needs_a_name_and_a_folder(given: str) -> None:
-    from trine.cli.serve import _name_and_folder
+    from trine.cli.options import names_and_folders
 
     with pytest.raises(UsageError, match="is not NAME=DIR"):
-        _name_and_folder(given)
+        names_and_folders([given])
