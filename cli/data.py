@@ -1,4 +1,4 @@
-"""`trine data`: turn text into token shards."""
+"""`trine data`: turn text into token shards, and look into them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trine.cli.data_inspect import inspect
 from trine.cli.options import SkipBad, Suffixes, TextField, TextFiles
 
 app = typer.Typer(no_args_is_help=True)
@@ -14,7 +15,10 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def callback() -> None:
-    """Prepare text for training."""
+    """Prepare text for training, and look at what was prepared."""
+
+
+app.command("inspect")(inspect)
 
 
 @app.command("prepare")

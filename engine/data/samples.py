@@ -103,15 +103,17 @@ class SampleStream:
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """Samples [first_sample, first_sample + count) as a batch [count, seq_len]."""
+        windows = [
+            ring_window(self._shards[s], start, self.seq_len + 1) for s, start in self.places(first_sample, count)
+        ]
+        return make_batch(windows, seq_len=self.seq_len, document_mask=self.document_mask)
+
+    def places(self, first_sample: int, count: int) -> list[tuple[int, int]]:
+        """Source and first token of each of `count` samples from `first_sample` on."""
         if first_sample < 0 or count < 1:
             raise UsageError(f"{count} samples from number {first_sample}; both should be positive")
         source, index = self._mixture.assign(np.arange(first_sample, first_sample + count, dtype=np.int64))
-        starts = self._starts(source, index)
-        windows = [
-            ring_window(self._shards[s], start, self.seq_len + 1)
-            for s, start in zip(source.tolist(), starts.tolist(), strict=True)
-        ]
-        return make_batch(windows, seq_len=self.seq_len, document_mask=self.document_mask)
+        return list(zip(source.tolist(), self._starts(source, index).tolist(), strict=True))
 
     def uses(self, num_samples: int) -> list[SourceUse]:
         """What the first `num_samples` take from each source."""

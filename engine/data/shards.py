@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +105,16 @@ class TokenShards:
         """Indices of the tokens in [start, start + count) that begin a document, int64, ascending."""
         first, last = np.searchsorted(self._starts, (start, start + count))
         return np.asarray(self._starts[first:last])
+
+    def document_at(self, token: int) -> tuple[int, int]:
+        """The number of the document that holds a token, and the index of the document's first token."""
+        number = int(np.searchsorted(self._starts, token, side="right")) - 1
+        return number, int(self._starts[number])
+
+    def document_lengths(self, *, chunk: int = 1 << 20) -> Iterator[npt.NDArray[np.int64]]:
+        """Tokens of each document, end-of-text included, in order, `chunk` documents at a time."""
+        for first in range(0, self.num_documents, chunk):
+            yield np.diff(self._documents[first : first + chunk + 1])
 
     def verify(self) -> None:
         """Read everything and compare with the fingerprint; raises `DataError` on a difference."""

@@ -76,3 +76,26 @@ def test_bad_usage_is_refused(trine: Trine, folder: Path) -> None:
         assert message in err
         assert err.count("\n") == 1
     assert not (folder / "out").exists()
+
+
+def test_inspect_shows_samples_borders_and_counts(succeeds: Succeeds, trine: Trine, folder: Path) -> None:
+    (folder / "text" / "10.txt").write_text("the cat\x1b[2J sat\n")
+    succeeds("data", "prepare", folder / "text", "--tokenizer", folder / "tok", "--out", folder / "out")
+    shards = TokenShards.open(folder / "out")
+    _, out, _ = trine("data", "inspect", folder / "out", "--sample", 2, "--seq-len", shards.num_tokens - 1)
+    assert f"tokens    {shards.num_tokens:,} in 11 documents" in out
+    assert out.count("\nsample ") == 2
+    assert out.count("-- document ") >= 22
+    assert "⟦<|endoftext|>⟧" in out
+    assert "\x1b" not in out.replace("\\x1b", "")
+    assert "the cat\\x1b[2J sat" in out
+    _, out, _ = trine("data", "inspect", folder / "out", "--json", "--sample", 1, "--seq-len", 8)
+    found = json.loads(out)
+    assert found["documents"] == 11
+    assert len(found["samples"][0]["ids"]) == len(found["samples"][0]["loss"]) == 8
+    status, _, err = trine("data", "inspect", folder / "text")
+    assert status == 1
+    assert "no prepared data in" in err
+    status, _, err = trine("data", "inspect", folder / "out", "--split", "validation")
+    assert status == 1
+    assert "has no validation split" in err
