@@ -75,7 +75,8 @@ def generate(
     """Complete prompts. One completion is streamed as it comes; several are printed in order, under headings.
 
     With --prompts and --out a file of prompts runs through the batching engine.
-    A single --adapter is that of every prompt; of several, a line of --prompts names its own.
+    A single --adapter is that of every prompt; of several, a line of --prompts names its own. Where CHECKPOINT itself
+    is an adapter, or the run folder of one, it is computed on the base that it names.
     """
     from trine.engine.generate.sampling import SamplingParams
 
@@ -103,15 +104,17 @@ def generate(
     import time
 
     from trine.engine.env import set_threads
+    from trine.engine.generate.adapted import base_and_adapter
     from trine.engine.generate.batch_file import to_json
     from trine.engine.generate.engine import Engine, EngineConfig
     from trine.engine.generate.load import load_draft, load_for_inference
     from trine.engine.generate.plain import generate as complete
     from trine.engine.log import format_duration, say
-    from trine.engine.model.checkpoint import resolve_checkpoint
 
     set_threads(0)
-    folder = resolve_checkpoint(checkpoint)
+    folder, own = base_and_adapter(checkpoint, adapters[0][1] if adapters else None)
+    if own is not None and not adapters:
+        adapters = ((checkpoint.name, str(own)),)
     model, tokenizer = load_for_inference(folder, dtype=dtype, device=device)
     guessing = None if draft is None else load_draft(draft, model, tokenizer, dtype=dtype)
 

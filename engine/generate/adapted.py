@@ -22,7 +22,7 @@ from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 
 
-def base_and_adapter(checkpoint: Path, adapter: Path | None) -> tuple[Path, Path | None]:
+def base_and_adapter(checkpoint: Path, adapter: Path | str | None) -> tuple[Path, Path | None]:
     """(folder of the model, folder of the adapter or None) that the two names on the command line mean.
 
     Raises `UsageError` where both name an adapter, `CheckpointError` where an adapter's base is not to be found.
@@ -63,7 +63,7 @@ def attach(model: Transformer, folder: Path, *, base: Path) -> None:
     say(f"with the adapter in {folder}: rank {adapter.rank}, {format_count(adapter.num_parameters)} parameters")
 
 
-def _adapter(path: Path) -> Path:
+def _adapter(path: Path | str) -> Path:
     found = resolve_adapter(path)
     if found is None:
         raise CheckpointError(

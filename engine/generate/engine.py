@@ -40,6 +40,7 @@ from trine.engine.generate.turns import Turn, run_turns
 from trine.engine.log import format_bytes, say, say_once, warn
 from trine.engine.model.adapters import NO_ADAPTER
 from trine.engine.model.lora import read_adapter
+from trine.engine.model.lora_base import check_base
 from trine.engine.model.paged_cache import PagedCache
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
@@ -207,17 +208,20 @@ class Engine:
         Args:
             name: for `GenerationRequest.adapter`.
             folder: holds adapter_config.json and adapter_model.safetensors.
-            base: the model's checkpoint: a warning is given where the adapter says it was trained on another.
+            base: the model's checkpoint: an adapter that holds marks of another's weights is refused, and a warning is
+                given where one has no marks and another name for its base.
 
         Raises:
             UsageError: the name is in use or empty, the engine is deterministic, or there is no room.
-            CheckpointError: the folder is damaged, belongs to a model of other sizes, or needs what is not supported.
+            CheckpointError: the folder is damaged, belongs to another model, or needs what is not supported.
         """
         if self.config.deterministic:
             raise UsageError("adapters are not computed in the deterministic mode; load them in an engine without it")
         adapter, bank = read_adapter(folder, self._model.config), self._runner.adapters
+        if base is not None:
+            check_base(adapter.record, folder, base)
         bank.add(name, adapter)
-        if base is not None and not adapter.was_trained_on(base):
+        if base is not None and adapter.record is None and not adapter.was_trained_on(base):
             warn(
                 f"adapter {name!r} was trained on {adapter.base!r}, not on {base}; only their sizes are known to agree"
             )

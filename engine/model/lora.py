@@ -32,7 +32,7 @@ from torch import Tensor
 
 from trine.engine.errors import CheckpointError
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.families import FAMILIES
+from trine.engine.model.families import FAMILIES, TensorRule
 from trine.engine.model.lora_base import Base
 from trine.engine.model.transformer import Transformer
 from trine.engine.model.weight_files import read_json, some_names
@@ -117,11 +117,11 @@ def base_name(folder: Path) -> str:
 
 
 def read_adapter(folder: Path | str, config: ModelConfig) -> Adapter:
-    """The adapter in a folder, for a model of this config.
+    """The adapter in a folder, or in the run folder of one, for a model of this config.
 
     Raises `CheckpointError` naming the file, setting, module or shape that is missing, wrong or not supported.
     """
-    folder = Path(folder)
+    folder = resolve_adapter(folder) or Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; give that of a PEFT adapter")
     settings = _read_settings(folder)
@@ -140,7 +140,7 @@ def read_adapter(folder: Path | str, config: ModelConfig) -> Adapter:
         a_RC, b_FR = module.sides["A"], module.sides["B"]
         if len(a_RC) != rank:
             raise CheckpointError(f"{path} in {folder / WEIGHTS} has rank {len(a_RC)}; {CONFIG} says {rank}")
-        pieces = torch.split(b_FR, module.rows)
+        pieces = module.rule.split(b_FR, module.rows)
         parts.update({name: LowRank(a_RC, b, scale) for name, b in zip(module.layers, pieces, strict=True)})
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
     digest.update(blob)
@@ -156,6 +156,7 @@ class LinearModule:
     rows: list[int]
     width: int
     sides: dict[str, Tensor]
+    rule: TensorRule
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def adaptable(config: ModelConfig) -> dict[str, LinearModule]:
         if first.startswith("layers.") and first.endswith(".weight") and len(shapes[first]) == 2:
             layers = tuple(name.removesuffix(".weight") for name in rule.ours)
             rows = [shapes[name][0] for name in rule.ours]
-            modules[rule.stored.removesuffix(".weight")] = LinearModule(layers, rows, shapes[first][1], {})
+            modules[rule.stored.removesuffix(".weight")] = LinearModule(layers, rows, shapes[first][1], {}, rule)
     return modules
 
 
