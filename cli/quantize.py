@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from trine.cli.options import Dtype
+
+if TYPE_CHECKING:
+    from trine.engine.quantize.calibration import Samples
 
 
 def quantize(
@@ -13,10 +18,18 @@ def quantize(
         Path | None,
         typer.Argument(metavar="CHECKPOINT", help="A Hugging Face folder, or a run folder."),
     ] = None,
+    more_data: Annotated[
+        list[Path] | None, typer.Argument(metavar="--calibration FILE or --eval FILE", hidden=True)
+    ] = None,
     scheme: Annotated[
         str | None, typer.Option(metavar="NAME", help="w4a16, w8a16, w8a8, fp8 or fp8-block.  [required]")
     ] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="rtn, or rtn-mse, which searches for scales.")] = "rtn",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="rtn, rtn-mse, hqq; with --calibration rtn-weighted, gptq, awq, smoothquant."
+        ),
+    ] = "rtn",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder to write; it must not exist.  [required]")
     ] = None,
@@ -27,18 +40,64 @@ def quantize(
         ),
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points beside the scales (w4a16).")] = False,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SCHEME",
+            help="Another scheme (w4a16:32, w8a16, ...) or none for layers whose path fits; repeatable, the first that "
+            "fits counts.",
+        ),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="compressed-tensors, or gptq (symmetric w4a16 and w8a16).")
+    ] = "compressed-tensors",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE...",
+            help="Text, .jsonl lines or conversations, for methods that look at the inputs of layers.",
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128")
+    ] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of a sample.", show_default="512, or the model's context")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE...",
+            help="Text to measure on, before and after.",
+            show_default="a part of the calibration data that is held out",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory to keep to beside Python and torch, such as 2GiB.", show_default="none"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind the layers that an interrupted run finished.")
+    ] = False,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")] = True,
+    dtype: Dtype = "auto",
     check: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Look at a quantized folder instead, and say what is wrong.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on one line.")] = False,
 ) -> None:
-    """Write a smaller checkpoint with quantized weights, in the format compressed-tensors."""
+    """Write a smaller checkpoint with quantized weights, and a report of what that costs."""
     import json as json_format
 
     from trine.engine.errors import CheckpointError, UsageError
 
+    given = (checkpoint, scheme, out, group_size, asymmetric, override, calibration, calibration_samples)
+    given += (calibration_length, evaluation, max_memory, resume, json, more_data)
     if check is not None:
-        if checkpoint or scheme or out or group_size or asymmetric or json or method != "rtn":
+        if any(given) or (method, form, dtype, speed) != ("rtn", "compressed-tensors", "auto", True):
             raise UsageError("--check DIR stands alone; leave out CHECKPOINT and every other option")
         from trine.engine.quantize.check import check_folder
 
@@ -53,19 +112,83 @@ def quantize(
         missing = "CHECKPOINT" if checkpoint is None else "--scheme NAME" if scheme is None else "--out DIR"
         raise UsageError(f"{missing} is missing; see trine quantize --help")
 
-    from trine.engine.env import set_threads
+    from trine.engine.env import DTYPES, set_threads
     from trine.engine.log import format_duration, say
     from trine.engine.model.checkpoint import resolve_checkpoint
     from trine.engine.model.quantized.scheme import choose, make_scheme
-    from trine.engine.quantize.methods import METHODS
+    from trine.engine.quantize.choices import parse_override
+    from trine.engine.quantize.memory import parse_bytes
+    from trine.engine.quantize.methods import METHODS, check_pair
     from trine.engine.quantize.report import table
-    from trine.engine.quantize.run import quantize_checkpoint
+    from trine.engine.quantize.run import Settings, quantize_checkpoint
+    from trine.engine.quantize.writers import WRITERS
 
     chosen = make_scheme(scheme, group_size=group_size, symmetric=not asymmetric)
     how = METHODS[choose("method", method, METHODS)]
+    overrides = tuple(map(parse_override, override or ()))
+    for name, one in ((scheme, chosen), *((other.text, other.scheme) for other in overrides if other.scheme)):
+        check_pair(method, name, one)
+    if dtype != "auto":
+        choose("dtype", dtype, DTYPES)
     set_threads(0)
-    report = quantize_checkpoint(
-        resolve_checkpoint(checkpoint), out, scheme_name=scheme, scheme=chosen, method_name=method, method=how
+    folder = resolve_checkpoint(checkpoint)
+    texts = _files(calibration, evaluation, more_data)
+    samples, held_out = _read(folder, *texts, calibration_samples, calibration_length)
+    settings = Settings(
+        scheme_name=scheme,
+        scheme=chosen,
+        method_name=method,
+        method=how,
+        overrides=overrides,
+        writer=WRITERS[choose("format", form, WRITERS)],
+        calibration=samples,
+        evaluation=held_out,
+        dtype=DTYPES.get(dtype),
+        max_memory=None if max_memory is None else parse_bytes(max_memory),
+        resume=resume,
+        speed=speed,
     )
+    report = quantize_checkpoint(folder, out, settings)
     print(json_format.dumps(report.to_json()) if json else table(report))
     say(f"{out} in {format_duration(report.seconds)}")
+
+
+def _files(
+    calibration: list[Path] | None, evaluation: list[Path] | None, more: list[Path] | None
+) -> tuple[list[Path], list[Path]]:
+    """An option takes one value: the files after the first one arrive as arguments."""
+    from trine.engine.errors import UsageError
+
+    if more and bool(calibration) == bool(evaluation):
+        raise UsageError(
+            f"is {more[0]} for --calibration or --eval? with both, write the option before each file"
+            if calibration
+            else f"{more[0]} is one argument too many; files stand behind --calibration or --eval"
+        )
+    files = [*(calibration or []), *((more or []) if calibration else [])]
+    return files, [*(evaluation or []), *((more or []) if evaluation else [])]
+
+
+def _read(
+    checkpoint: Path, calibration: list[Path], evaluation: list[Path], samples: int | None, length: int | None
+) -> tuple[Samples | None, Samples | None]:
+    """Samples to look at, and others to measure on."""
+    from trine.engine.errors import UsageError
+    from trine.engine.model.checkpoint import read_config
+    from trine.engine.quantize.calibration import read_calibration
+    from trine.engine.text.tokenizer import Tokenizer
+
+    for name, value in (("--calibration-samples", samples), ("--calibration-length", length)):
+        if value is not None and not calibration:
+            raise UsageError(f"{name} says how --calibration FILE is read; give such a file, or leave it out")
+    if not calibration and not evaluation:
+        return None, None
+    context, tokenizer = read_config(checkpoint).max_positions, Tokenizer.load(checkpoint)
+    found = held_out = None
+    if calibration:
+        found, held_out = read_calibration(
+            calibration, tokenizer, samples=samples, length=length, context=context, held_out=not evaluation
+        )
+    if evaluation:
+        held_out, _ = read_calibration(evaluation, tokenizer, samples=None, context=context)
+    return found, held_out

@@ -13,6 +13,8 @@ from torch import Tensor
 from trine.engine.errors import UsageError
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.quantize import awq, hqq, smoothquant
+from trine.engine.quantize.equivalent import Rescaling
 from trine.engine.quantize.gptq import quantize_gptq
 from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.quantize.statistics import InputStatistics
@@ -35,13 +37,14 @@ class Method(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A method as it is chosen. `calibrated`: it needs the statistics of the inputs.
+    """A method as it is chosen. `calibrated`: it needs the statistics of the inputs, as one with a `rescaling` does.
 
     `misfit`: what is wrong with a scheme for it, or None.
     """
 
     quantize: Method
     calibrated: bool = False
+    rescaling: Rescaling | None = None
     misfit: Callable[[Scheme], str | None] = lambda scheme: None
 
 
@@ -49,7 +52,12 @@ METHODS: dict[str, Choice] = {
     "rtn": Choice(quantize_rtn),
     "rtn-mse": Choice(partial(quantize_rtn, search="weights")),
     "rtn-weighted": Choice(partial(quantize_rtn, search="inputs"), calibrated=True),
+    "hqq": Choice(hqq.quantize_hqq, misfit=hqq.misfit),
     "gptq": Choice(quantize_gptq, calibrated=True),
+    "awq": Choice(partial(quantize_rtn, search="outputs"), True, awq.awq_scales, awq.misfit),
+    "awq-gptq": Choice(quantize_gptq, True, awq.awq_scales, awq.misfit),
+    "smoothquant": Choice(quantize_rtn, True, smoothquant.smooth_scales, smoothquant.misfit),
+    "smoothquant-gptq": Choice(quantize_gptq, True, smoothquant.smooth_scales, smoothquant.misfit),
 }
 
 

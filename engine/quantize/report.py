@@ -1,43 +1,67 @@
-"""What quantizing did: sizes and the error of every layer, as JSON beside the result and as a table."""
+"""What quantizing did: sizes, errors, quality and speed; as JSON and a page beside the result, and as a table."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from trine.engine.log import format_bytes
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.model.weight_files import write_json
+from trine.engine.quantize.quality import Quality, Speed
+from trine.engine.quantize.statistics import InputStatistics
 
-NAME = "quantize_report.json"
+NAME, PAGE = "quantize_report.json", "quantize_report.html"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """One weight [N, K]: `relative_error` is |w - w'| / |w| (Frobenius norms), `largest_error` the largest |w - w'|."""
+    """One weight [N, K]: `relative_error` is |w - w'| / |w| (Frobenius norms), `largest_error` the largest |w - w'|.
+
+    `output_error` is |X (w - w')^T| / |X w^T| for a sample X of its inputs; None where none were looked at. Of a weight
+    that was rescaled, all this is of the weight as it was then, and of inputs that fit it.
+    """
 
     path: str
     shape: tuple[int, int]
+    scheme: str
     bytes_before: int
     bytes_after: int
     relative_error: float
     largest_error: float
+    output_error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """`bytes_before` and `bytes_after` are of all tensors, also those that stayed as they were."""
+    """`bytes_before` and `bytes_after` are of all tensors, also those that stayed as they were.
+
+    `calibration`, `evaluation`: settings and files (`Samples.about`). `quality`, `speed`: see `quality.py`; None where
+    they were not measured, speed for the reason in `why_no_speed`.
+    """
 
     checkpoint: str
     scheme: str
     stored_as: str
     method: str
+    overrides: tuple[str, ...]
     bytes_before: int
     bytes_after: int
     seconds: float
+    calibration: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    quality: Quality | None
+    speed: Speed | None
+    why_no_speed: str
+    machine: dict[str, Any]
     layers: tuple[LayerReport, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -45,44 +69,79 @@ class Report:
         before, after = (sum(getattr(layer, key) for layer in self.layers) for key in ("bytes_before", "bytes_after"))
         return {**asdict(self), "quantized_bytes_before": before, "quantized_bytes_after": after}
 
+    def write(self, folder: Path) -> None:
+        """As JSON, and as a page with plots."""
+        write_json(folder / NAME, self.to_json())
 
-def measure(path: str, w_NK: Tensor, quantized: QuantizedTensor) -> LayerReport:
+
+def measure(
+    path: str, w_NK: Tensor, quantized: QuantizedTensor, inputs: InputStatistics | None, bytes_before: int
+) -> LayerReport:
     """The report of one layer."""
     exact = w_NK.float()
     difference = quantized.dequantize(exact.dtype).sub_(exact)
     num_features, width = w_NK.shape
+    output_error = None
+    if inputs is not None:
+        x_XK = inputs.sample_XK.float()
+        output_error = _ratio(x_XK @ difference.t(), x_XK @ exact.t())
     return LayerReport(
         path=path,
         shape=(num_features, width),
-        bytes_before=w_NK.nbytes,
+        scheme=quantized.scheme.describe(),
+        bytes_before=bytes_before,
         bytes_after=quantized.num_bytes,
-        relative_error=float(difference.norm() / exact.norm().clamp(min=1e-30)),
+        relative_error=_ratio(difference, exact),
         largest_error=float(difference.abs().max()),
+        output_error=output_error,
     )
 
 
+def _ratio(difference: Tensor, exact: Tensor) -> float:
+    return float(difference.norm() / exact.norm().clamp(min=1e-30))
+
+
 def table(report: Report) -> str:
-    """A line for each kind of layer (`self_attn.q_proj`), worst layer named, and the sizes."""
+    """A line for each kind of layer (`self_attn.q_proj`), worst layer named; then what was gained, and what lost."""
     kinds: dict[str, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
-        kinds[_kind(layer.path)].append(layer)
+        kinds[kind_of(layer.path)].append(layer)
     width = max(len(kind) for kind in kinds)
     lines = [f"{'layer':{width}}  count  relative error: mean     worst  in"]
     for kind, layers in kinds.items():
         worst = max(layers, key=lambda layer: layer.relative_error)
         mean = sum(layer.relative_error for layer in layers) / len(layers)
         lines.append(f"{kind:{width}}  {len(layers):5}  {mean:20.5f}  {worst.relative_error:8.5f}  {worst.path}")
+    return "\n".join((*lines, *summary(report)))
+
+
+def summary(report: Report) -> list[str]:
+    """Weights, size, quality and speed, a line each."""
     layers_after = sum(layer.bytes_after for layer in report.layers)
     bits = 8 * layers_after / sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
-    lines.append(f"weights  {report.scheme} ({report.stored_as}) by {report.method}, {bits:.2f} bits each")
     share = report.bytes_after / report.bytes_before
-    lines.append(
-        f"size     {format_bytes(report.bytes_before)} to {format_bytes(report.bytes_after)}, {share:.0%} of it"
-    )
-    return "\n".join(lines)
+    lines = [
+        f"weights  {report.scheme} ({report.stored_as}) by {report.method}, {bits:.2f} bits each",
+        f"size     {format_bytes(report.bytes_before)} to {format_bytes(report.bytes_after)}, {share:.0%} of it",
+    ]
+    if report.quality is not None:
+        one = report.quality
+        change = one.perplexity_after / one.perplexity_before - 1
+        lines.append(
+            f"quality  perplexity {one.perplexity_before:.4f} to {one.perplexity_after:.4f} ({change:+.2%}), KL "
+            f"divergence {one.kl_divergence:.5f} nats, top-1 agreement {one.top1_agreement:.2%} ({one.tokens:,} tokens)"
+        )
+    if report.speed is not None:
+        speed = report.speed
+        lines.append(
+            f"speed    decoding {speed.decode_before:.1f} to {speed.decode_after:.1f} tokens/s, prompts "
+            f"{speed.prompt_before:.0f} to {speed.prompt_after:.0f} (one stream, {report.machine['threads']} threads)"
+        )
+    return lines
 
 
-def _kind(path: str) -> str:
+def kind_of(path: str) -> str:
+    """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
     return ".".join(_after_number(path.split(".")))
 
 

@@ -1,38 +1,45 @@
-"""From a checkpoint folder to a quantized one, weight by weight: each is read from disk, quantized and written.
+"""From a checkpoint folder to a quantized one, layer by layer: one layer's weights are in memory at a time.
 
-Weights go layer by layer in the order of the model, so that no more than one of them and one shard of the result is in
-memory. Everything is written to a hidden folder beside the result, which is renamed once all of it is there: a result
-that exists is whole.
+    1  the samples' hidden states before the first layer                              walk.py
+    2  for each layer: the statistics of its linear layers' inputs, where the method needs them; its weights become
+       codes; then the samples pass through it with these codes, so that what comes later knows the error so far
+    3  perplexity, KL divergence and agreement of held-out samples, which went through original layers too  quality.py
+    4  the files of the result, its report, and its speed
+
+Steps 1 and 3, and passing samples through layers, fall away where neither the method nor the report asks for data. A
+layer is kept on the disk as soon as it is finished (`work.py`); a limit on memory is kept by `memory.py`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trine.engine.errors import CheckpointError, NonFiniteError, StorageError, UsageError
-from trine.engine.log import progress
+from trine.engine.env import available_memory, environment, package_version
+from trine.engine.errors import CheckpointError, UsageError
+from trine.engine.generate.load import inference_dtype
+from trine.engine.log import format_bytes, progress
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
-from trine.engine.model.quantized.compressed_tensors import (
-    Quantization,
-    format_of,
-    layout,
-    to_stored,
-    write_config,
-)
 from trine.engine.model.quantized.plan import linear_rules
-from trine.engine.model.quantized.registry import CONFIG_KEYS
+from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
-from trine.engine.model.weight_files import StoredTensor, read_json, write_json, write_weights
-from trine.engine.quantize.methods import Method
-from trine.engine.quantize.report import NAME, LayerReport, Report, measure
+from trine.engine.model.weight_files import StoredTensor, read_json, write_weights
+from trine.engine.quantize.calibration import Samples
+from trine.engine.quantize.choices import HEAD, Override, choose_layers, quantization_of
+from trine.engine.quantize.layer import LayerWork, check_finite
+from trine.engine.quantize.memory import Budget
+from trine.engine.quantize.methods import Choice
+from trine.engine.quantize.quality import Quality, Speed, measure_speed
+from trine.engine.quantize.report import LayerReport, Report
+from trine.engine.quantize.work import Work, check_room, working_folder
+from trine.engine.quantize.writers import COMPRESSED_TENSORS, Writer
 
 # What a checkpoint holds beside weights and config.json, and its quantized copy too.
 _COMPANIONS = (
@@ -43,20 +50,43 @@ _SHARD_BYTES = 2**30
 _HEAD = "lm_head"
 
 
-def quantize_checkpoint(
-    checkpoint: Path,
-    out: Path,
-    *,
-    scheme_name: str,
-    scheme: Scheme,
-    method_name: str,
-    method: Method,
-    max_shard_bytes: int = _SHARD_BYTES,
-) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to do.
+
+    Attributes:
+        scheme_name, scheme: of every layer but those that `overrides` name.
+        method_name, method: how codes are found.
+        writer: the format.
+        calibration: samples for methods that need them. evaluation: others, to measure on.
+        dtype: to compute hidden states in; None takes the stored one where that is fast.
+        max_memory: bytes beside Python and torch; None does not limit them.
+        resume: go on behind the layers that an interrupted run finished.
+        speed: measure tokens per second before and after.
+        max_shard_bytes: of a file of the result; less where `max_memory` is short.
+    """
+
+    scheme_name: str
+    scheme: Scheme
+    method_name: str
+    method: Choice
+    overrides: Sequence[Override] = ()
+    writer: Writer = COMPRESSED_TENSORS
+    calibration: Samples | None = None
+    evaluation: Samples | None = None
+    dtype: torch.dtype | None = None
+    max_memory: int | None = None
+    resume: bool = False
+    speed: bool = False
+    max_shard_bytes: int = _SHARD_BYTES
+
+
+def quantize_checkpoint(checkpoint: Path, out: Path, settings: Settings) -> Report:
     """Quantize the linear layers of a Hugging Face folder, the output layer excepted, into the new folder `out`.
 
-    Raises `UsageError` where `out` exists or a layer does not fit the scheme, `CheckpointError` for a folder that is no
-    checkpoint or is quantized already, `NonFiniteError` naming a weight that is not finite.
+    Raises `UsageError` where `out` exists, a layer does not fit the scheme, or memory does not suffice;
+    `CheckpointError` for a folder that is no checkpoint or is quantized already, `NonFiniteError` naming a weight that
+    is not finite, `StorageError` where the disk is too small.
     """
     started = time.monotonic()
     if out.exists():
@@ -64,143 +94,156 @@ def quantize_checkpoint(
     hf = read_hf_config(checkpoint)
     if any(hf.get(key) is not None for key in CONFIG_KEYS):
         raise CheckpointError(f"{checkpoint} is quantized already; give the checkpoint it was made from")
-    with open_checkpoint(checkpoint) as opened, _whole(out) as folder:
-        layers = _layers(opened, scheme)
-        work = _Work({rule.stored: opened.stored[rule.stored] for rule in opened.rules}, layers, scheme, method)
-        sizes = dict(work.sizes())
-        parameters = sum(_numel(tensor.shape) for tensor in opened.stored.values())
-        _check_room(folder, sum(sizes.values()))
-        write_weights(folder, sizes, work.make, max_shard_bytes=max_shard_bytes, num_parameters=parameters)
-        report = Report(
-            checkpoint=str(checkpoint),
-            scheme=scheme_name,
-            stored_as=f"{format_of(scheme)}, {scheme.describe()}",
-            method=method_name,
-            bytes_before=sum(_bytes(tensor) for tensor in opened.stored.values()),
-            bytes_after=sum(sizes.values()),
-            seconds=time.monotonic() - started,
-            layers=tuple(work.reports),
+    _check_calibration(settings)
+    with open_checkpoint(checkpoint) as opened:
+        run = _Run(checkpoint, opened, settings)
+        with working_folder(out, run.identity(), resume=settings.resume) as work:
+            check_room(work.folder, run.expected_bytes())
+            quality = run.quantize_layers(work)
+            return run.write(work, quality, started)
+
+
+def _check_calibration(settings: Settings) -> None:
+    name, calibrated = settings.method_name, settings.method.calibrated
+    if calibrated and settings.calibration is None:
+        raise UsageError(f"method {name} looks at the inputs of layers; give text with --calibration FILE")
+    if settings.calibration is not None and not calibrated:
+        raise UsageError(
+            f"method {name} does not look at the inputs of layers; leave out --calibration, or measure with --eval FILE"
         )
-        for pattern in _COMPANIONS:
-            for path in checkpoint.glob(pattern):
-                if path.is_file():
-                    shutil.copy(path, folder)
-        write_json(folder / NAME, report.to_json())
-        quantization = Quantization(groups=((("Linear",), scheme),), ignore=(_HEAD,))
-        config = read_json(checkpoint / "config.json")
-        write_json(folder / "config.json", {**config, "quantization_config": write_config(quantization)})
-    return report
 
 
-def _layers(opened: Opened, scheme: Scheme) -> dict[str, tuple[int, int]]:
-    """The weights to quantize, by name, with their [N, K]."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, (rule, num_features, width) in linear_rules(opened.model, opened.rules).items():
-        path = name.removesuffix(".weight")
-        if path == _HEAD:
-            continue
-        if rule.transpose:
-            raise CheckpointError(
-                f"{path} is stored [in, out], as {opened.model.config.family} does, which compressed-tensors does not "
-                "hold quantized; this family cannot be quantized"
+class _Run:
+    """One checkpoint being quantized."""
+
+    def __init__(self, checkpoint: Path, opened: Opened, settings: Settings) -> None:
+        self.checkpoint, self.opened, self.settings = checkpoint, opened, settings
+        paths = [
+            name.removesuffix(".weight")
+            for name, (rule, _, _) in linear_rules(opened.model, opened.rules).items()
+            if rule.ours != (HEAD,)
+        ]
+        self.layers = choose_layers(opened, settings.scheme, settings.overrides, transposes=settings.writer.transposes)
+        for layer in self.layers.values():
+            settings.writer.check(layer.scheme)
+        self.quantization = quantization_of(self.layers.values(), [*paths, _HEAD], settings.scheme)
+        widest = max((opened.stored[rule.stored].dtype for rule in opened.rules), key=lambda dtype: dtype.itemsize)
+        assert widest is not None
+        self.dtype = settings.dtype or inference_dtype(widest, torch.device("cpu"))[0]
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever the bytes of the result depend on."""
+        settings = self.settings
+        files = sorted({tensor.path for tensor in self.opened.stored.values()})
+        return {
+            "checkpoint": str(self.checkpoint.resolve()),
+            "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+            "scheme": settings.scheme.describe(),
+            "overrides": [override.text for override in settings.overrides],
+            "method": settings.method_name,
+            "format": settings.writer.name,
+            "calibration": None if settings.calibration is None else settings.calibration.about(),
+            "evaluation": None if settings.evaluation is None else settings.evaluation.about(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "versions": {name: package_version(name) for name in ("trine", "torch")},
+        }
+
+    def expected_bytes(self) -> int:
+        """Room on the disk: the layers, once more in the files of the result, and what stays as it is."""
+        kept = sum(tensor.num_bytes for name, tensor in self.opened.stored.items() if name not in self.layers)
+        codes = 0
+        for layer in self.layers.values():
+            scales = torch.Size(layer.scheme.scales_shape(layer.num_features, layer.width)).numel()
+            codes += layer.num_features * layer.width * layer.scheme.bits // 8 + 4 * scales
+        return kept + 2 * codes
+
+    def quantize_layers(self, work: Work) -> Quality | None:
+        """Finish every layer, and measure."""
+        settings = self.settings
+        budget = Budget(settings.max_memory, available_memory() // 2)
+        form = read_format({CONFIG_KEYS[0]: settings.writer.config(self.quantization)})
+        assert form is not None
+        worker = LayerWork(self.opened, self.layers, settings, form, self.dtype, budget, work)
+        ticks = progress(self.layers, total=len(self.layers), what="quantizing")
+        next(ticks, None)
+        for part in worker.parts:
+            worker.do(part, lambda: next(ticks, None))
+        return worker.quality()
+
+    def write(self, work: Work, quality: Quality | None, started: float) -> Report:
+        """The files of the result."""
+        settings = self.settings
+        with work.layers(range(work.finished)) as done:
+            sizes = dict(self._sizes(done))
+            parameters = sum(torch.Size(tensor.shape).numel() for tensor in self.opened.stored.values())
+            limit = settings.max_memory
+            shard_bytes = settings.max_shard_bytes if limit is None else min(settings.max_shard_bytes, limit // 3)
+            write_weights(
+                work.folder,
+                sizes,
+                lambda name: self._tensor(name, done),
+                max_shard_bytes=shard_bytes,
+                num_parameters=parameters,
             )
-        scheme.check_shape(path, num_features, width)
-        found[name] = (num_features, width)
-    return found
+        for pattern in _COMPANIONS:
+            for path in self.checkpoint.glob(pattern):
+                if path.is_file():
+                    shutil.copy(path, work.folder)
+        settings.writer.write_config(work.folder, read_json(self.checkpoint / "config.json"), self.quantization)
+        before, after = sum(tensor.num_bytes for tensor in self.opened.stored.values()), sum(sizes.values())
+        speed, why_no_speed = self._speed(work.folder, before + after)
+        layers = tuple(LayerReport(**layer) for number in range(work.finished) for layer in work.report(number))
+        formats = {settings.writer.stored_as(layer.scheme): None for layer in self.layers.values()}
+        report = Report(
+            checkpoint=str(self.checkpoint),
+            scheme=settings.scheme_name,
+            stored_as=f"{', '.join(formats)}, {settings.scheme.describe()}",
+            method=settings.method_name,
+            overrides=tuple(override.text for override in settings.overrides),
+            bytes_before=before,
+            bytes_after=after,
+            seconds=time.monotonic() - started,
+            calibration=None if settings.calibration is None else settings.calibration.about(),
+            evaluation=None if settings.evaluation is None else settings.evaluation.about(),
+            quality=quality,
+            speed=speed,
+            why_no_speed=why_no_speed,
+            machine=environment(),
+            layers=layers,
+        )
+        report.write(work.folder)
+        return report
 
+    def _speed(self, folder: Path, num_bytes: int) -> tuple[Speed | None, str]:
+        """What was measured, or why nothing was."""
+        limit = self.settings.max_memory
+        if not self.settings.speed:
+            return None, "not asked for"
+        if not (self.checkpoint / "tokenizer.json").is_file():
+            return None, "the checkpoint has no tokenizer.json"
+        room = available_memory() if limit is None else limit
+        if 2 * num_bytes > room:
+            return None, f"both models need {format_bytes(2 * num_bytes)} of memory, of {format_bytes(room)}"
+        return measure_speed(self.checkpoint, folder), ""
 
-class _Work:
-    """Makes the tensors of the result one after the other, and keeps those of one layer at most."""
+    def _tensor(self, name: str, done: Mapping[str, StoredTensor]) -> Tensor:
+        if name in done:
+            return done[name].read_copy()
+        tensor = self.opened.stored[name].read_copy()
+        check_finite(name, tensor)
+        return tensor
 
-    def __init__(
-        self,
-        stored: Mapping[str, StoredTensor],
-        layers: Mapping[str, tuple[int, int]],
-        scheme: Scheme,
-        method: Method,
-    ) -> None:
-        self.reports: list[LayerReport] = []
-        self._stored, self._layers, self._scheme, self._method = stored, layers, scheme, method
-        self._path, self._tensors = "", dict[str, Tensor]()
-        self._ticks = progress(range(len(layers)), total=len(layers), what="quantizing")
-        next(self._ticks, None)
-
-    def sizes(self) -> Iterator[tuple[str, int]]:
-        """Names of all tensors of the result with their bytes; those of a layer follow each other."""
-        for name, tensor in self._stored.items():
-            if name not in self._layers:
-                yield name, _bytes(tensor)
-                continue
-            path = name.removesuffix(".weight")
-            for part, (shape, kinds) in layout(self._scheme, *self._layers[name]).items():
-                size = min(4, _SIZES[tensor.kind]) if part == "weight_scale" else max(_SIZES[kind] for kind in kinds)
-                yield f"{path}.{part}", _numel(shape) * size
-
-    def make(self, name: str) -> Tensor:
-        """The tensor of that name in the result."""
-        path, _, part = name.rpartition(".")
-        if f"{path}.weight" not in self._layers:
-            tensor = self._stored[name].read()
-            _check_finite(name, tensor)
-            return tensor
-        if path != self._path:
-            self._path, self._tensors = path, self._quantize(path)
-        return self._tensors.pop(part)
-
-    def _quantize(self, path: str) -> dict[str, Tensor]:
-        w_NK = self._stored[f"{path}.weight"].read()
-        _check_finite(f"{path}.weight", w_NK)
-        quantized = self._method.quantize(w_NK.float() if w_NK.dtype == torch.float64 else w_NK, self._scheme, None)
-        self.reports.append(measure(path, w_NK, quantized))
-        next(self._ticks, None)
-        return to_stored(quantized)
-
-
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "F8_E4M3": 1}
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _bytes(tensor: StoredTensor) -> int:
-    return _numel(tensor.shape) * _SIZES[tensor.kind]
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
-        raise NonFiniteError(f"{name} has {bad} numbers that are NaN or infinite; the checkpoint is damaged")
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StorageError(f"{folder.parent} has {free} bytes free, the result needs {needed}; make room")
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes it at the end, and is gone if anything fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.parent / f".writing-{out.name}"
-    if aside.exists():  # a run before was killed
-        shutil.rmtree(aside)
-    aside.mkdir()
-    try:
-        yield aside
-        for path in aside.iterdir():
-            _flush(path)
-        os.rename(aside, out)
-        _flush(out.parent)
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def _sizes(self, done: Mapping[str, StoredTensor]) -> Iterator[tuple[str, int]]:
+        """Names and bytes of all tensors of the result; those of a layer follow each other."""
+        by_path: dict[str, list[StoredTensor]] = {}
+        for name, tensor in done.items():
+            by_path.setdefault(name.rpartition(".")[0], []).append(tensor)
+        for rule in self.opened.rules:
+            name = rule.stored
+            if name in self.layers:
+                for tensor in by_path[self.layers[name].path]:
+                    if tensor.name not in self.opened.stored or tensor.name == name:
+                        yield tensor.name, tensor.num_bytes
+            else:
+                yield name, (done.get(name) or self.opened.stored[name]).num_bytes

@@ -27,7 +27,7 @@ from trine.engine.model.quantized.scheme import SCHEMES, make_scheme
 from trine.engine.quantize.check import check_folder
 from trine.engine.quantize.methods import METHODS
 from trine.engine.quantize.report import NAME, Report, table
-from trine.engine.quantize.run import quantize_checkpoint
+from trine.engine.quantize.run import Settings, quantize_checkpoint
 from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.quantized.activations import quantize_reference
 
@@ -41,15 +41,10 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
 
 def _quantize(checkpoint: Path, out: Path, case: str, method: str = "rtn", **more: Any) -> Report:
-    return quantize_checkpoint(
-        checkpoint,
-        out,
-        scheme_name=case,
-        scheme=make_scheme(**OPTIONS[case]),
-        method_name=method,
-        method=METHODS[method],
-        **more,
+    settings = Settings(
+        scheme_name=case, scheme=make_scheme(**OPTIONS[case]), method_name=method, method=METHODS[method], **more
     )
+    return quantize_checkpoint(checkpoint, out, settings)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +253,7 @@ def test_an_existing_result_is_left_alone(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_groups_that_do_not_fill_a_row_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"o_proj has 32 columns, .* use --group-size 32 or channel"):
+    with pytest.raises(UsageError, match=r"q_proj has 32 columns, .* use --group-size 32 or channel"):
         _quantize(tiny_checkpoint, tmp_path / "out", "w4a16")
     assert not list(tmp_path.iterdir())
 

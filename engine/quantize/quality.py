@@ -1,0 +1,115 @@
+"""What quantizing costs: predictions before and after on text, and speed on this machine.
+
+With p the probabilities of the original model for the next token and q those of the quantized one, averaged over all
+tokens but the first of each sample:
+
+    perplexity         exp mean -log p(token), and the same of q
+    KL divergence      mean sum p log(p / q), in nats
+    top-1 agreement    how often both hold the same token for the likeliest
+
+Samples stand alone and have one length; so these perplexities are those of windows that do not overlap.
+
+Shapes: S samples, T tokens of each, C width, R rows at a time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trine.engine.errors import NonFiniteError
+from trine.engine.generate.engine import Engine, EngineConfig
+from trine.engine.generate.load import inference_dtype
+from trine.engine.generate.offline import complete
+from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.checkpoint import load_model
+from trine.engine.quantize.hidden import HiddenStates
+from trine.engine.text.tokenizer import Tokenizer
+
+# Logits that are held at once, of each model.
+_LOGITS = 2**22
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 256, 32, 3
+
+
+@dataclass(frozen=True)
+class Quality:
+    """See the module; `tokens` were predicted, in samples of `window` tokens."""
+
+    perplexity_before: float
+    perplexity_after: float
+    kl_divergence: float
+    top1_agreement: float
+    tokens: int
+    window: int
+
+
+def compare(
+    to_logits: Callable[[Tensor], Tensor], ids_ST: Tensor, before: HiddenStates, after: HiddenStates, vocab_size: int
+) -> Quality:
+    """Of the hidden states behind the last layer; `to_logits` makes [R, V] of [R, C].
+
+    Raises `NonFiniteError` where a prediction is not a number.
+    """
+    rows = max(1, _LOGITS // vocab_size)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for sample, ids_T in enumerate(ids_ST):
+        hidden = [states.read(sample, sample + 1)[0, :-1].split(rows) for states in (before, after)]
+        for targets_R, *parts in zip(ids_T[1:].split(rows), *hidden, strict=True):
+            log_p, log_q = (torch.log_softmax(to_logits(part).float(), -1) for part in parts)
+            nats = [one.gather(1, targets_R[:, None]).sum(dtype=torch.float64) for one in (log_p, log_q)]
+            divergence = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
+            sums += torch.stack((-nats[0], -nats[1], divergence, (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()))
+    tokens = ids_ST[:, 1:].numel()
+    loss_before, loss_after, divergence, same = (sums / tokens).tolist()
+    if not math.isfinite(loss_before + loss_after + divergence):
+        raise NonFiniteError("predictions are not numbers; the checkpoint is damaged, or try --dtype float32")
+    return Quality(
+        math.exp(min(loss_before, 700)), math.exp(min(loss_after, 700)), divergence, same, tokens, ids_ST.shape[1]
+    )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one stream: of the prompt, and of new tokens one by one; medians of a few rounds."""
+
+    prompt_before: float
+    prompt_after: float
+    decode_before: float
+    decode_after: float
+
+
+def measure_speed(before: Path, after: Path) -> Speed:
+    """Of two checkpoints in the engine that serves them, on the CPU, taking turns. Both are held in memory."""
+    cpu = torch.device("cpu")
+    tokenizer = Tokenizer.load(before)
+    engines, context = [], 0
+    for folder in (before, after):
+        model = load_model(folder)
+        context = model.config.max_positions
+        config = EngineConfig(max_running=1, prefix_caching=False)
+        engines.append(Engine(model.to(inference_dtype(model.dtype, cpu)[0]), tokenizer, config))
+    new = max(2, min(NEW_TOKENS, context // 4))
+    length = max(1, min(PROMPT_TOKENS, context - new))
+    seconds: list[list[tuple[float, float]]] = [[], []]
+    for turn in range(ROUNDS + 1):
+        ids = [(turn + 7 * number) % tokenizer.vocab_size for number in range(length)]
+        for engine, taken in zip(engines, seconds, strict=True):
+            first, all_tokens = _seconds(engine, ids, 1), _seconds(engine, ids[::-1], new)
+            if turn:  # the first round warms up
+                taken.append((first, all_tokens - first))
+    prompt = [length / statistics.median(first for first, _ in taken) for taken in seconds]
+    decode = [(new - 1) / statistics.median(max(rest, 1e-9) for _, rest in taken) for taken in seconds]
+    return Speed(*prompt, *decode)
+
+
+def _seconds(engine: Engine, ids: list[int], new: int) -> float:
+    begin = time.perf_counter()
+    list(complete(engine, [ids], SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)))
+    return time.perf_counter() - begin
