@@ -39,5 +39,6 @@ class CausalLM:
             batch.targets_BT.flatten(),
             bias=model.head_bias,
             ignore_index=IGNORED,
+            softcap=model.config.logit_softcap,
         )
         return loss, batch.num_valid

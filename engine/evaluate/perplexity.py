@@ -182,7 +182,11 @@ def _batch_nats(model: Transformer, batch: Sequence[Window], compute_dtype: torc
     num_targets = ids_BT.shape[1] - 1
     scored_BT = torch.arange(num_targets, device=model.device) >= num_targets - scored_B1
     log_probs_N = token_log_probs(
-        hidden_BTC[scored_BT], model.head_weight, ids_BT[:, 1:][scored_BT], bias=model.head_bias
+        hidden_BTC[scored_BT],
+        model.head_weight,
+        ids_BT[:, 1:][scored_BT],
+        bias=model.head_bias,
+        softcap=model.config.logit_softcap,
     )
     return -log_probs_N.double().sum().item()
 

@@ -23,18 +23,18 @@ from trine.engine.model.blocks import MLP, Attention, Block
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Linear, RMSNorm
 from trine.engine.model.paged_cache import PagedCache, PagedStep
-from trine.engine.model.rotary import inverse_frequencies
+from trine.engine.model.rotary import rotary_tables
 from trine.engine.model.transformer import Transformer
 from trine.kernels.cpu.compiled import available, why_not
 from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection
 from trine.kernels.cpu.step import DecodeStep, StepInputs
-from trine.kernels.rope.op import rope_tables
 
 # Fields of `ModelConfig` that are looked at below, or that do not change a decoding step.
 _KNOWN = {
     "family", "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
-    "max_positions", "norm", "norm_eps", "positions", "rope", "qkv_bias", "o_bias", "qk_norm", "mlp", "activation",
-    "mlp_bias", "tie_embeddings", "dropout", "init_std", "bos_token_id", "eos_token_ids", "pad_token_id",
+    "max_positions", "norm", "norm_eps", "positions", "rope", "rope_interleaved", "qkv_bias", "o_bias", "qk_norm",
+    "window", "full_layers", "attention_scale", "attention_softcap", "mlp", "activation", "mlp_bias", "tie_embeddings",
+    "head_bias", "embedding_scale", "dropout", "init_std", "bos_token_id", "eos_token_ids", "pad_token_id",
 }  # fmt: skip
 # How far logits may be from those of the model's forward, relative to the largest: products round differently.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -69,9 +69,9 @@ class CpuDecoder:
         """
         config = self._model.config
         assert config.rope is not None
-        frequencies = inverse_frequencies(config.rope, config.head_dim, torch.device("cpu"))
         # Rounded as in the model's forward, which wrote the keys that these queries meet.
-        tables = rope_tables(torch.from_numpy(positions)[None], frequencies, self._compute_dtype)
+        places_1R = torch.from_numpy(positions)[None]
+        tables = rotary_tables(config.rope, config.head_dim, places_1R, self._compute_dtype)
         inputs = StepInputs(
             block_table_MB=torch.from_numpy(table),
             lengths_M=torch.from_numpy(lengths),
@@ -79,7 +79,7 @@ class CpuDecoder:
             cos_MR=tables[0][0],
             sin_MR=tables[1][0],
         )
-        x_RC = self._model.embed_tokens(torch.from_numpy(ids)).float()
+        x_RC = self._model.embed(torch.from_numpy(ids)[None], places_1R)[0].float()
         return self._step.run(x_RC, inputs)
 
 
@@ -113,6 +113,10 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
             return f'the model has {name} = "{getattr(config, name)}"'
     if config.activation not in ("silu", "gelu_tanh"):
         return f'the model has activation = "{config.activation}"'
+    if config.qk_norm == "full":
+        return 'the model has qk_norm = "full"'
+    if config.rope_switch is not None:
+        return f"the model's rotation changes at {config.rope_switch} tokens"
     if model.dtype not in _TOLERANCE or compute_dtype != model.dtype:
         return f"weights are {model.dtype}, computed in {compute_dtype}"
     if cache.dtype not in (torch.float32, torch.bfloat16, torch.int8):
@@ -150,6 +154,10 @@ def _layer(block: Any, cache: PagedCache, config: ModelConfig) -> DecodeLayer:
         k_norm_D=None if attention.k_norm is None else attention.k_norm.weight.detach(),
         eps=config.norm_eps,
         activation=config.activation,
+        interleaved=config.rope_interleaved,
+        scale=config.attention_scale,
+        window=None if attention.window is None else attention.window - 1,
+        softcap=config.attention_softcap,
     )
 
 

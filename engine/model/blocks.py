@@ -1,12 +1,18 @@
 """One Transformer layer: attention and feed-forward, each in a residual branch.
 
-    x += drop(Attention(norm(x)))        x += drop(MLP(norm(x)))
+    pre       x += A(norm(x))               x += F(norm(x))
+    post      x += norm(A(x))               x += norm(F(x))
+    both      x += norm(A(norm(x)))         x += norm(F(norm(x)))
+    parallel  x += A(norm(x)) + F(norm(x))  on one norm, or (parallel_two) on one each
+
+Every branch is multiplied by `residual_scale`, and dropped out in training.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head dimension, F feed-forward width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trine.engine.model.cache import Step
-from trine.engine.model.config import ModelConfig
-from trine.engine.model.layers import Linear, RMSNorm, joined_linear, make_norm, records_gradients
+from trine.engine.model.config import ModelConfig, RopeConfig
+from trine.engine.model.layers import Linear, Norm, RMSNorm, joined_linear, make_norm, records_gradients
+from trine.engine.model.rotary import Tables
 from trine.kernels.attention.op import Mask, attention
 from trine.kernels.invariant.attention import Sequences, invariant_attention
 from trine.kernels.invariant.elementwise import invariant_mlp
@@ -25,15 +32,15 @@ from trine.kernels.rope.op import rope, rope_heads
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every layer of one forward pass shares: the mask or the step of a cache, and the rotary tables.
+    """What the layers of one forward pass share: masks by window, or the step of a cache; rotary tables by rotation.
 
-    In the deterministic mode, `sequences` instead of the mask.
+    In the deterministic mode without a cache, `sequences` by window instead of the masks.
     """
 
-    mask: Mask | None
-    rope_tables: tuple[Tensor, Tensor] | None
+    masks: Mapping[int | None, Mask]
+    rope_tables: Mapping[RopeConfig | None, Tables]
     step: Step | None
-    sequences: Sequences | None = None
+    sequences: Mapping[int | None, Sequences] | None = None
     deterministic: bool = False
 
 
@@ -45,56 +52,83 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.dropout = config.dropout.attention
-        self.norm_eps = config.norm_eps
+        self.norm_eps, self.norm_offset = config.norm_eps, config.norm == "rms_offset"
+        self.window, self.rope = config.window_of(layer), config.rope_of(layer)
+        self.rope_interleaved = config.rope_interleaved
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.width, q_width, bias=config.qkv_bias, device=device, dtype=dtype)
         self.k_proj = Linear(config.width, kv_width, bias=config.qkv_bias, device=device, dtype=dtype)
         self.v_proj = Linear(config.width, kv_width, bias=config.qkv_bias, device=device, dtype=dtype)
         self.o_proj = Linear(q_width, config.width, bias=config.o_bias, device=device, dtype=dtype)
-        if config.qk_norm == "head":
-            self.q_norm: RMSNorm | None = RMSNorm(config.head_dim, config.norm_eps, device=device, dtype=dtype)
-            self.k_norm: RMSNorm | None = RMSNorm(config.head_dim, config.norm_eps, device=device, dtype=dtype)
-        else:
-            self.q_norm = self.k_norm = None
+        self.qk_norm = config.qk_norm
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm is not None:
+            widths = (q_width, kv_width) if config.qk_norm == "full" else (config.head_dim, config.head_dim)
+            q_norm, k_norm = (make_norm(config, width, device=device, dtype=dtype) for width in widths)
+            assert isinstance(q_norm, RMSNorm)
+            assert isinstance(k_norm, RMSNorm)
+            self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        q_BHTD, k_BKTD, v_BKTD = self._heads(x_BTC, context.rope_tables, context.deterministic)
+        tables = context.rope_tables.get(self.rope)
+        q_BHTD, k_BKTD, v_BKTD = self._heads(x_BTC, tables, context.deterministic)
         if context.step is not None:
-            o_BHTD = context.step.attend(self.layer, q_BHTD, k_BKTD, v_BKTD)
+            o_BHTD = context.step.attend(
+                self.layer, q_BHTD, k_BKTD, v_BKTD, window=self.window, scale=self.scale, softcap=self.softcap
+            )
         elif context.sequences is not None:
-            o_BHTD = invariant_attention(q_BHTD, k_BKTD, v_BKTD, sequences=context.sequences)
+            sequences = context.sequences[self.window]
+            o_BHTD = invariant_attention(
+                q_BHTD, k_BKTD, v_BKTD, sequences=sequences, scale=self.scale, softcap=self.softcap
+            )
         else:
-            assert context.mask is not None
-            dropout_p = self.dropout if self.training else 0.0
-            o_BHTD = attention(q_BHTD, k_BKTD, v_BKTD, mask=context.mask, dropout_p=dropout_p)
+            o_BHTD = attention(
+                q_BHTD,
+                k_BKTD,
+                v_BKTD,
+                mask=context.masks[self.window],
+                scale=self.scale,
+                softcap=self.softcap,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
         return self.o_proj(o_BHTD.transpose(1, 2).flatten(2), deterministic=context.deterministic)  # type: ignore[no-any-return]
 
-    def _heads(
-        self, x_BTC: Tensor, tables: tuple[Tensor, Tensor] | None, deterministic: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x_BTC: Tensor, tables: Tables | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q_BHTD, k_BKTD, v_BKTD, normalised and rotated as the config says; in the deterministic mode always apart."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if records_gradients(self.q_proj) and not deterministic:
             qkv_BTE = joined_linear(x_BTC, *layers)
-            if tables is not None:
+            if tables is not None and self.qk_norm != "full":
                 return rope_heads(
                     qkv_BTE,
                     *tables,
                     self.num_heads,
                     self.num_kv_heads,
+                    interleaved=self.rope_interleaved,
                     q_norm_weight=None if self.q_norm is None else self.q_norm.weight,
                     k_norm_weight=None if self.k_norm is None else self.k_norm.weight,
                     eps=self.norm_eps,
+                    unit_offset=self.norm_offset,
                 )
             parts = torch.split(qkv_BTE, [layer.weight.shape[0] for layer in layers], dim=-1)
         else:
             parts = tuple(layer(x_BTC, deterministic=deterministic) for layer in layers)
-        q_BTHD, k_BTKD, v_BTKD = (part.reshape(*part.shape[:2], -1, self.head_dim) for part in parts)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        q_BTE, k_BTE, v_BTE = parts
+        if self.qk_norm == "full":
+            q_BTE, k_BTE = self._norm(q_BTE, k_BTE)
+        q_BTHD, k_BTKD, v_BTKD = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q_BTE, k_BTE, v_BTE))
+        if self.qk_norm == "head":
+            q_BTHD, k_BTKD = self._norm(q_BTHD, k_BTKD)
         if tables is not None:
-            q_BTHD, k_BTKD = rope(q_BTHD, *tables), rope(k_BTKD, *tables)
+            q_BTHD, k_BTKD = (rope(x, *tables, interleaved=self.rope_interleaved) for x in (q_BTHD, k_BTKD))
         return q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+
+    def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k)
 
 
 class MLP(nn.Module):
@@ -138,20 +172,53 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm layer."""
+    """A layer. Its norms bear the names of Llama's and Gemma's files; which of them there are follows the placement."""
 
     def __init__(self, config: ModelConfig, layer: int, *, device: torch.device | str | None, dtype: torch.dtype):
         super().__init__()
-        self.dropout = config.dropout.residual
-        self.input_layernorm = make_norm(config, device=device, dtype=dtype)
+        self.placement = config.placement
+        self.dropout, self.residual_scale = config.dropout.residual, config.residual_scale
+
+        def norm(*placements: str) -> Norm | None:
+            return make_norm(config, device=device, dtype=dtype) if config.placement in placements else None
+
+        self.input_layernorm = norm("pre", "both", "parallel", "parallel_two")
         self.self_attn = Attention(config, layer, device=device, dtype=dtype)
-        self.post_attention_layernorm = make_norm(config, device=device, dtype=dtype)
+        # Before the feed-forward layer, except where norms follow their branch: then after attention.
+        self.post_attention_layernorm = norm("pre", "post", "both", "parallel_two")
+        self.pre_feedforward_layernorm = norm("both")
+        self.post_feedforward_layernorm = norm("post", "both")
         self.mlp = MLP(config, device=device, dtype=dtype)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        branch_BTC = self._drop(self.self_attn(self.input_layernorm(x_BTC), context))
-        normed_BTC, x_BTC = self.post_attention_layernorm.add(x_BTC, branch_BTC)
-        return x_BTC + self._drop(self.mlp(normed_BTC, context.deterministic))
+        return self._parallel(x_BTC, context) if "parallel" in self.placement else self._sequential(x_BTC, context)
 
-    def _drop(self, x_BTC: Tensor) -> Tensor:
-        return F.dropout(x_BTC, self.dropout, training=self.training) if self.dropout else x_BTC
+    def _sequential(self, x_BTC: Tensor, context: Context) -> Tensor:
+        follows = self.placement in ("post", "both")
+        before, after = (
+            (self.pre_feedforward_layernorm, self.post_attention_layernorm)
+            if follows
+            else (self.post_attention_layernorm, None)
+        )
+        branch_BTC = self.self_attn(x_BTC if self.input_layernorm is None else self.input_layernorm(x_BTC), context)
+        branch_BTC = self._branch(branch_BTC if after is None else after(branch_BTC))
+        if before is None:
+            normed_BTC = x_BTC = x_BTC + branch_BTC
+        else:
+            normed_BTC, x_BTC = before.add(x_BTC, branch_BTC)
+        branch_BTC = self.mlp(normed_BTC, context.deterministic)
+        if self.post_feedforward_layernorm is not None:
+            branch_BTC = self.post_feedforward_layernorm(branch_BTC)
+        return x_BTC + self._branch(branch_BTC)
+
+    def _parallel(self, x_BTC: Tensor, context: Context) -> Tensor:
+        assert self.input_layernorm is not None
+        normed_BTC = self.input_layernorm(x_BTC)
+        attended_BTC = self.self_attn(normed_BTC, context)
+        if self.post_attention_layernorm is not None:
+            normed_BTC = self.post_attention_layernorm(x_BTC)
+        return x_BTC + self._branch(attended_BTC) + self._branch(self.mlp(normed_BTC, context.deterministic))
+
+    def _branch(self, x_BTC: Tensor) -> Tensor:
+        x_BTC = F.dropout(x_BTC, self.dropout, training=self.training) if self.dropout else x_BTC
+        return x_BTC if self.residual_scale == 1.0 else x_BTC * self.residual_scale

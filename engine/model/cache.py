@@ -4,16 +4,16 @@ A forward pass asks its cache for a `Step`, and every attention layer has the st
 to what is visible: layers know nothing of how a cache lies in memory (`paged_cache.py` holds the other kind).
 
 In `KVCache` slot j of a row holds the key and value of the token at position j, so the rule "position p sees slots
-j <= p" is the whole mask. Ragged batches are padded on the right: pad all prompts to one length, run them, then set
-`lengths_B` to the true lengths. What the padding wrote lies beyond every visible slot until the next tokens overwrite
-it.
+j <= p", within the window where a layer has one, is the whole mask. Ragged batches are padded on the right: pad all
+prompts to one length, run them, then set `lengths_B` to the true lengths. What the padding wrote lies beyond every
+visible slot until the next tokens overwrite it.
 
 Shapes: B rows, T new tokens, S slots in use, K key/value heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -41,8 +41,29 @@ class Step(Protocol):
         """Whether the bits of a query depend on its own keys alone."""
         ...
 
-    def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        """Store the new keys and values of a layer; returns o_BHTD over all that is visible to the queries."""
+    def longer(self, switch: int, lengths_B: Tensor | None) -> Tensor:
+        """Which new tokens belong to sequences of more than `switch` tokens: bool [B, T].
+
+        `lengths_B`: of the sequences, this step counted; default up to the last new position. What is held of a
+        sequence was turned by its answer, so the answer may not change.
+        """
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        q_BHTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store the new keys and values of a layer; returns o_BHTD over all that is visible to the queries.
+
+        `window`: keys that a token sees, its own counted; None for all.
+        """
         ...
 
     def finish(self) -> None:
@@ -70,16 +91,52 @@ class CacheStep:
     positions_BT: Tensor
     start: int | None
     num_slots: int
-    mask: Mask
+    masks: dict[int | None, Mask] = field(default_factory=dict)
 
     @property
     def deterministic(self) -> bool:
         return False
 
-    def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    def longer(self, switch: int, lengths_B: Tensor | None) -> Tensor:
+        """See `Step`. Raises ValueError where a sequence that the cache holds has grown beyond `switch`."""
+        lengths_B = self.positions_BT[:, -1] + 1 if lengths_B is None else lengths_B.to(self.positions_BT.device)
+        longer_B = lengths_B > switch
+        held_B = self.cache.longer_B
+        if held_B is not None and bool(((longer_B != held_B) & (self.cache.lengths_B > 0).to(held_B.device)).any()):
+            raise ValueError(
+                f"a sequence has grown beyond {switch} tokens, where this model turns all of its tokens otherwise; "
+                "compute it again from its beginning, with an empty cache"
+            )
+        self.cache.longer_B = longer_B
+        return longer_B[:, None].expand_as(self.positions_BT)
+
+    def attend(
+        self,
+        layer: int,
+        q_BHTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> Tensor:
         """See `Step`."""
         k_BKSD, v_BKSD = self.cache.update(layer, k_BKTD, v_BKTD, self)
-        return attention(q_BHTD, k_BKSD, v_BKSD, mask=self.mask)
+        if window not in self.masks:
+            self.masks[window] = self._mask(window)
+        return attention(q_BHTD, k_BKSD, v_BKSD, mask=self.masks[window], scale=scale, softcap=softcap)
+
+    def _mask(self, window: int | None) -> Mask:
+        if window is not None:
+            around = (window - 1, 0)
+            return make_mask(causal=True, num_keys=self.num_slots, query_positions_BT=self.positions_BT, window=around)
+        num_new = self.positions_BT.shape[1]
+        if self.start == 0:
+            return make_mask(causal=True, num_keys=num_new)
+        if self.start is not None and num_new == 1:
+            return make_mask(causal=False, num_keys=self.num_slots)
+        return make_mask(causal=True, num_keys=self.num_slots, query_positions_BT=self.positions_BT)
 
     def finish(self) -> None:
         """Count the tokens: every row now ends after its last new position."""
@@ -101,6 +158,7 @@ class KVCache:
         self.k_LBKSD = torch.zeros(shape, device=device, dtype=dtype)
         self.v_LBKSD = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.int64)
+        self.longer_B: Tensor | None = None  # see `Step.longer`
         self.max_len = max_len
 
     @property
@@ -127,14 +185,7 @@ class KVCache:
             )
         first = int(positions_BT[0, 0])
         uniform = bool((positions_BT == torch.arange(first, first + num_new)).all())
-        on_device = positions_BT.to(device)
-        if uniform and first == 0:
-            mask = make_mask(causal=True, num_keys=num_new)
-        elif uniform and num_new == 1:
-            mask = make_mask(causal=False, num_keys=last + 1)
-        else:
-            mask = make_mask(causal=True, num_keys=last + 1, query_positions_BT=on_device)
-        return CacheStep(self, on_device, first if uniform else None, last + 1, mask)
+        return CacheStep(self, positions_BT.to(device), first if uniform else None, last + 1)
 
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, step: CacheStep) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of one layer; returns views of all slots in use, [B, K, S, D]."""

@@ -24,8 +24,8 @@ from trine.engine.errors import CheckpointError
 from trine.engine.log import say
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
-from trine.engine.model.families.base import write_eos
 from trine.engine.model.families.registry import merge_generation_config
+from trine.engine.model.families.settings import write_eos
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized
 from trine.engine.model.quantized.plan import QuantizedRules, notes, quantized_rules, read_weight
@@ -42,7 +42,6 @@ from trine.engine.model.weight_files import (
     write_weights,
 )
 
-_HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 
 
@@ -61,6 +60,12 @@ def resolve_checkpoint(path: Path | str) -> Path:
     if (path / "final" / "config.json").is_file():
         say(f"using {path / 'final'}")
         return path / "final"
+    for adapter in (path, path / "final"):
+        if (adapter / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{adapter} is a LoRA adapter and no checkpoint; give its base, with --adapter where the command takes "
+                f"one, or merge the two: trine merge BASE {adapter} --out DIR"
+            )
     latest = path / "latest"
     if latest.is_file():
         step = path / latest.read_text(encoding="utf-8").strip()
@@ -150,7 +155,7 @@ def load_model(
                     continue
                 tensor = _numbers(rule, stored, quantized, dtype)
                 targets = [parameters[name] for name in rule.ours]
-                for target, part in zip(targets, torch.split(tensor, [len(t) for t in targets]), strict=True):
+                for target, part in zip(targets, rule.split(tensor, [len(t) for t in targets]), strict=True):
                     target.copy_(part)
         return model.requires_grad_(not kept).eval()
 
@@ -192,7 +197,7 @@ def save_model(
     def make(stored: str) -> Tensor:
         rule = rules[stored]
         parts = [parameters[name].detach().to("cpu", dtype) for name in rule.ours]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        tensor = rule.join(parts)
         return (tensor.T if rule.transpose else tensor).contiguous()
 
     counts = {stored: sum(parameters[name].numel() for name in rule.ours) for stored, rule in rules.items()}
@@ -213,8 +218,10 @@ def save_model(
 
 def _normalised(files: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
     """Tensors under the names of the full model: prefix added where a base class was saved, ignored ones dropped."""
-    bare = not any(name.startswith(family.prefix) for name in files)
-    stored = {family.prefix + name if bare and name != _HEAD else name: tensor for name, tensor in files.items()}
+    bare, head = not any(name.startswith(family.prefix) for name in files), f"{family.head}."
+    stored = {
+        family.prefix + name if bare and not name.startswith(head) else name: tensor for name, tensor in files.items()
+    }
     ignored = re.compile(re.escape(family.prefix) + "(" + "|".join(family.ignored) + ")")
     return {name: tensor for name, tensor in stored.items() if not ignored.fullmatch(name)}
 
@@ -228,11 +235,12 @@ def _tied(config: ModelConfig, family: Family, stored: dict[str, StoredTensor]) 
     if not config.tie_embeddings:
         return False
     embedding = next(rule.stored for rule in family.rules(config) if rule.ours == (_EMBEDDING,))
-    if _HEAD not in stored:
+    head = f"{family.head}.weight"
+    if head not in stored:
         return True
-    if embedding in stored and not torch.equal(stored[embedding].read(), stored[_HEAD].read()):
+    if embedding in stored and not torch.equal(stored[embedding].read(), stored[head].read()):
         return False
-    stored[embedding] = stored.pop(_HEAD)
+    stored[embedding] = stored.pop(head)
     return True
 
 

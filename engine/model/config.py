@@ -11,36 +11,71 @@ from typing import Literal, get_args
 
 from trine.engine.errors import UsageError
 
-Norm = Literal["rms", "layer"]
+# rms_offset multiplies by 1 + weight; layer_unbiased is a LayerNorm without bias.
+Norm = Literal["rms", "rms_offset", "layer", "layer_unbiased"]
+# Where norms stand: before each branch; after it, inside the residual; both; or the two branches side by side on one
+# norm (parallel) or on one each (parallel_two).
+Placement = Literal["pre", "post", "both", "parallel", "parallel_two"]
 Positions = Literal["rope", "learned"]
-RopeKind = Literal["default", "linear", "llama3"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 Mlp = Literal["gated", "plain"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
-QkNorm = Literal["head"]
+# Over each head, or over the whole projection of q and of k.
+QkNorm = Literal["head", "full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary positions. `factor` and the fields after it belong to the scaled kinds:
+    """Rotary positions. `partial` is the share of a head's channels that is turned, the first ones.
+
+    What a kind reads beside it:
 
     linear: frequencies / factor. llama3: low frequencies / factor, high ones kept, a ramp between, judged against
-    `original_max_positions`.
+    `original_max_positions`. dynamic: nothing within the context, which is all that is computed. yarn: a ramp between
+    kept and divided frequencies from `beta_fast` to `beta_slow` turns, its ends rounded outwards with `truncate`.
+    longrope: each frequency divided by its own factor, `short_factors` for sequences of up to `original_max_positions`
+    tokens and `long_factors` for longer ones. proportional: `partial` of the pairs turn, at the frequencies of a whole
+    head.
+
+    yarn and longrope also multiply cos and sin by `attention_factor`.
     """
 
     theta: float = 10_000.0
     kind: RopeKind = "default"
+    partial: float = 1.0
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("rope kind", self.kind, get_args(RopeKind))
-        _positive(self, "theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions")
+        _positive(
+            self, "theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions", "beta_fast",
+            "beta_slow", "attention_factor",
+        )  # fmt: skip
+        if not 0 < self.partial <= 1:
+            raise UsageError(f"rope partial is {self.partial}; it is a share of the channels, above 0 and at most 1")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise UsageError(
                 f"rope high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}"
             )
+        if (self.kind == "longrope") != bool(self.short_factors and self.long_factors):
+            raise UsageError("longrope needs short_factors and long_factors, and no other rope kind takes them")
+        if len(self.short_factors) != len(self.long_factors) or any(
+            not factor > 0 for factor in self.short_factors + self.long_factors
+        ):
+            raise UsageError("longrope needs as many short_factors as long_factors, all above 0")
+
+    def num_pairs(self, head_dim: int) -> int:
+        """Pairs of channels of a head that are turned."""
+        return head_dim // 2 if self.kind == "proportional" else int(head_dim * self.partial) // 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,19 +110,33 @@ class ModelConfig:
     # normalisation
     norm: Norm = "rms"
     norm_eps: float = 1e-6
+    placement: Placement = "pre"
     # positions; `rope` is None exactly when positions are not "rope"
     positions: Positions = "rope"
+    position_offset: int = 0  # of learned positions: rows of the table before that of position 0
     rope: RopeConfig | None = field(default_factory=RopeConfig)
+    rope_interleaved: bool = False  # pairs are neighbours, not halves of a head
+    window_rope: RopeConfig | None = None  # of the layers with a window, where it is another
+    unrotated_layers: tuple[int, ...] = ()  # layers without positions
     # attention
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: QkNorm | None = None
+    window: int | None = None  # keys that a token sees, its own counted; None for all
+    full_layers: tuple[int, ...] = ()  # layers without the window
+    attention_scale: float | None = None  # of the scores; None for head_dim ** -0.5
+    attention_softcap: float | None = None
     # feed-forward
     mlp: Mlp = "gated"
     activation: Activation = "silu"
     mlp_bias: bool = False
-    # output
+    # input, residual stream and output
     tie_embeddings: bool = False
+    head_bias: bool = False
+    embedding_scale: float = 1.0  # rounded to the dtype of the embedding
+    residual_scale: float = 1.0  # of each branch
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     # training
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     init_std: float = 0.02
@@ -99,10 +148,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _positive(
             self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
-            "max_positions", "norm_eps", "init_std",
+            "max_positions", "norm_eps", "init_std", "embedding_scale", "residual_scale", "logit_scale",
         )  # fmt: skip
+        for name in ("window", "attention_scale", "attention_softcap", "logit_softcap"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
         for name, value, known in (
             ("norm", self.norm, Norm),
+            ("placement", self.placement, Placement),
             ("positions", self.positions, Positions),
             ("mlp", self.mlp, Mlp),
             ("activation", self.activation, Activation),
@@ -117,12 +170,12 @@ class ModelConfig:
             )
         if (self.rope is not None) != (self.positions == "rope"):
             raise UsageError(f'positions = "{self.positions}" with rope = {self.rope}; give rope with "rope" only')
-        if self.rope is not None and self.head_dim % 2:
-            raise UsageError(
-                f"head_dim {self.head_dim} is odd; rotary positions turn pairs of channels, so make it even"
-            )
-        if self.qk_norm is not None and self.norm != "rms":
-            raise UsageError(f'qk_norm = "{self.qk_norm}" needs norm = "rms", not "{self.norm}"')
+        self._check_rope()
+        self._check_layers()
+        if self.qk_norm is not None and self.norm not in ("rms", "rms_offset"):
+            raise UsageError(f'qk_norm = "{self.qk_norm}" needs norm = "rms" or "rms_offset", not "{self.norm}"')
+        if self.tie_embeddings and self.head_bias:
+            raise UsageError("head_bias with tie_embeddings is not supported; a tied head has no parameters of its own")
         for name, ids in (
             ("bos_token_id", self.bos_token_id),
             ("pad_token_id", self.pad_token_id),
@@ -130,6 +183,56 @@ class ModelConfig:
         ):
             if ids is not None and ids < 0:
                 raise UsageError(f"{name} is {ids}; token ids are 0 or above")
+
+    def _check_rope(self) -> None:
+        if self.rope is None:
+            if self.window_rope is not None or self.unrotated_layers or self.rope_interleaved:
+                raise UsageError(
+                    'window_rope, unrotated_layers and rope_interleaved belong to positions = "rope"; leave them out'
+                )
+            if self.position_offset < 0:
+                raise UsageError(f"position_offset is {self.position_offset}; it must not be negative")
+            return
+        if self.position_offset:
+            raise UsageError(f'position_offset {self.position_offset} belongs to positions = "learned"; leave it out')
+        if self.head_dim % 2:
+            raise UsageError(
+                f"head_dim {self.head_dim} is odd; rotary positions turn pairs of channels, so make it even"
+            )
+        for rope in (self.rope, self.window_rope):
+            if rope is None:
+                continue
+            pairs, given = rope.num_pairs(self.head_dim), len(rope.short_factors)
+            if pairs == 0:
+                raise UsageError(f"rope partial {rope.partial} turns no pair of the {self.head_dim} channels of a head")
+            if rope.kind == "longrope" and given != pairs:
+                raise UsageError(f"longrope has {given} factors for {pairs} pairs of channels; give one for each")
+
+    def _check_layers(self) -> None:
+        if self.window is None and (self.full_layers or self.window_rope is not None):
+            raise UsageError("full_layers and window_rope need a window; without one every layer sees everything")
+        for name in ("unrotated_layers", "full_layers"):
+            layers = getattr(self, name)
+            if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_layers for layer in layers):
+                raise UsageError(f"{name} is {layers}; give ascending numbers from 0 to {self.num_layers - 1}")
+        if self.window is not None and len(self.full_layers) == self.num_layers:
+            raise UsageError("full_layers names every layer, so window has no effect; leave both out")
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Tokens of a sequence beyond which longrope turns all of its tokens otherwise; None for other kinds."""
+        ropes = (self.rope, self.window_rope)
+        return next((rope.original_max_positions for rope in ropes if rope and rope.kind == "longrope"), None)
+
+    def window_of(self, layer: int) -> int | None:
+        """Keys that a token sees in this layer, its own counted; None for all."""
+        return None if layer in self.full_layers else self.window
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotation of this layer; None for none."""
+        if layer in self.unrotated_layers:
+            return None
+        return self.rope if self.window_of(layer) is None or self.window_rope is None else self.window_rope
 
 
 def _positive(owner: object, *names: str) -> None:

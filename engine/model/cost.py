@@ -3,7 +3,8 @@
 Convention for FLOPs (the usual 6 N + 12 L T d of Chowdhery et al. 2022, arXiv 2204.02311, appendix B): only matrix
 products count, 2 FLOPs per multiply-add; N is the number of weights that a token is multiplied with, the output layer
 included (tied or not), embedding look-ups excluded; attention is counted over all T x T pairs, although causal kernels
-may skip half; training is three times the forward pass; recomputed activations are not counted.
+may skip half, and over the window where a layer has one; training is three times the forward pass; recomputed
+activations are not counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from trine.engine.model.config import ModelConfig
+
+# Norms of a layer.
+_NORMS = {"pre": 2, "post": 2, "both": 4, "parallel": 1, "parallel_two": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +35,22 @@ def count_parameters(config: ModelConfig) -> Parameters:
     """Parameters of a model of this config; equals the sum over `Transformer(config).parameters()`."""
     embedding = config.vocab_size * config.width
     if config.positions == "learned":
-        embedding += config.max_positions * config.width
+        embedding += (config.position_offset + config.max_positions) * config.width
     norm = config.width * (2 if config.norm == "layer" else 1)
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     biases = config.qkv_bias * (q_width + 2 * kv_width) + config.o_bias * config.width
     biases += config.mlp_bias * (config.width + config.ffn_width * (2 if config.mlp == "gated" else 1))
-    qk_norm = 2 * config.head_dim if config.qk_norm == "head" else 0
-    layer = _layer_weights(config) + biases + qk_norm + 2 * norm
-    head = 0 if config.tie_embeddings else config.vocab_size * config.width
+    qk_norm = {None: 0, "head": 2 * config.head_dim, "full": q_width + kv_width}[config.qk_norm]
+    layer = _layer_weights(config) + biases + qk_norm + _NORMS[config.placement] * norm
+    head = 0 if config.tie_embeddings else config.vocab_size * (config.width + config.head_bias)
     return Parameters(total=embedding + config.num_layers * layer + norm + head, embedding=embedding)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int:
     """FLOPs for one token in a sequence of `seq_len`: forward, or forward and backward (convention above)."""
     weights = config.num_layers * _layer_weights(config) + config.vocab_size * config.width
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    keys = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in range(config.num_layers))
+    attention = 4 * config.num_heads * config.head_dim * keys
     return (2 * weights + attention) * (3 if training else 1)
 
 

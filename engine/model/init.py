@@ -2,7 +2,7 @@
 
 Matrices and embeddings are normal with standard deviation `init_std`; the two matrices that write into the residual
 stream are smaller by 1/sqrt(2 layers), so that its variance does not grow with depth (Radford et al. 2019). Norm
-weights are 1, biases 0.
+weights are 1 (0 where 1 is added), biases 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def initialize(model: Transformer, seed: int) -> None:
     residual_std = model.config.init_std * (2 * model.config.num_layers) ** -0.5
     for name, module in model.named_modules():
         if isinstance(module, (RMSNorm, LayerNorm)):
-            module.weight.fill_(1.0)
+            module.weight.fill_(0.0 if isinstance(module, RMSNorm) and module.unit_offset else 1.0)
         elif isinstance(module, (Linear, Embedding)):
             residual = name.endswith(("self_attn.o_proj", "mlp.down_proj"))
             _normal(module.weight, residual_std if residual else model.config.init_std, generator)

@@ -55,29 +55,39 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """See `trine.kernels.rms_norm`."""
+    """See `trine.kernels.rms_norm`. `unit_offset`: multiply by 1 + weight."""
 
-    def __init__(self, width: int, eps: float, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        *,
+        unit_offset: bool = False,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.unit_offset = eps, unit_offset
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
     def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of x + branch, x + branch)."""
-        return add_rms_norm(x, branch, self.weight, self.eps)
+        return add_rms_norm(x, branch, self.weight, self.eps, unit_offset=self.unit_offset)
 
 
 class LayerNorm(nn.Module):
     """See `trine.kernels.layer_norm`."""
 
-    def __init__(self, width: int, eps: float, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, width: int, eps: float, *, bias: bool = True, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -87,7 +97,15 @@ class LayerNorm(nn.Module):
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
-def make_norm(config: ModelConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> RMSNorm | LayerNorm:
-    """The normalisation over the model width that `config.norm` names."""
-    kind = RMSNorm if config.norm == "rms" else LayerNorm
-    return kind(config.width, config.norm_eps, device=device, dtype=dtype)
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(
+    config: ModelConfig, width: int | None = None, *, device: torch.device | str | None, dtype: torch.dtype
+) -> Norm:
+    """The normalisation that `config.norm` names, over `width` numbers (default: the model's)."""
+    width = width or config.width
+    if config.norm in ("rms", "rms_offset"):
+        offset = config.norm == "rms_offset"
+        return RMSNorm(width, config.norm_eps, unit_offset=offset, device=device, dtype=dtype)
+    return LayerNorm(width, config.norm_eps, bias=config.norm == "layer", device=device, dtype=dtype)

@@ -150,7 +150,10 @@ def read_adapter(folder: Path | str, config: ModelConfig) -> Adapter:
 
 @dataclass(slots=True)
 class LinearModule:
-    """A module of the checkpoint: our layers in it with their rows, its inputs, and the adapter's tensors for it."""
+    """A module of the checkpoint: our layers in it with their rows, its inputs, and the adapter's tensors for it.
+
+    `rule` says how its outputs are joined.
+    """
 
     layers: tuple[str, ...]
     rows: list[int]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from trine.engine.errors import UsageError
 from trine.engine.model.config import ModelConfig
+from trine.engine.model.families import TensorRule
 from trine.engine.model.lora import CONFIG, PREFIX, WEIGHTS, Adapter, LinearModule, adaptable
 from trine.engine.model.lora_base import Base
 from trine.engine.model.lora_hooks import LoraHooks, check_adaptable, reaches
@@ -41,7 +42,7 @@ ALL_LINEAR = "all-linear"
 class LoraPart:
     """What is adapted: a module of the checkpoint by its path there, and the layers of ours that it holds.
 
-    `rows` of B belong to each layer; `width` is the number of inputs.
+    `rows` of B belong to each layer, lying as `rule` says; `width` is the number of inputs.
     """
 
     path: str
@@ -50,6 +51,7 @@ class LoraPart:
     width: int
     rank: int
     alpha: float
+    rule: TensorRule
 
     @property
     def num_parameters(self) -> int:
@@ -126,7 +128,7 @@ class LoraWeights(nn.Module):
             rank = len(first.a_RC)
             alpha = first.scale * (math.sqrt(rank) if adapter.stable else rank)
             part = _part(path, module, rank, alpha)
-            found[path] = part, first.a_RC, torch.cat([piece.b_FR for piece in pieces if piece is not None])
+            found[path] = part, first.a_RC, module.rule.join([piece.b_FR for piece in pieces if piece is not None])
         parts = [part for part, _, _ in found.values()]
         made = cls(parts, stable=adapter.stable, dropout=dropout, base=base, targets=_names_for([*found], [*known]))
         with torch.no_grad():
@@ -150,20 +152,18 @@ class LoraWeights(nn.Module):
         Raises `CheckpointError` for a layer that cannot be adapted.
         """
         model.requires_grad_(False)
-        places: dict[str, tuple[LoraPart, slice]] = {}
+        places: dict[str, tuple[LoraPart, int]] = {}
         for part in self.parts:
-            first = 0
-            for layer, rows in zip(part.layers, part.rows, strict=True):
+            for number, layer in enumerate(part.layers):
                 check_adaptable(model, layer)
-                places[layer] = part, slice(first, first + rows)
-                first += rows
+                places[layer] = part, number
 
         def add(layer: str, x: Tensor, y: Tensor) -> Tensor:
-            part, rows = places[layer]
+            part, number = places[layer]
             a_RC, b_FR = self.matrices(part)
             x = F.dropout(x, self.dropout, training=model.training) if self.dropout else x
             h = F.linear(x, a_RC.to(x.dtype))
-            return y + self.scale(part) * F.linear(h, b_FR[rows].to(x.dtype))
+            return y + self.scale(part) * F.linear(h, part.rule.split(b_FR, part.rows)[number].to(x.dtype))
 
         hooks = LoraHooks(model, active=lambda: True, add=add)
         for layer in places:
@@ -200,7 +200,7 @@ class LoraWeights(nn.Module):
         for part in self.parts:
             a_RC, b_FR = self.matrices(part)
             a_RC.copy_(adapter.parts[part.layers[0]].a_RC)
-            b_FR.copy_(torch.cat([adapter.parts[layer].b_FR for layer in part.layers]))
+            b_FR.copy_(part.rule.join([adapter.parts[layer].b_FR for layer in part.layers]))
 
 
 class _Matrix(nn.Module):
@@ -237,7 +237,7 @@ def choose_parts(
 
 
 def _part(path: str, module: LinearModule, rank: int, alpha: float) -> LoraPart:
-    return LoraPart(path, module.layers, tuple(module.rows), module.width, rank, alpha)
+    return LoraPart(path, module.layers, tuple(module.rows), module.width, rank, alpha, module.rule)
 
 
 def _names_for(chosen: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -253,8 +253,3 @@ def _names_for(chosen: Sequence[str], known: Sequence[str]) -> list[str]:
 def _plain(number: float) -> float:
     """An integer where it is one."""
     return int(number) if number == int(number) else number
-
-
-def trained_parameters(parts: Mapping[str, LoraPart] | Sequence[LoraPart]) -> int:
-    """Numbers in the adapter's tensors."""
-    return sum(part.num_parameters for part in (parts.values() if isinstance(parts, Mapping) else parts))

@@ -98,7 +98,8 @@ class PagedStep:
     `positions_BT`: int64 [1, N]. `slots_N`: int64, block * S + place in the block. `block_table_RM`, `lengths_R`,
     `query_starts` [R + 1]: int32, as of `paged_attention`; lengths count the new tokens. `max_queries`, `num_slots`:
     upper bounds of the new tokens and of the keys of any request. `deterministic`: the bits of a query depend on its
-    own keys alone.
+    own keys alone. `longer_N`: bool, which tokens belong to sequences that longrope turns as long ones; None where the
+    model has no longrope.
     """
 
     cache: PagedCache
@@ -110,8 +111,25 @@ class PagedStep:
     max_queries: int
     num_slots: int
     deterministic: bool = False
+    longer_N: Tensor | None = None
 
-    def attend(self, layer: int, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    def longer(self, switch: int, lengths_B: Tensor | None) -> Tensor:
+        """See `Step`; whoever makes the step knows."""
+        if self.longer_N is None:
+            raise ValueError("the model has longrope; give longer_N to the step")
+        return self.longer_N[None]
+
+    def attend(
+        self,
+        layer: int,
+        q_BHTD: Tensor,
+        k_BKTD: Tensor,
+        v_BKTD: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+    ) -> Tensor:
         """See `Step`; B is 1 and T is N."""
         cache = self.cache
         k_scale_PSK = None if cache.k_scale_LPSK is None else cache.k_scale_LPSK[layer]
@@ -127,6 +145,9 @@ class PagedStep:
             query_starts=self.query_starts,
             max_queries=self.max_queries,
             max_length=self.num_slots,
+            scale=scale,
+            window=None if window is None else window - 1,
+            softcap=softcap,
             k_scale_PSK=k_scale_PSK,
             v_scale_PSK=v_scale_PSK,
             split_size=SPLIT if self.deterministic else None,

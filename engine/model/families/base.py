@@ -1,140 +1,129 @@
 """What a family is: two tables, one for config.json and one for tensor names. No family has model code.
 
-A `TensorRule` ties one tensor on disk to one or several parameters of ours: several when the file stores them joined
-(GPT-2's c_attn holds q, k, v), transposed when the file stores [in, out].
+The table of names maps a module on disk to one or several of ours, `*` standing for the number of a layer: several when
+the file stores them joined (GPT-2's c_attn holds q, k, v). Which of the modules a model has, and which of those have a
+bias, the model itself says. `settings.py` holds what families share in config.json, `rotary.py` the rotary settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from trine.engine.errors import CheckpointError
-from trine.engine.model.config import Activation, ModelConfig, RopeConfig
+import torch
+from torch import Tensor
+
+from trine.engine.model.config import ModelConfig
+from trine.engine.model.transformer import Transformer
 
 HfConfig = Mapping[str, Any]
+Names = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """`stored` (the name on disk) holds `ours`, joined along the output dimension; `transpose`: [in, out] on disk."""
+    """`stored` (the name on disk) holds `ours`, joined along the output dimension; `transpose`: [in, out] on disk.
+
+    `groups`: joined in so many pieces, each with its share of every one of ours (GPT-NeoX: q, k, v head by head).
+    """
 
     stored: str
     ours: tuple[str, ...]
     transpose: bool = False
+    groups: int = 1
+
+    def split(self, joined: Tensor, rows: Sequence[int]) -> list[Tensor]:
+        """A tensor of the joined outputs, [sum of rows, ...], as ours."""
+        if self.groups == 1:
+            return list(torch.split(joined, list(rows)))
+        pieces = joined.reshape(self.groups, -1, *joined.shape[1:])
+        parts = torch.split(pieces, [count // self.groups for count in rows], dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The opposite of `split`."""
+        if len(parts) == 1:
+            return parts[0]
+        if self.groups == 1:
+            return torch.cat(list(parts))
+        pieces = [part.reshape(self.groups, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(pieces, dim=1).flatten(0, 1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of checkpoints.
 
     `model_types`: values of `model_type` in config.json that it reads; the first is written.
+    `title`: what people call it, and what shares its format.
     `prefix`: what stands before every stored name but the head's; files of a base class lack it.
     `defaults`: values of config.json keys that may be absent (the class defaults of transformers).
     `neutral`: keys whose other values would need code that does not exist; anything else is refused.
     `ignored`: regular expressions (after the prefix) of stored tensors that carry no information.
+    `names`: modules on disk and ours. `transposed`: those of them stored [in, out]. `by_head`: those that join their
+    parts head by head. `head`: the output layer on disk.
     """
 
     name: str
+    title: str
     model_types: tuple[str, ...]
     architecture: str
     prefix: str
     defaults: HfConfig
     neutral: HfConfig
-    ignored: tuple[str, ...]
     to_config: Callable[[HfConfig], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
-    rules: Callable[[ModelConfig], list[TensorRule]]
+    names: Names
+    transposed: frozenset[str] = field(default_factory=frozenset)
+    by_head: frozenset[str] = field(default_factory=frozenset)
+    ignored: tuple[str, ...] = ()
+    head: str = "lm_head"
+
+    def rules(self, config: ModelConfig) -> list[TensorRule]:
+        """Every tensor that a model of this config has on disk."""
+        parameters = _parameter_names(config)
+        found = []
+        for stored, ours in self.names.items():
+            for layer in range(config.num_layers) if "*" in stored else (0,):
+                for kind in ("weight", "bias"):
+                    parts = tuple(f"{module}.{kind}".replace("*", str(layer)) for module in ours)
+                    if not parameters.issuperset(parts):
+                        continue
+                    found.append(
+                        TensorRule(
+                            f"{stored}.{kind}".replace("*", str(layer)),
+                            parts,
+                            transpose=stored in self.transposed and kind == "weight",
+                            groups=config.num_heads if stored in self.by_head else 1,
+                        )
+                    )
+        return found
 
 
-def require(hf: HfConfig, key: str) -> Any:
-    """The value of a key that config.json must have."""
-    value = hf.get(key)
-    if value is None:
-        raise CheckpointError(
-            f"config.json has no {key!r}; it is not a complete config of a {hf.get('model_type')} model"
+@lru_cache(maxsize=8)
+def _parameter_names(config: ModelConfig) -> frozenset[str]:
+    return frozenset(name for name, _ in Transformer(config, device="meta").named_parameters())
+
+
+# Our modules under the names of a Llama file, from which most families differ little.
+LLAMA_NAMES: Names = {
+    "model.embed_tokens": ("embed_tokens",),
+    **{
+        f"model.layers.*.{module}": (f"layers.*.{module}",)
+        for module in (
+            "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
+            "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "pre_feedforward_layernorm",
+            "post_feedforward_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
         )
-    return value
+    },
+    "model.norm": ("norm",),
+    "lm_head": ("lm_head",),
+}  # fmt: skip
 
 
-# Names of activations in config.json and ours. Writing takes the first name that a family accepts.
-ACTIVATION_NAMES: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-}
-
-
-def read_activation(hf: HfConfig, key: str) -> Activation:
-    """Our name of the activation in config.json."""
-    name = require(hf, key)
-    if name not in ACTIVATION_NAMES:
-        raise CheckpointError(f"config.json has {key} {name!r}; supported: {', '.join(ACTIVATION_NAMES)}")
-    return ACTIVATION_NAMES[name]
-
-
-def write_activation(activation: Activation) -> str:
-    """The name for config.json."""
-    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
-
-
-def read_eos(hf: HfConfig) -> tuple[int, ...]:
-    """`eos_token_id` is an integer, a list or null."""
-    eos = hf.get("eos_token_id")
-    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-
-
-def write_eos(eos_token_ids: tuple[int, ...]) -> int | list[int] | None:
-    """An integer where one is enough, since not every reader takes lists."""
-    if not eos_token_ids:
-        return None
-    return eos_token_ids[0] if len(eos_token_ids) == 1 else list(eos_token_ids)
-
-
-def read_rope(hf: HfConfig, default_theta: float) -> RopeConfig:
-    """Rotary settings in the old layout (rope_theta, rope_scaling), the new one (rope_parameters), or both.
-
-    As transformers 5 reads them: a non-null `rope_scaling` replaces `rope_parameters`; a theta inside the table wins
-    over the one at the top level; the kind is `rope_type`, formerly `type`.
-    """
-    table = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(table, Mapping) or any(isinstance(value, Mapping) for value in table.values()):
-        raise CheckpointError(f"config.json has rotary settings {table!r}; one flat table for all layers is supported")
-    table = dict(table)
-    legacy_kind = table.pop("type", None)
-    kind: Any = table.pop("rope_type", legacy_kind) or "default"
-    theta = table.pop("rope_theta", None) or hf.get("rope_theta") or default_theta
-    if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(f"config.json has rope_type {kind!r}; supported: default, linear, llama3")
-    if table.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("config.json has a partial_rotary_factor other than 1; heads must be rotated whole")
-    known: dict[str, Any] = {}
-    if kind in ("linear", "llama3"):
-        known["factor"] = float(require(table, "factor"))
-    if kind == "llama3":
-        known["low_freq_factor"] = float(require(table, "low_freq_factor"))
-        known["high_freq_factor"] = float(require(table, "high_freq_factor"))
-        known["original_max_positions"] = hf.get("original_max_position_embeddings") or require(
-            table, "original_max_position_embeddings"
-        )
-    return RopeConfig(theta=float(theta), kind=kind, **known)
-
-
-def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """Both layouts, so that transformers 4 and 5 read the same frequencies."""
-    scaling: dict[str, Any] = {}
-    if rope.kind != "default":
-        scaling = {"rope_type": rope.kind, "factor": rope.factor}
-    if rope.kind == "llama3":
-        scaling["low_freq_factor"] = rope.low_freq_factor
-        scaling["high_freq_factor"] = rope.high_freq_factor
-        scaling["original_max_position_embeddings"] = rope.original_max_positions
-    return {
-        "rope_theta": rope.theta,
-        "rope_scaling": {**scaling, "rope_theta": rope.theta} if scaling else None,
-        "rope_parameters": {"rope_type": rope.kind, **scaling, "rope_theta": rope.theta},
-    }
+def names_with(changes: Names, base: Names = LLAMA_NAMES) -> Names:
+    """The table `base`, with the modules that `changes` names stored as it says."""
+    changed = {module for ours in changes.values() for module in ours}
+    return {**{stored: ours for stored, ours in base.items() if not changed.intersection(ours)}, **changes}

@@ -10,15 +10,8 @@ from typing import Any
 
 from trine.engine.errors import CheckpointError
 from trine.engine.model.config import DropoutConfig, ModelConfig
-from trine.engine.model.families.base import (
-    Family,
-    HfConfig,
-    TensorRule,
-    read_activation,
-    read_eos,
-    require,
-    write_eos,
-)
+from trine.engine.model.families.base import Family, HfConfig
+from trine.engine.model.families.settings import read_activation, read_eos, require, write_eos
 
 
 def to_config(hf: HfConfig) -> ModelConfig:
@@ -86,37 +79,18 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# Stored name within a layer -> ours. Linear layers are transposed, norms are vectors.
-_NORMS = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
 _LINEARS = {
     "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.c_proj": ("self_attn.o_proj",),
     "mlp.c_fc": ("mlp.up_proj",),
     "mlp.c_proj": ("mlp.down_proj",),
 }
-
-
-def rules(config: ModelConfig) -> list[TensorRule]:
-    """Stored names (`transformer.h.0.attn.c_attn.weight`) and ours."""
-    found = [
-        TensorRule("transformer.wte.weight", ("embed_tokens.weight",)),
-        TensorRule("transformer.wpe.weight", ("embed_positions.weight",)),
-        TensorRule("transformer.ln_f.weight", ("norm.weight",)),
-        TensorRule("transformer.ln_f.bias", ("norm.bias",)),
-    ]
-    for layer in range(config.num_layers):
-        stored, ours = f"transformer.h.{layer}", f"layers.{layer}"
-        for kind in ("weight", "bias"):
-            for theirs, name in _NORMS.items():
-                found.append(TensorRule(f"{stored}.{theirs}.{kind}", (f"{ours}.{name}.{kind}",)))
-            for theirs, names in _LINEARS.items():
-                joined = tuple(f"{ours}.{name}.{kind}" for name in names)
-                found.append(TensorRule(f"{stored}.{theirs}.{kind}", joined, transpose=kind == "weight"))
-    return found if config.tie_embeddings else [*found, TensorRule("lm_head.weight", ("lm_head.weight",))]
+_NORMS = {"ln_1": ("input_layernorm",), "ln_2": ("post_attention_layernorm",)}
 
 
 GPT2 = Family(
     name="gpt2",
+    title="GPT-2",
     model_types=("gpt2",),
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
@@ -141,5 +115,15 @@ GPT2 = Family(
     ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
     to_config=to_config,
     to_hf=to_hf,
-    rules=rules,
+    names={
+        "transformer.wte": ("embed_tokens",),
+        "transformer.wpe": ("embed_positions",),
+        **{
+            f"transformer.h.*.{stored}": tuple(f"layers.*.{module}" for module in ours)
+            for stored, ours in {**_NORMS, **_LINEARS}.items()
+        },
+        "transformer.ln_f": ("norm",),
+        "lm_head": ("lm_head",),
+    },
+    transposed=frozenset(f"transformer.h.*.{stored}" for stored in _LINEARS),
 )

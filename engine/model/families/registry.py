@@ -8,16 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.config import DropoutConfig, ModelConfig
 from trine.engine.model.families.base import Family, HfConfig
+from trine.engine.model.families.cohere import COHERE
+from trine.engine.model.families.gemma import GEMMA
+from trine.engine.model.families.gemma2 import GEMMA2
+from trine.engine.model.families.gemma3 import GEMMA3
 from trine.engine.model.families.gpt2 import GPT2
+from trine.engine.model.families.gpt_neox import GPT_NEOX
+from trine.engine.model.families.granite import GRANITE
 from trine.engine.model.families.llama import LLAMA
+from trine.engine.model.families.mistral import MISTRAL
+from trine.engine.model.families.olmo2 import OLMO2
+from trine.engine.model.families.olmo3 import OLMO3
+from trine.engine.model.families.opt import OPT
+from trine.engine.model.families.phi import PHI
+from trine.engine.model.families.phi3 import PHI3
+from trine.engine.model.families.qwen2 import QWEN2
 from trine.engine.model.families.qwen3 import QWEN3
+from trine.engine.model.families.smollm3 import SMOLLM3
+from trine.engine.model.families.stablelm import STABLELM
+from trine.engine.model.families.starcoder2 import STARCODER2
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, PHI, SMOLLM3, OLMO2, OLMO3, STARCODER2,
+        GPT_NEOX, STABLELM, COHERE, GRANITE, OPT,
+    )
+}  # fmt: skip
 
 
 def family_for(hf: HfConfig) -> Family:
@@ -26,8 +49,12 @@ def family_for(hf: HfConfig) -> Family:
     for family in FAMILIES.values():
         if model_type in family.model_types:
             return family
-    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
-    raise CheckpointError(f"model_type {model_type!r} in config.json is not supported; supported: {known}")
+    known = [name for family in FAMILIES.values() for name in family.model_types]
+    near = get_close_matches(str(model_type), known, n=3, cutoff=0.4)
+    nearest = f"nearest: {', '.join(near)}; " if near else ""
+    raise CheckpointError(
+        f"model_type {model_type!r} in config.json is not supported; {nearest}supported: {', '.join(known)}"
+    )
 
 
 def config_from_hf(hf: HfConfig) -> ModelConfig:

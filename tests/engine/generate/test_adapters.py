@@ -28,7 +28,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "n_embd": 32, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4,
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "n_inner": 48, "bos_token_id": 0,
-    "eos_token_id": 0, "max_position_embeddings": CONTEXT, "n_positions": CONTEXT,
+    "eos_token_id": 0, "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "ffn_dim": 48, "sliding_window": 24,
+    "use_sliding_window": True, "max_window_layers": 1, "query_pre_attn_scalar": 1,
 }  # fmt: skip
 # By name: rank, alpha, rank-stabilised, and the part of the model's linear layers that it changes.
 ADAPTERS: dict[str, tuple[int, int, bool, Callable[[str], bool]]] = {
@@ -47,8 +48,9 @@ def make_model(family: str, vocab_size: int) -> Transformer:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0.0, 0.1 if parameter.dim() == 1 else 0.4, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight") and model.config.norm != "rms_offset":
                 parameter.add_(1.0)
+        model.embed_tokens.weight.div_(model.config.embedding_scale)
     return model.eval()
 
 
@@ -72,7 +74,7 @@ def write_adapter(folder: Path, model: Transformer, name: str) -> tuple[Path, Tr
         tensors[f"base_model.model.{path}.lora_B.weight"] = b
         change = scale * (b.double() @ a.double())
         with torch.no_grad():
-            for weight, part in zip(ours, torch.split(change, [len(w) for w in ours]), strict=True):
+            for weight, part in zip(ours, rule.split(change, [len(w) for w in ours]), strict=True):
                 weight.copy_(weight.double() + part)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")

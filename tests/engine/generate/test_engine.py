@@ -32,7 +32,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "n_embd": 32, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4,
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "n_inner": 48, "bos_token_id": 0,
-    "eos_token_id": 0, "max_position_embeddings": CONTEXT, "n_positions": CONTEXT,
+    "eos_token_id": 0, "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "ffn_dim": 48, "sliding_window": 24,
+    "use_sliding_window": True, "max_window_layers": 1, "query_pre_attn_scalar": 1,
 }  # fmt: skip
 
 
@@ -45,8 +46,9 @@ def make_model(family: str, vocab_size: int) -> Transformer:
         for name, parameter in model.named_parameters():
             # Matrices more strongly, or greedy text of so small a model repeats one token.
             parameter.normal_(0.0, 0.1 if parameter.dim() == 1 else 0.4, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight") and model.config.norm != "rms_offset":
                 parameter.add_(1.0)
+        model.embed_tokens.weight.div_(model.config.embedding_scale)
     return model
 
 

@@ -14,7 +14,27 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+)
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -49,20 +69,114 @@ def _gpt2(**changes: Any) -> GPT2Config:
     return GPT2Config(**{**sizes, "bos_token_id": 1, "eos_token_id": 2, **changes})
 
 
+def _sized(config: type[Any], **custom: Any) -> Callable[..., Any]:
+    """A maker of configs of one class: small sizes, what the class needs beside them, and then changes."""
+    sizes = {"num_key_value_heads": 2, "pad_token_id": 0, **custom}
+
+    def make(**changes: Any) -> Callable[[], Any]:
+        return lambda: config(**{**_SIZES, **sizes, **changes})
+
+    return make
+
+
+def _rope(kind: str, theta: float = 1e4, **settings: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta, **settings}
+
+
+_mistral = _sized(MistralConfig, sliding_window=8, head_dim=16)
+_qwen2 = _sized(Qwen2Config, rope_parameters=_rope("default", 1e6))
+_gemma = _sized(GemmaConfig, head_dim=32)
+_gemma2 = _sized(
+    Gemma2Config, head_dim=32, query_pre_attn_scalar=24, sliding_window=8, attn_logit_softcapping=1.0,
+    final_logit_softcapping=2.0,
+)  # fmt: skip
+_gemma3 = _sized(
+    Gemma3TextConfig, head_dim=32, num_hidden_layers=3, query_pre_attn_scalar=24, sliding_window=8,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    rope_parameters={"sliding_attention": _rope("default"), "full_attention": _rope("linear", 1e6, factor=8.0)},
+)  # fmt: skip
+_phi3 = _sized(Phi3Config, sliding_window=None)
+_LONGROPE = _rope(
+    "longrope",
+    short_factor=[1.0 + 0.05 * i for i in range(8)],
+    long_factor=[1.0 + 0.7 * i for i in range(8)],
+    original_max_position_embeddings=64,
+)
+_smollm3 = _sized(SmolLM3Config, num_hidden_layers=4, no_rope_layer_interval=2)
+_olmo2 = _sized(Olmo2Config)
+_olmo3 = _sized(Olmo3Config, num_hidden_layers=4, sliding_window=8)
+_starcoder2 = _sized(Starcoder2Config, sliding_window=8)
+_gpt_neox = _sized(GPTNeoXConfig, rotary_pct=0.5)
+_stablelm = _sized(StableLmConfig)
+_phi = _sized(PhiConfig)
+_cohere = _sized(CohereConfig)
+_granite = _sized(
+    GraniteConfig, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.4, logits_scaling=0.7
+)
+_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=64)
+
+
+def _opt(**changes: Any) -> OPTConfig:
+    sizes = {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 0}
+    del sizes["intermediate_size"]
+    return OPTConfig(**{**sizes, **changes})
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": _gpt2,
     "gpt2_untied_inner": lambda: _gpt2(tie_word_embeddings=False, n_inner=96),
     "llama2": lambda: _llama(num_key_value_heads=4),
     "llama3_gqa": lambda: _llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
     "llama31_scaled": lambda: _llama(rope_parameters=_LLAMA3_SCALING),
-    "llama_linear": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "llama_linear": lambda: _llama(rope_parameters=_rope("linear", factor=4.0)),
+    "llama_yarn": lambda: _llama(rope_parameters=_YARN),
+    "llama_yarn_exact": lambda: _llama(
+        rope_parameters={**_YARN, "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.7}
+    ),
+    "llama_dynamic": lambda: _llama(rope_parameters=_rope("dynamic", factor=4.0)),
+    "llama_proportional": lambda: _llama(rope_parameters=_rope("proportional", partial_rotary_factor=0.5, factor=2.0)),
     "llama32_tied_headdim": lambda: _llama(tie_word_embeddings=True, head_dim=32),
     "llama_mqa": lambda: _llama(num_key_value_heads=1),
     "llama_bias": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama_gelu": lambda: _llama(hidden_act="gelu_pytorch_tanh"),
+    "mistral": _mistral(),
+    "mistral_nemo": _mistral(sliding_window=None, head_dim=32, rope_parameters=_rope("default", 1e6)),
+    "qwen2": _qwen2(),
+    "qwen2_tied_window": _qwen2(
+        tie_word_embeddings=True, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
     "qwen3": _qwen3,
     "qwen3_tied": lambda: _qwen3(tie_word_embeddings=True),
     "qwen3_bias": lambda: _qwen3(attention_bias=True),
+    "qwen3_window": lambda: _qwen3(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "gemma": _gemma(),
+    "gemma2": _gemma2(),
+    "gemma2_bias": _gemma2(attention_bias=True, attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma3": _gemma3(),
+    "gemma3_softcap_bias": _gemma3(final_logit_softcapping=2.0, attention_bias=True),
+    "phi3": _phi3(sliding_window=9),
+    "phi3_longrope": _phi3(rope_parameters=_LONGROPE, original_max_position_embeddings=64),
+    "phi3_partial": _phi3(rope_parameters=_rope("default", partial_rotary_factor=0.75), tie_word_embeddings=True),
+    "smollm3": _smollm3(),
+    "smollm3_window": _smollm3(use_sliding_window=True, sliding_window=8, tie_word_embeddings=False),
+    "olmo2": _olmo2(),
+    "olmo2_bias": _olmo2(attention_bias=True),
+    "olmo3": _olmo3(),
+    "olmo3_yarn": _olmo3(
+        rope_parameters={"full_attention": {**_YARN, "rope_theta": 5e5}, "sliding_attention": _rope("default", 5e5)}
+    ),
+    "starcoder2": _starcoder2(),
+    "starcoder2_plain": _starcoder2(use_bias=False, tie_word_embeddings=False, sliding_window=None),
+    "gpt_neox": _gpt_neox(),
+    "gpt_neox_serial": _gpt_neox(use_parallel_residual=False, attention_bias=False, rotary_pct=1.0),
+    "stablelm": _stablelm(),
+    "stablelm_parallel": _stablelm(use_parallel_residual=True, use_qkv_bias=True),
+    "phi": _phi(),
+    "cohere": _cohere(),
+    "cohere_bias": _cohere(attention_bias=True, logit_scale=0.7, tie_word_embeddings=False),
+    "granite": _granite(),
+    "opt": _opt,
+    "opt_unbiased": lambda: _opt(enable_bias=False, tie_word_embeddings=False),
 }
 
 
@@ -99,7 +213,11 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
     def make(name: str) -> Pair:
         if name not in pairs:
             torch.manual_seed(0)
-            oracle = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).float().eval()
+            oracle = (
+                transformers.AutoModelForCausalLM.from_config(MODELS[name](), attn_implementation="eager")
+                .float()
+                .eval()
+            )
             perturb(oracle)
             folder = tmp_path_factory.mktemp(name)
             oracle.save_pretrained(folder)

@@ -29,7 +29,19 @@ SIZES: dict[str, Any] = {
         ({"head_dim": 5}, "head_dim 5 is odd"),
         ({"width": 0}, "width is 0"),
         ({"num_layers": -1}, "num_layers is -1"),
-        ({"norm": "batch"}, "norm is 'batch'; known: rms, layer"),
+        ({"norm": "batch"}, "norm is 'batch'; known: rms, rms_offset"),
+        ({"placement": "inside"}, "placement is 'inside'"),
+        ({"window": 0}, "window is 0"),
+        ({"full_layers": (0,)}, "full_layers and window_rope need a window"),
+        ({"window": 4, "full_layers": (0,)}, "names every layer"),
+        ({"window": 4, "full_layers": (1,)}, r"full_layers is \(1,\); give ascending numbers from 0 to 0"),
+        ({"unrotated_layers": (0, 0)}, "unrotated_layers is"),
+        ({"positions": "learned", "rope": None, "rope_interleaved": True}, 'belong to positions = "rope"'),
+        ({"position_offset": 2}, 'belongs to positions = "learned"'),
+        ({"rope": RopeConfig(partial=0.25)}, "turns no pair of the 4 channels"),
+        ({"rope": RopeConfig(kind="longrope", short_factors=(1.0,), long_factors=(2.0,))}, "1 factors for 2 pairs"),
+        ({"head_bias": True, "tie_embeddings": True}, "head_bias with tie_embeddings"),
+        ({"logit_softcap": -1.0}, "logit_softcap is -1"),
         ({"activation": "mish"}, "activation is 'mish'; known: silu"),
         ({"mlp": "wide"}, "mlp is 'wide'"),
         ({"positions": "learned"}, 'positions = "learned" with rope'),
@@ -45,12 +57,18 @@ def test_impossible_config_is_refused(changes: dict[str, Any], message: str) -> 
 
 
 def test_impossible_parts_are_refused() -> None:
-    with pytest.raises(UsageError, match="rope kind is 'yarn'"):
-        RopeConfig(kind="yarn")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="rope kind is 'spiral'"):
+        RopeConfig(kind="spiral")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"theta is 0"):
         RopeConfig(theta=0)
     with pytest.raises(UsageError, match=r"high_freq_factor 1.0 must be above"):
         RopeConfig(kind="llama3", high_freq_factor=1.0)
+    with pytest.raises(UsageError, match=r"rope partial is 1.5"):
+        RopeConfig(partial=1.5)
+    with pytest.raises(UsageError, match=r"longrope needs short_factors and long_factors"):
+        RopeConfig(kind="longrope")
+    with pytest.raises(UsageError, match=r"as many short_factors as long_factors"):
+        RopeConfig(kind="longrope", short_factors=(1.0, 2.0), long_factors=(1.0,))
     with pytest.raises(UsageError, match=r"residual dropout is 1.0"):
         DropoutConfig(residual=1.0)
 

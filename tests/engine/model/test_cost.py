@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,18 @@ def test_forward_flops_equal_a_count_of_the_products(pair: Any, sample_ids: torc
         model.logits(model(sample_ids))
     counted = counter.get_total_flops() / sample_ids.numel()
     # Learned positions and biases are look-ups and sums: no products. Attention is counted over all pairs.
-    assert flops_per_token(model.config, sample_ids.shape[1], training=False) == counted
+    everything = replace(model.config, window=None, full_layers=(), window_rope=None)
+    assert flops_per_token(everything, sample_ids.shape[1], training=False) == counted
+
+
+def test_attention_is_counted_over_the_window(make_pair: Callable[[str], Any]) -> None:
+    config = load_model(make_pair("gemma3").folder).config
+    everything = replace(config, window=None, full_layers=(), window_rope=None)
+    hidden = 160 - 8  # keys that a token does not see in each of two layers
+    fewer = 2 * 4 * config.num_heads * config.head_dim * hidden
+    found, whole = (flops_per_token(one, 160, training=False) for one in (config, everything))
+    assert found == whole - fewer
+    assert flops_per_token(config, 8, training=False) == flops_per_token(everything, 8, training=False)
 
 
 def test_training_flops_are_three_times_the_forward(make_pair: Callable[[str], Any]) -> None:

@@ -22,7 +22,8 @@ SIZES: dict[str, Any] = {
     "hidden_size": 36, "n_embd": 36, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 3, "n_head": 3,
     "num_key_value_heads": 1, "head_dim": 12, "intermediate_size": 50, "n_inner": 50, "bos_token_id": 0,
     "eos_token_id": 0, "max_position_embeddings": 128, "n_positions": 128, "vocab_size": VOCAB, "attn_pdrop": 0.0,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "dropout": 0.0, "ffn_dim": 50, "sliding_window": 20,
+    "use_sliding_window": True, "max_window_layers": 1, "query_pre_attn_scalar": 12,
 }  # fmt: skip
 
 

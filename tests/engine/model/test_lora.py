@@ -150,7 +150,7 @@ B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}, "no such module to adapt; it has o_proj"),
+        ({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}, "no such module to adapt; it has q_proj"),
         ({"base_model.model.model.layers.2.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}, "layers.2.mlp.up_proj"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}, "lora_embedding_A"),
         ({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64)}, "lora_magnitude_vector"),

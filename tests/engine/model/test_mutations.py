@@ -53,7 +53,7 @@ def _fill(pattern: str, value: float) -> Mutation:
 
 
 def _interleaved(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    def rope(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    def rope(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, interleaved: bool) -> Tensor:
         halves = torch.cat((x_BTHD[..., 0::2], x_BTHD[..., 1::2]), dim=-1)
         y1, y2 = rope_reference(halves, cos_BTR, sin_BTR).chunk(2, dim=-1)
         return torch.stack((y1, y2), dim=-1).flatten(-2)
@@ -72,13 +72,12 @@ def _norm_after_rope(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Tra
     def forward(self: blocks.Attention, x_BTC: Tensor, context: blocks.Context) -> Tensor:
         heads = (*x_BTC.shape[:2], -1, self.head_dim)
         q, k, v = (layer(x_BTC).view(heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        assert context.rope_tables is not None
-        assert context.mask is not None
+        tables = context.rope_tables[self.rope]
         assert self.q_norm is not None
         assert self.k_norm is not None
-        q = self.q_norm(rope_reference(q, *context.rope_tables)).transpose(1, 2)
-        k = self.k_norm(rope_reference(k, *context.rope_tables)).transpose(1, 2)
-        o: Tensor = self.o_proj(attention(q, k, v.transpose(1, 2), mask=context.mask).transpose(1, 2).flatten(2))
+        q = self.q_norm(rope_reference(q, *tables)).transpose(1, 2)
+        k = self.k_norm(rope_reference(k, *tables)).transpose(1, 2)
+        o: Tensor = self.o_proj(attention(q, k, v.transpose(1, 2), mask=context.masks[None]).transpose(1, 2).flatten(2))
         return o
 
     monkeypatch.setattr(blocks.Attention, "forward", forward)

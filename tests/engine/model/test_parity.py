@@ -1,4 +1,7 @@
-"""The logits equal those of transformers: fp32, at most 2e-5 * max(1, logit scale) apart, in every way of running."""
+"""The logits equal those of transformers: fp32, at most 2e-5 * max(1, logit scale) apart, in every way of running.
+
+All texts are longer than the windows (8 or 9) and most longer than the original context of scaled rotations (64).
+"""
 
 from __future__ import annotations
 
@@ -57,14 +60,20 @@ def test_gradients_equal_transformers(pair: Any, sample_ids: torch.Tensor) -> No
     torch.testing.assert_close(total, total_oracle, rtol=1e-5, atol=0.0)
 
 
+def _spans(switch: int | None) -> list[tuple[int, int]]:
+    """Tokens of a prompt and of the whole text; where the rotation changes with the length, one on either side."""
+    return [(60, 100)] if switch is None else [(40, switch), (switch + 6, 100)]
+
+
 def test_cached_decoding_equals_transformers(pair: Any, sample_ids: torch.Tensor, record_parity: Record) -> None:
     model = load_model(pair.folder)
-    ids = sample_ids[:, :100]
-    cache = KVCache(model.config, 2, 100)
-    parts = [_run(model, ids[:, :60], cache=cache)]
-    parts += [_run(model, ids[:, t : t + 1], cache=cache) for t in range(60, 100)]
-    _assert_equal(record_parity, pair.name, "decode", torch.cat(parts, dim=1), pair.oracle_logits(ids))
-    assert cache.lengths_B.tolist() == [100, 100]
+    for prompt, length in _spans(model.config.rope_switch):
+        ids = sample_ids[:, :length]
+        cache = KVCache(model.config, 2, length)
+        parts = [_run(model, ids[:, :prompt], cache=cache)]
+        parts += [_run(model, ids[:, t : t + 1], cache=cache) for t in range(prompt, length)]
+        _assert_equal(record_parity, pair.name, "decode", torch.cat(parts, dim=1), pair.oracle_logits(ids))
+        assert cache.lengths_B.tolist() == [length, length]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 33])
@@ -74,8 +83,37 @@ def test_chunked_prefill_equals_transformers(
     model = load_model(pair.folder)
     ids = sample_ids[:, :80]
     cache = KVCache(model.config, 2, 80)
-    parts = [_run(model, ids[:, t : t + chunk], cache=cache) for t in range(0, 80, chunk)]
+    lengths = torch.tensor([80, 80])
+    parts = [_run(model, ids[:, t : t + chunk], cache=cache, lengths_B=lengths) for t in range(0, 80, chunk)]
     _assert_equal(record_parity, pair.name, f"chunks {chunk}", torch.cat(parts, dim=1), pair.oracle_logits(ids))
+
+
+def test_length_decides_which_factors_longrope_takes(
+    make_pair: Callable[[str], Any], sample_ids: torch.Tensor, record_parity: Record
+) -> None:
+    pair = make_pair("phi3_longrope")
+    model = load_model(pair.folder)
+    switch = model.config.rope_switch
+    assert switch == 64
+    for length in (switch - 1, switch, switch + 1):
+        ids = sample_ids[:, :length]
+        _assert_equal(record_parity, pair.name, f"length {length}", _run(model, ids), pair.oracle_logits(ids))
+    cache = KVCache(model.config, 2, 80)
+    _run(model, sample_ids[:, :switch], cache=cache)
+    with pytest.raises(ValueError, match=r"grown beyond 64 tokens.*compute it again from its beginning"):
+        _run(model, sample_ids[:, switch : switch + 1], cache=cache)
+
+
+def test_left_padded_rows_equal_single_prompts(pair: Any, sample_ids: torch.Tensor, record_parity: Record) -> None:
+    model = load_model(pair.folder)
+    lengths = torch.tensor([23, 40])
+    places = torch.arange(40) - (40 - lengths[:, None])
+    ids = torch.where(places >= 0, sample_ids[:, :40], 0)
+    # Padding is a document of its own.
+    ours = _run(model, ids, segment_ids_BT=(places >= 0).long(), positions_BT=places.clamp(min=0))
+    joined = torch.cat([ours[row, 40 - length :] for row, length in enumerate(lengths)])
+    theirs = [pair.oracle_logits(ids[row : row + 1, 40 - length :])[0] for row, length in enumerate(lengths)]
+    _assert_equal(record_parity, pair.name, "left padded", joined, torch.cat(theirs))
 
 
 def test_ragged_batch_equals_single_prompts(pair: Any, sample_ids: torch.Tensor, record_parity: Record) -> None:
