@@ -9,6 +9,7 @@ from typing import Any
 from trine.engine.env import load_average, physical_cores
 from trine.engine.log import format_bytes, format_duration, say, warn
 from trine.engine.model.cost import count_parameters
+from trine.engine.train.energy import EnergyMeter
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.mixing import source_lines
@@ -43,6 +44,7 @@ def log_step(
     meter: Meter,
     result: StepResult,
     smoothed: SmoothedLoss,
+    energy: EnergyMeter,
     *,
     step: int,
     first_step: int,
@@ -63,6 +65,7 @@ def log_step(
             mfu=meter.mfu,
             seconds=meter.seconds,
             memory_bytes=peak_memory_bytes(setup.device),
+            joules=energy.known,
         )
     if due or progress.live:
         left = recipe.train.steps - step

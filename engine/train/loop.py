@@ -12,20 +12,22 @@ import gc
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trine.engine.data.objectives import CausalLM
 from trine.engine.env import environment
 from trine.engine.errors import LossSpikeError, NonFiniteError
 from trine.engine.log import format_duration, say
 from trine.engine.model.cost import flops_per_token
 from trine.engine.train import step as steps
 from trine.engine.train.announce import announce, log_saved, log_start, log_step
-from trine.engine.train.early_stopping import EarlyStopping
+from trine.engine.train.ema import Ema
+from trine.engine.train.energy import EnergyMeter, energy_line
+from trine.engine.train.energy_counters import find_counters
+from trine.engine.train.evaluation import Evaluator
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.mixing import tell_ended
@@ -41,9 +43,10 @@ from trine.engine.train.saver import Saver
 from trine.engine.train.schedule import lr_factor
 from trine.engine.train.signals import StopRequest
 from trine.engine.train.spikes import LossWatch
-from trine.engine.train.step_folder import Snapshot, TrainerState, load_optimizer, read_state
+from trine.engine.train.step_folder import Snapshot, TrainerState, load_ema, load_optimizer, read_state
 from trine.engine.train.subject import Subject, make_subject
-from trine.engine.train.validation import ValidationResult, sample, validate
+from trine.engine.train.tensorboard import FOLDER as TENSORBOARD
+from trine.engine.train.tensorboard import TensorBoard
 from trine.kernels.hardware import keep_freed_memory, peak_flops
 
 
@@ -102,8 +105,10 @@ class Trainer:
     saver: Saver
     watch: LossWatch
     rollbacks: Rollbacks
+    ema: Ema | None
+    evaluator: Evaluator
+    energy: EnergyMeter
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
-    stopping: EarlyStopping = field(default_factory=EarlyStopping)
     step: int = 0
     next_sample: int = 0
     skipped: list[list[int]] = field(default_factory=list)
@@ -111,8 +116,6 @@ class Trainer:
     saved_step: int = -1
     origin: Path | None = None  # the step folder this run continues
     loss: float | None = None
-    validation: ValidationResult | None = None
-    validated_step: int = -1
     tell: Callable[[str], None] = say  # a line that stays on the screen
 
     @classmethod
@@ -133,13 +136,18 @@ class Trainer:
             lambda snapshot: folder.save_step(snapshot, setup.tokenizer, settings), background=settings.background
         )
         spike = setup.recipe.spike
+        ema = Ema(subject.trained, setup.recipe.ema) if setup.recipe.ema.decay else None
         trainer = cls(
+            ema=ema, evaluator=Evaluator(setup=setup, subject=subject, ema=ema),
+            energy=EnergyMeter(find_counters(setup.device)),
             watch=LossWatch(spike), rollbacks=Rollbacks(folder, spike.max_rollbacks),
             setup=setup, folder=folder, subject=subject, optimizer=optimizer, facts=facts,
             meter=Meter(flops_per_token=per_token, peak_flops=peak), peak_source=peak_source, saver=saver,
         )  # fmt: skip
         if origin is not None and state is not None:
             load_optimizer(optimizer, origin, updates=state.optimizer_updates)
+            load_ema(ema, origin, updates=state.ema_updates)
+            trainer.energy.load_state(state.energy)
             trainer._take(state)
             trainer.first_step = state.step
             if origin.parent.resolve() == folder.path.resolve():
@@ -153,7 +161,8 @@ class Trainer:
         self.skipped = list(state.skipped)
         self.meter.seconds, self.meter.tokens = state.seconds, state.tokens
         self.smoothed = SmoothedLoss(*state.smoothed_loss)
-        self.stopping = EarlyStopping(*state.early_stopping)
+        if changed := self.evaluator.take(state.early_stopping, state.judge):
+            self.tell(changed)
         self.watch = LossWatch(self.setup.recipe.spike, state.recent_losses)
 
     def run(self, *, resumed: bool, differences: list[str]) -> RunResult:
@@ -162,6 +171,8 @@ class Trainer:
         self.folder.begin(recipe, self.origin)
         metrics = MetricsFile.resume(self.folder.metrics, step=self.step) if resumed else None
         metrics = metrics or MetricsFile.create(self.folder.metrics)
+        if recipe.log.tensorboard:
+            metrics.mirror_in(TensorBoard(self.folder.path / TENSORBOARD))
         self.subject.model.train()
         # Garbage is collected only at evaluations and checkpoints: a full collection looks at over 200,000 objects and
         # takes 0.25 s, while steps leave no cycles (with activation checkpointing a few functions, but no tensors).
@@ -176,6 +187,7 @@ class Trainer:
             with StopRequest() as stop, Progress() as progress:
                 self.tell = progress.message
                 self.meter.start()
+                self.energy.start()
                 while not self._complete() and not stop.requested:
                     try:
                         self._one_step(metrics, progress)
@@ -202,7 +214,7 @@ class Trainer:
 
     def _complete(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.step >= self.setup.recipe.train.steps or self.stopping.due(self.setup.recipe.eval)
+        return self.step >= self.setup.recipe.train.steps or self.evaluator.finished()
 
     def _one_step(self, metrics: MetricsFile, progress: Progress) -> None:
         recipe = self.setup.recipe
@@ -228,61 +240,31 @@ class Trainer:
         self.optimizer.step(factor)
         self.subject.trained.zero_grad(set_to_none=True)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.step)
         first_sample = self.next_sample
         self.next_sample += recipe.train.batch_size
         self.loss = result.loss
         self.smoothed.update(result.loss)
         self.meter.end_step(tokens=num_valid, processed=recipe.train.batch_size * recipe.data.seq_len)
+        self.energy.update()
         log_step(
-            metrics, progress, self.setup, self.meter, result, self.smoothed,
+            metrics, progress, self.setup, self.meter, result, self.smoothed, self.energy,
             step=self.step, first_step=self.first_step, rates=self.optimizer.learning_rates(factor),
         )  # fmt: skip
         tell_ended(
             metrics, progress, self.setup.stream,
             step=self.step, first_sample=first_sample, next_sample=self.next_sample,
         )  # fmt: skip
-        self._evaluate_if_due(metrics, progress)
+        if self.evaluator.due(self.step):
+            self.evaluator.run(metrics, progress, self.meter, step=self.step)
+            gc.collect()
+            self.meter.end_pause()
         self._log_saves(metrics)
         every = recipe.checkpoint.every
         due = bool(every) and self.step % every == 0
         if (self.folder.save_requested() or due) and self.step < recipe.train.steps:
             self._save(metrics)
-
-    def _evaluate_if_due(self, metrics: MetricsFile, progress: Progress) -> None:
-        recipe, data = self.setup.recipe, self.setup.validation
-        if data is None or (self.step % recipe.eval.every and self.step != recipe.train.steps):
-            return
-        self.validation = result = validate(
-            self.subject.model,
-            CausalLM(),
-            data,
-            batch_size=recipe.eval.batch_size or self.setup.micro_batch_size,
-            compute_dtype=self.setup.compute_dtype,
-        )
-        texts = sample(
-            self.subject.model,
-            self.setup.tokenizer,
-            recipe.eval,
-            seed=recipe.train.seed,
-            compute_dtype=self.setup.compute_dtype,
-        )
-        self.validated_step = self.step
-        self.stopping.take(result.loss, step=self.step, settings=recipe.eval)
-        gc.collect()
-        seconds = self.meter.end_pause()
-        metrics.write(
-            "eval",
-            self.step,
-            loss=result.loss,
-            bits_per_byte=result.bits_per_byte,
-            tokens=result.tokens,
-            seconds=seconds,
-        )
-        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
-        progress.message(f"step {self.step}: validation loss {result.loss:.4f}{bits} ({format_duration(seconds)})")
-        for prompt, text in zip(recipe.eval.sample_prompts, texts, strict=True):
-            metrics.write("sample", self.step, prompt=prompt, text=text)
-            progress.message(f"  {prompt + text!r}")
 
     def _save(self, metrics: MetricsFile, *, wait: bool = False) -> None:
         """Save this step; with `wait` it is on disk afterwards."""
@@ -293,8 +275,11 @@ class Trainer:
                 tokens=self.meter.tokens,
                 seconds=self.meter.seconds,
                 smoothed_loss=(self.smoothed.total, self.smoothed.weight),
-                validation_loss=self.validation.loss if self.validation and self.validated_step == self.step else None,
-                early_stopping=(self.stopping.best_loss, self.stopping.best_step, self.stopping.waited),
+                validation_loss=self.evaluator.loss_of(self.step),
+                judge=self.evaluator.judge,
+                early_stopping=astuple(self.evaluator.stopping),
+                ema_updates=0 if self.ema is None else self.ema.updates,
+                energy=self.energy.state,
                 optimizer_updates=self.optimizer.updates,
                 recent_losses=list(self.watch.recent),
                 skipped=self.skipped,
@@ -306,6 +291,7 @@ class Trainer:
             snapshot = Snapshot(
                 trained=self.subject.trained,
                 optimizer=self.optimizer.state_tensors(),
+                ema={} if self.ema is None else self.ema.state_tensors(),
                 recipe=self.setup.recipe,
                 state=state,
             )
@@ -328,7 +314,7 @@ class Trainer:
         self._log_saves(metrics)
         failed, after = self.step + 1, self.next_sample + self.setup.recipe.train.batch_size
         target, state = self.rollbacks.find(error)
-        restore(self.subject, self.optimizer, target, state)
+        restore(self.subject, self.optimizer, self.ema, target, state)
         self._take(state)
         self.saved_step = state.step
         self.first_step = min(self.first_step, state.step)
@@ -342,15 +328,12 @@ class Trainer:
 
     def _finish(self, metrics: MetricsFile) -> RunResult:
         self._save(metrics, wait=True)
-        final = self.folder.export(
-            self.subject.trained, self.setup.tokenizer, getattr(torch, self.setup.recipe.export.dtype)
-        )
+        export = self.setup.recipe.export
+        with self.evaluator.weights(export.weights):
+            final = self.folder.export(self.subject.trained, self.setup.tokenizer, getattr(torch, export.dtype))
         early = self.step < self.setup.recipe.train.steps
         if early:
-            say(
-                f"stopped early: the validation loss has not fallen for {self.stopping.waited} evaluations since step "
-                f"{self.stopping.best_step} ({self.stopping.best_loss:.4f})"
-            )
+            say(self.evaluator.why_finished())
         say(f"finished {self.step} steps in {format_duration(self.meter.seconds)}; the model is in {final}")
         return self._end(metrics, "stopped-early" if early else "finished", final)
 
@@ -361,6 +344,9 @@ class Trainer:
         return self._end(metrics, "interrupted")
 
     def _end(self, metrics: MetricsFile, reason: str, final: Path | None = None) -> RunResult:
+        self.energy.update()
+        energy = self.energy.summary(self.setup.recipe.energy.carbon_intensity)
+        say(energy_line(energy))
         metrics.write(
             "end",
             self.step,
@@ -368,7 +354,9 @@ class Trainer:
             seconds=self.meter.seconds,
             tokens=self.meter.tokens,
             peak_memory_bytes=peak_memory_bytes(self.setup.device),
+            energy=energy,
         )
+        validation = self.evaluator.last
         return RunResult(
             run_dir=self.folder.path,
             step=self.step,
@@ -376,7 +364,7 @@ class Trainer:
             seconds=self.meter.seconds,
             reason=reason,
             loss=self.loss,
-            validation_loss=None if self.validation is None else self.validation.loss,
-            bits_per_byte=None if self.validation is None else self.validation.bits_per_byte,
+            validation_loss=None if validation is None else validation.loss,
+            bits_per_byte=None if validation is None else validation.bits_per_byte,
             final_dir=final,
         )

@@ -7,14 +7,16 @@ Every line has `kind` and `step`. Kinds and their fields:
     resume      time, differences (what may keep the continuation from being bit-identical)
     step        tokens (valid ones trained so far), loss (nats per token of this step's batch), lr, muon_lr (with Muon),
                 grad_norm (before clipping), tokens_per_second, mfu (null where no peak is known), seconds (of training
-                so far, without evaluations and checkpoints), memory_bytes (peak)
-    eval        loss, bits_per_byte (null where bytes are unknown), tokens, seconds
+                so far, without evaluations and checkpoints), memory_bytes (peak), joules (so far, null where unknown)
+    eval        one line for each set and kind of weights: set, weights (raw, ema), loss, bits_per_byte (null where
+                bytes are unknown), tokens, seconds
     sample      prompt, text
     checkpoint  path (relative to the run folder), bytes, held_seconds (training stood still for the copy, and for what
                 was left of the save before), write_seconds; written once it is on disk, which may be some steps later
     rollback    from_step (that failed), reason, skipped (first and last + 1 of the samples left out)
     source_end  path, samples, epochs: a source of the mixture has given all that its limits allow
-    end         reason (finished, stopped-early, interrupted, non-finite, spike), seconds, tokens, peak_memory_bytes
+    end         reason (finished, stopped-early, interrupted, non-finite, spike), seconds, tokens, peak_memory_bytes,
+                energy (joules, co2e_grams, carbon_intensity, measured_seconds, seconds, counted, uncounted)
 
 When a run continues from step n, lines of later steps (from work that was lost) are dropped, so steps only ever
 grow; only a `checkpoint` comes after the steps that were done while it was written.
@@ -25,7 +27,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trine.engine.errors import StorageError
 from trine.engine.train.durable import write_file
@@ -33,11 +35,22 @@ from trine.engine.train.durable import write_file
 METRICS = "metrics.jsonl"
 
 
+class Mirror(Protocol):
+    """What shows the same lines in another form: `begin` from the file as it is, `add` for each line after that."""
+
+    def begin(self, metrics: Path) -> None: ...
+
+    def add(self, line: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsFile:
     """Appends lines to a metrics file; open it with `create` or `resume`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.mirror: Mirror | None = None
         self._file = path.open("ab", buffering=0)
 
     @classmethod
@@ -50,6 +63,13 @@ class MetricsFile:
         """Go on after `step`, as `resume` does."""
         self._file.close()
         self._file = MetricsFile.resume(self.path, step=step)._file
+        if self.mirror is not None:
+            self.mirror.begin(self.path)
+
+    def mirror_in(self, mirror: Mirror) -> None:
+        """Have every line, those already written too, shown by `mirror`."""
+        mirror.begin(self.path)
+        self.mirror = mirror
 
     @classmethod
     def resume(cls, path: Path, *, step: int) -> MetricsFile:
@@ -61,8 +81,8 @@ class MetricsFile:
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
         """One line; numbers that are not finite become null, which JSON can spell. Raises `StorageError`."""
-        line = json.dumps({"kind": kind, "step": step, **_finite(fields)}, ensure_ascii=False) + "\n"
-        left = memoryview(line.encode())
+        record = {"kind": kind, "step": step, **_finite(fields)}
+        left = memoryview((json.dumps(record, ensure_ascii=False) + "\n").encode())
         try:
             while left:  # a disk that is nearly full takes a part
                 left = left[self._file.write(left) :]
@@ -71,9 +91,13 @@ class MetricsFile:
                 f"cannot write {self.path} ({error.strerror}) at step {step}; make room there, then continue with "
                 "--resume auto"
             ) from None
+        if self.mirror is not None:
+            self.mirror.add(record)
 
     def close(self) -> None:
         self._file.close()
+        if self.mirror is not None:
+            self.mirror.close()
 
 
 def _belongs(line: str, step: int) -> bool:

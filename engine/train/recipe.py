@@ -8,6 +8,7 @@ keeps. Paths are relative to the folder the command is started in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from trine.engine.config import Settings, apply_overrides, parse, read_toml
 from trine.kernels.lora.op import MAX_RANK
 
 RECIPE = "recipe.toml"  # its name in a run folder
+OWN_SET = "validation"  # the name of the data's own validation split among the sets of an evaluation
 
 # TOML spells paths as strings and tuples as lists; only these two fields' own rules are lax, not those of their items.
 PathValue = Annotated[Path, Field(strict=False)]
@@ -34,6 +36,15 @@ def _named_once(names: tuple[str, ...]) -> tuple[str, ...]:
     if any(not name for name in names):
         raise ValueError("a sample prompt must not be empty")
     return names
+
+
+def _set_names(sets: dict[str, Path]) -> dict[str, Path]:
+    for name in sets:
+        if name == OWN_SET or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(
+                f"{name!r} cannot name a set: letters, digits, _ . - and not {OWN_SET!r}, the data's own split"
+            )
+    return sets
 
 
 class ModelSettings(Settings):
@@ -219,17 +230,36 @@ class ScheduleSettings(Settings):
         return 0.2 if self.decay_fraction is None else self.decay_fraction
 
 
+class EmaSettings(Settings):
+    """An average of the weights beside them (see ema.py): the longer, the nearer `decay` is to 1; 0 = none.
+
+    Averaging begins after `warmup_steps` steps.
+    """
+
+    decay: BelowOne = 0.0
+    warmup_steps: Count = 0
+
+    @model_validator(mode="after")
+    def _effective(self) -> EmaSettings:
+        if self.warmup_steps and not self.decay:
+            raise ValueError("warmup_steps has no effect with decay = 0; set decay (0.999, say) or remove it")
+        return self
+
+
 class EvalSettings(Settings):
     """Validation loss and samples every `every` steps and at the end; 0 = never.
 
     `max_batches` 0 is the whole split, any other number so many batches of windows spread evenly over it. A batch of
-    validation is `train.micro_batch_size` sequences, or `batch_size` where given. The run ends early once the loss has
-    not fallen by more than `min_improvement` for `patience` evaluations (0 = never).
+    validation is `train.micro_batch_size` sequences, or `batch_size` where given. `sets` are evaluated beside the
+    data's own validation split, which is called "validation"; `main` is the one that decides (see evaluation.py). The
+    run ends early once its loss has not fallen by more than `min_improvement` for `patience` evaluations (0 = never).
     """
 
     every: Count = 250
     max_batches: Count = 0
     batch_size: Positive | None = None
+    sets: Annotated[dict[str, PathValue], AfterValidator(_set_names)] = {}  # noqa: RUF012 (frozen, copied by pydantic)
+    main: str | None = None
     patience: Count = 0
     min_improvement: Annotated[Finite, Field(ge=0)] = 0.0
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_named_once)] = ()
@@ -265,15 +295,23 @@ class SpikeSettings(Settings):
 
 
 class ExportSettings(Settings):
-    """What `final/` holds: the trained weights in `dtype`."""
+    """What `final/` holds: the trained weights as they are ("raw") or their average ("ema"), in `dtype`."""
 
+    weights: Literal["raw", "ema"] = "raw"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class LogSettings(Settings):
-    """A step line in metrics.jsonl and on plain terminals every `every` steps."""
+    """A step line in metrics.jsonl and on plain terminals every `every` steps; `tensorboard` writes event files too."""
 
     every: Positive = 10
+    tensorboard: bool = False
+
+
+class EnergySettings(Settings):
+    """What a kilowatt-hour stands for, in grams of CO2e; see energy.py for the default."""
+
+    carbon_intensity: Annotated[Finite, Field(ge=0)] = 473.0
 
 
 class RunSettings(Settings):
@@ -291,11 +329,13 @@ class Recipe(Settings):
     train: TrainSettings
     optim: OptimSettings = OptimSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    ema: EmaSettings = EmaSettings()
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     spike: SpikeSettings = SpikeSettings()
     export: ExportSettings = ExportSettings()
     log: LogSettings = LogSettings()
+    energy: EnergySettings = EnergySettings()
     run: RunSettings
 
     @model_validator(mode="after")
@@ -310,14 +350,15 @@ class Recipe(Settings):
             raise ValueError(
                 f"data.seq_len = {self.data.seq_len} exceeds model.max_positions = {positions}; raise max_positions"
             )
-        if self.eval.every == 0 and self.eval.sample_prompts:
-            raise ValueError("eval.sample_prompts has no effect with eval.every = 0; set eval.every or remove it")
-        if self.eval.patience and self.eval.every == 0:
-            raise ValueError("eval.patience has no effect with eval.every = 0; set eval.every or remove it")
+        for key in ("sample_prompts", "patience", "sets", "main"):
+            if self.eval.every == 0 and getattr(self.eval, key):
+                raise ValueError(f"eval.{key} has no effect with eval.every = 0; set eval.every or remove it")
         if self.eval.min_improvement and not self.eval.patience:
             raise ValueError(
                 "eval.min_improvement has no effect with eval.patience = 0; set eval.patience or remove it"
             )
+        if self.export.weights == "ema" and not self.ema.decay:
+            raise ValueError('export.weights = "ema" needs an average of the weights; set ema.decay (0.999, say)')
         self._check_retention()
         self._check_adapter()
         if self.spike.action == "rollback" and self.checkpoint.every == 0:
@@ -360,6 +401,8 @@ def recipe_table(recipe: Recipe) -> dict[str, Any]:
     table: dict[str, Any] = recipe.model_dump(mode="json", exclude_none=True)
     if not table["data"]["sources"]:
         del table["data"]["sources"]
+    if not table["eval"]["sets"]:
+        del table["eval"]["sets"]
     return table
 
 

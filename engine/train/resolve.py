@@ -15,7 +15,6 @@ import torch
 
 from trine.engine.config import Settings
 from trine.engine.data.samples import MixedSource, SampleStream
-from trine.engine.data.shards import read_manifest
 from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
@@ -25,6 +24,7 @@ from trine.engine.model.families.registry import config_to_hf
 from trine.engine.model.lora_weights import ALL_LINEAR
 from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
+from trine.engine.train.evaluation_sets import open_sets
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
 from trine.engine.train.recipe import ModelSettings, Recipe
 
@@ -58,7 +58,7 @@ class Setup:
     weights: Path | None
     tokenizer: Tokenizer
     stream: SampleStream
-    validation: ValidationSet | None
+    evaluation_sets: dict[str, ValidationSet]  # by name; empty where nothing is evaluated
     device: torch.device
     threads: int
     compute_dtype: torch.dtype
@@ -96,12 +96,13 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
         raise UsageError(
             f"data.seq_len = {recipe.data.seq_len} exceeds the model's context of {config.max_positions}; shorten it"
         )
-    validation = _open_validation(recipe) if recipe.eval.every else None
+    evaluation_sets, main = open_sets(recipe, tokenizer)
     _check_prompts(recipe, tokenizer, config)
-    resolved = _close(recipe, config, threads=threads, device=device, compute_dtype=compute_dtype)
+    resolved = _close(recipe, config, threads=threads, device=device, compute_dtype=compute_dtype, main=main)
     return Setup(
-        recipe=resolved, config=config, weights=weights, tokenizer=tokenizer, stream=stream, validation=validation,
-        device=device, threads=threads, compute_dtype=compute_dtype, dtype_reason=reason, adapter_from=adapter_from,
+        recipe=resolved, config=config, weights=weights, adapter_from=adapter_from, tokenizer=tokenizer, stream=stream,
+        evaluation_sets=evaluation_sets, device=device, threads=threads, compute_dtype=compute_dtype,
+        dtype_reason=reason,
     )  # fmt: skip
 
 
@@ -166,23 +167,6 @@ def changed_settings(old: Settings, new: Settings, prefix: str = "") -> dict[str
     return changes
 
 
-def _open_validation(recipe: Recipe) -> ValidationSet:
-    folders = [source.path for source in recipe.data.mixed]
-    for folder in folders:
-        if "validation" not in read_manifest(folder)["splits"]:
-            raise DataError(
-                f"{folder} has no validation split; prepare it with --validation FILE or --validation-fraction X, "
-                "or train without validation: eval.every=0"
-            )
-    batch = recipe.eval.batch_size or recipe.train.micro_batch_size or recipe.train.batch_size
-    return ValidationSet(
-        folders,
-        seq_len=recipe.data.seq_len,
-        max_tokens=recipe.eval.max_batches * batch * recipe.data.seq_len or None,
-        document_mask=recipe.data.document_mask,
-    )
-
-
 def _open_stream(recipe: Recipe) -> SampleStream:
     stream = SampleStream(
         [MixedSource(s.path, s.weight, s.max_epochs, s.max_tokens) for s in recipe.data.mixed],
@@ -236,7 +220,13 @@ def _check_prompts(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig) ->
 
 
 def _close(
-    recipe: Recipe, config: ModelConfig, *, threads: int, device: torch.device, compute_dtype: torch.dtype
+    recipe: Recipe,
+    config: ModelConfig,
+    *,
+    threads: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    main: str | None,
 ) -> Recipe:
     """The recipe with every open setting filled in."""
     model = recipe.model
@@ -275,4 +265,4 @@ def _close(
             update={"rank": rank, "alpha": 2.0 * rank, "targets": (ALL_LINEAR,), "use_rslora": False, **given}
         )
     closed = {"model": model, "adapter": adapter, "train": train, "optim": optim, "schedule": schedule}
-    return recipe.model_copy(update=closed)
+    return recipe.model_copy(update={**closed, "eval": recipe.eval.model_copy(update={"main": main})})

@@ -22,6 +22,7 @@ _BREAKING = ("data.seq_len", "data.document_mask", "train.seed", "optim.name", "
 _FREE = (
     "run.",
     "log.",
+    "energy.",
     "eval.",
     "checkpoint.",
     "export.",

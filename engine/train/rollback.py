@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trine.engine.errors import LossSpikeError, NonFiniteError
+from trine.engine.train.ema import Ema
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.run_folder import RunFolder
-from trine.engine.train.step_folder import TrainerState, load_optimizer, read_state
+from trine.engine.train.step_folder import TrainerState, load_ema, load_optimizer, read_state
 from trine.engine.train.subject import Subject, restore_weights
 
 Divergence = NonFiniteError | LossSpikeError
@@ -43,8 +44,9 @@ class Rollbacks:
         return target, state
 
 
-def restore(subject: Subject, optimizer: Optimizer, folder: Path, state: TrainerState) -> None:
-    """Weights and optimizer state as a step folder holds them, in place."""
+def restore(subject: Subject, optimizer: Optimizer, ema: Ema | None, folder: Path, state: TrainerState) -> None:
+    """Weights, their average and optimizer state as a step folder holds them, in place."""
     restore_weights(subject.trained, folder, subject.model)
     subject.trained.zero_grad(set_to_none=True)
     load_optimizer(optimizer, folder, updates=state.optimizer_updates)
+    load_ema(ema, folder, updates=state.ema_updates)

@@ -5,6 +5,8 @@
     step-00000100/         a checkpoint: see step_folder.py
     latest                 the name of the newest step folder
     save                   made by whoever wants a checkpoint now; removed when it is made
+    tensorboard/           see tensorboard.py
+    profile/               see profile.py
     final/                 the trained model in export.dtype, once the run has ended
 
 A step folder appears whole or not at all (durable.py), `latest` is moved once it is on disk, and old ones are removed
@@ -29,6 +31,7 @@ from trine.engine.train.recipe import RECIPE, CheckpointSettings, Recipe, load_r
 from trine.engine.train.retention import SavedStep, steps_to_remove
 from trine.engine.train.step_folder import (
     Snapshot,
+    TrainerState,
     is_step_folder,
     read_state,
     step_damage,
@@ -162,7 +165,7 @@ class RunFolder:
                 flush(self.metrics)  # the log on disk is never behind the checkpoint
             num_bytes = write_step(folder, snapshot, tokenizer)
             write_file(self.path / LATEST, folder.name + "\n")
-            self._remove_old(settings, newest=snapshot.state.step)
+            self._remove_old(settings, snapshot.state)
         except (OSError, SafetensorError) as error:
             raise self._storage_error(f"the checkpoint of step {snapshot.state.step}", error) from None
         return folder, num_bytes
@@ -180,15 +183,17 @@ class RunFolder:
             raise self._storage_error(f"{FINAL}/", error) from None
         return self.path / FINAL
 
-    def _remove_old(self, settings: CheckpointSettings, *, newest: int) -> None:
+    def _remove_old(self, settings: CheckpointSettings, newest: TrainerState) -> None:
         folders = {step_number(folder): folder for folder in self.steps()}
         saved = []
         for step, folder in folders.items():
             complete = step_damage(folder, contents=False) is None
             scored = complete and settings.keep_best > 0
-            loss = read_state(folder).validation_loss if scored else None
+            state = read_state(folder) if scored else None
+            comparable = state is not None and state.judge == newest.judge
+            loss = state.validation_loss if state is not None and comparable else None
             saved.append(SavedStep(step=step, complete=complete, validation_loss=loss))
-        for step in steps_to_remove(saved, settings, newest=newest):
+        for step in steps_to_remove(saved, settings, newest=newest.step):
             remove_folder(folders[step])
 
     def _storage_error(self, what: str, error: OSError | SafetensorError) -> StorageError:

@@ -102,6 +102,7 @@ class Copies:
     def __init__(self) -> None:
         self._trained: Trained | None = None
         self._optimizer: dict[str, Tensor] = {}
+        self._ema: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def take(self, snapshot: Snapshot) -> Snapshot:
@@ -109,9 +110,11 @@ class Copies:
         if self._trained is None:
             self._trained = blank_copy(snapshot.trained)
             self._optimizer = {name: torch.empty_like(t, device="cpu") for name, t in snapshot.optimizer.items()}
+            self._ema = {name: torch.empty_like(t, device="cpu") for name, t in snapshot.ema.items()}
         sources = dict(snapshot.trained.named_parameters())
         for name, target in self._trained.named_parameters():
             target.copy_(sources[name])
-        for name, buffer in self._optimizer.items():
-            buffer.copy_(snapshot.optimizer[name])
-        return replace(snapshot, trained=self._trained, optimizer=dict(self._optimizer))
+        for buffers, tensors in ((self._optimizer, snapshot.optimizer), (self._ema, snapshot.ema)):
+            for name, buffer in buffers.items():
+                buffer.copy_(tensors[name])
+        return replace(snapshot, trained=self._trained, optimizer=dict(self._optimizer), ema=dict(self._ema))

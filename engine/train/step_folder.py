@@ -3,6 +3,7 @@
     config.json, model.safetensors, tokenizer.json ...   a Hugging Face folder with the fp32 master weights; with an
                                                          adapter adapter_config.json, adapter_model.safetensors
     state/optimizer.safetensors                          optimizer state by parameter name
+    state/ema.safetensors                                the average of the weights, where there is one
     state/recipe.toml                                    the resolved recipe these steps were trained with
     state/trainer.json                                   `TrainerState`
     state/checksums.json                                 sizes and checksums of all these, written last
@@ -26,13 +27,15 @@ from torch import Tensor
 from trine.engine.errors import CheckpointError
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.durable import MANIFEST, damage, write_folder
+from trine.engine.train.ema import Ema
 from trine.engine.train.optim import Optimizer
-from trine.engine.train.recipe import RECIPE, Recipe, load_recipe, recipe_toml
+from trine.engine.train.recipe import OWN_SET, RECIPE, Recipe, load_recipe, recipe_toml
 from trine.engine.train.subject import Trained, save_weights
 
 STATE = "state"
-STATE_VERSION = 2
+STATE_VERSION = 3
 OPTIMIZER = "optimizer.safetensors"
+EMA = "ema.safetensors"
 _TRAINER = "trainer.json"
 
 
@@ -48,7 +51,10 @@ class TrainerState:
     recent_losses: list[float]  # see spikes.py
     skipped: list[list[int]]  # samples left out after rollbacks, as [first, last + 1]
     validation_loss: float | None  # where this very step was evaluated
+    judge: str  # what that is the loss of, see evaluation.py
     early_stopping: tuple[float | None, int | None, int]  # see early_stopping.py
+    ema_updates: int
+    energy: tuple[float, float, float]  # joules, seconds in which they were measured, seconds in all
     optimizer_updates: int
     data_fingerprint: str
     data_stamps: list[list[int]]  # size and time of change of each file of tokens
@@ -62,6 +68,7 @@ class Snapshot:
 
     trained: Trained
     optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor]  # empty where there is none
     recipe: Recipe
     state: TrainerState
 
@@ -79,8 +86,9 @@ def write_step(folder: Path, snapshot: Snapshot, tokenizer: Tokenizer) -> int:
         tokenizer.save(aside)
         state = aside / STATE
         state.mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.optimizer.items()}
-        save_file(tensors, state / OPTIMIZER)
+        for name, tensors in ((OPTIMIZER, snapshot.optimizer), (EMA, snapshot.ema)):
+            if tensors or name == OPTIMIZER:
+                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, state / name)
         (state / RECIPE).write_text(recipe_toml(snapshot.recipe), encoding="utf-8")
         facts = {"version": STATE_VERSION, **vars(snapshot.state)}
         (state / _TRAINER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -106,7 +114,9 @@ def read_state(folder: Path) -> TrainerState:
         version = facts.pop("version")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
-    if version != STATE_VERSION:
+    if version == 2:  # before averages, several sets and energy
+        facts |= {"judge": OWN_SET, "ema_updates": 0, "energy": [0.0, 0.0, facts.get("seconds", 0.0)]}
+    elif version != STATE_VERSION:
         raise CheckpointError(
             f"{path} has version {version}, this Trine reads {STATE_VERSION}; continue it with the Trine that wrote "
             f"it, or start a new run from its weights: model.init_from={folder} run.dir=NEW_FOLDER"
@@ -114,7 +124,7 @@ def read_state(folder: Path) -> TrainerState:
     known = {entry.name for entry in fields(TrainerState)}
     if odd := sorted(known ^ facts.keys()):
         raise CheckpointError(f"{path} is not what this Trine writes ({odd[0]!r}); continue from another step folder")
-    for name in ("smoothed_loss", "early_stopping"):
+    for name in ("smoothed_loss", "early_stopping", "energy"):
         facts[name] = tuple(facts[name])
     return TrainerState(**facts)
 
@@ -126,9 +136,18 @@ def read_step_recipe(folder: Path) -> Recipe:
 
 def load_optimizer(optimizer: Optimizer, folder: Path, *, updates: int) -> None:
     """Fill the optimizer, which has made `updates` updates, from a step folder."""
-    path = folder / STATE / OPTIMIZER
+    optimizer.load_state(_load_tensors(folder / STATE / OPTIMIZER), updates=updates)
+
+
+def load_ema(ema: Ema | None, folder: Path, *, updates: int) -> None:
+    """Fill the average of the weights, where there is to be one; it begins at the weights where the folder has none."""
+    if ema is not None:
+        path = folder / STATE / EMA
+        ema.load_state(_load_tensors(path) if path.is_file() else {}, updates=updates)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
-    optimizer.load_state(tensors, updates=updates)

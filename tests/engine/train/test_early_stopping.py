@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trine.engine.errors import UsageError
-from trine.engine.train import loop
+from trine.engine.train import evaluation
 from trine.engine.train.early_stopping import EarlyStopping
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import EvalSettings, Recipe
@@ -44,7 +44,7 @@ def test_a_run_stops_early_and_goes_on_with_more_patience(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = iter([3.0, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5])
-    monkeypatch.setattr(loop, "validate", lambda *_, **__: ValidationResult(next(losses), None, 1))
+    monkeypatch.setattr(evaluation, "validate", lambda *_, **__: ValidationResult(next(losses), None, 1))
     settings = {"train": {"steps": 12}, "checkpoint": {"every": 2, "keep_last": 1, "keep_best": 1}}
     result = train(make_recipe(**settings, eval={"every": 2, "patience": 2}))
     run = tmp_path / "run"

@@ -139,9 +139,9 @@ def test_a_checkpoint_of_another_version_says_how_to_use_its_weights(run: Path) 
     from trine.engine.train.step_folder import read_state
 
     path = run / "step-00000006" / "state" / "trainer.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    path.write_text(path.read_text().replace('"version": 3', '"version": 1'))
     with pytest.raises(
-        CheckpointError, match=r"has version 1, this Trine reads 2; .* model\.init_from=.*step-00000006"
+        CheckpointError, match=r"has version 1, this Trine reads 3; .* model\.init_from=.*step-00000006"
     ):
         read_state(run / "step-00000006")
 

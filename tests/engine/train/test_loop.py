@@ -26,11 +26,12 @@ FIELDS = {
     },
     "step": {
         "tokens", "loss", "lr", "muon_lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "memory_bytes",
+        "joules",
     },
-    "eval": {"loss", "bits_per_byte", "tokens", "seconds"},
+    "eval": {"set", "weights", "loss", "bits_per_byte", "tokens", "seconds"},
     "sample": {"prompt", "text"},
     "checkpoint": {"path", "bytes", "held_seconds", "write_seconds"},
-    "end": {"reason", "seconds", "tokens", "peak_memory_bytes"},
+    "end": {"reason", "seconds", "tokens", "peak_memory_bytes", "energy"},
 }  # fmt: skip
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from trine.engine.data.samples import SampleStream
-from trine.engine.train import loop
+from trine.engine.train import evaluation, loop
 from trine.engine.train import step as steps
 from trine.engine.train.loop import train
 from trine.engine.train.meters import Meter
 from trine.engine.train.recipe import Recipe
+from trine.engine.train.resolve import resolve
 
 MakeRecipe = Callable[..., Recipe]
 STEP_SECONDS, PAUSE_SECONDS = 0.5, 100.0
@@ -33,8 +33,7 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def targets(recipe: Recipe, samples: list[int]) -> int:
     """Targets of these samples that count, one by one: the first token of a document is nobody's target."""
-    data = recipe.data
-    stream = SampleStream(data.weighted, seq_len=data.seq_len, seed=recipe.train.seed, document_mask=data.document_mask)
+    stream = resolve(recipe).stream
     return sum(int((stream.batch(sample, 1).targets_BT >= 0).sum()) for sample in samples)
 
 
@@ -54,7 +53,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(loop, "Meter", functools.partial(Meter, clock=lambda: now[0]))
     monkeypatch.setattr(steps, "accumulate_gradients", slow(steps.accumulate_gradients, STEP_SECONDS))
     monkeypatch.setattr(loop.Saver, "save", slow(loop.Saver.save, PAUSE_SECONDS))
-    monkeypatch.setattr(loop, "validate", slow(loop.validate, PAUSE_SECONDS))
+    monkeypatch.setattr(evaluation, "validate", slow(evaluation.validate, PAUSE_SECONDS))
     return now
 
 

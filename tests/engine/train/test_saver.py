@@ -37,12 +37,12 @@ def snapshot(make_recipe: MakeRecipe) -> Snapshot:
     initialize(model, 0)
     state = TrainerState(
         step=1, next_sample=4, tokens=1, seconds=0.0, smoothed_loss=(0.0, 0.0), recent_losses=[], skipped=[],
-        validation_loss=None,
+        validation_loss=None, judge="validation", ema_updates=0, energy=(0.0, 0.0, 0.0),
         optimizer_updates=1, early_stopping=(None, None, 0),
         data_fingerprint="", data_stamps=[], tokenizer_fingerprint="", environment={},
     )  # fmt: skip
     optimizer = Optimizer(model, OptimSettings(name="muon"))
-    return Snapshot(trained=model, optimizer=optimizer.state_tensors(), recipe=make_recipe(), state=state)
+    return Snapshot(trained=model, optimizer=optimizer.state_tensors(), ema={}, recipe=make_recipe(), state=state)
 
 
 def values(snapshot: Snapshot) -> dict[str, torch.Tensor]:

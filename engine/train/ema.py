@@ -1,0 +1,79 @@
+"""The exponential moving average (EMA) of the weights, beside those that are trained.
+
+After update number n since averaging began (n = 1, 2, ...), with weights w:
+
+    average <- average + (1 - d) (w - average),   d = min(decay, (1 + n) / (10 + n))
+
+Averaging begins after `warmup_steps` steps; before, the average is the weights themselves. d rises to `decay`, so that
+the first weights are soon forgotten. The number n is part of a checkpoint, and d is a function of it alone. Averages
+are fp32 and lie where the weights lie. An update is one pass over all parameters: 12 bytes read or written for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trine.engine.errors import CheckpointError
+from trine.engine.train.recipe import EmaSettings
+
+
+class Ema:
+    """Averages the parameters of a module."""
+
+    def __init__(self, trained: nn.Module, settings: EmaSettings) -> None:
+        self.settings = settings
+        self.updates = 0
+        self._parameters = dict(trained.named_parameters())
+        self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """The weights have made `step` steps."""
+        averages, weights = list(self._averages.values()), list(self._parameters.values())
+        if step <= self.settings.warmup_steps:
+            torch._foreach_copy_(averages, weights)
+            return
+        self.updates += 1
+        decay = min(self.settings.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it the module has the averages; nothing may train it or save it then. No number is copied."""
+        weights = {name: parameter.data for name, parameter in self._parameters.items()}
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.data = self._averages[name]
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = weights[name]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The averages by parameter name (not copies)."""
+        return dict(self._averages)
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
+        """Continue from saved averages, or begin at the weights as they are where `tensors` is empty.
+
+        Raises `CheckpointError` unless names and shapes are those of the parameters.
+        """
+        self.updates = updates
+        if not tensors:
+            torch._foreach_copy_(list(self._averages.values()), list(self._parameters.values()))
+            return
+        odd = sorted(tensors.keys() ^ self._averages.keys()) + [
+            name for name, tensor in self._averages.items() if name in tensors and tensors[name].shape != tensor.shape
+        ]
+        if odd:
+            raise CheckpointError(
+                f"the saved averages do not fit this model: {len(odd)} tensors differ, first {odd[0]!r}; continue with "
+                "the recipe they were saved with"
+            )
+        for name, average in self._averages.items():
+            average.copy_(tensors[name])

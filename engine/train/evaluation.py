@@ -1,0 +1,146 @@
+"""Evaluations of a run: every set, with the weights as they are and, where there is one, with their average.
+
+The data's own validation split is the set `validation`; `eval.sets` names more. One loss decides: that of the set
+`eval.main` with the weights that are exported (`export.weights`). Early stopping and `checkpoint.keep_best` go by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from trine.engine.data.objectives import CausalLM
+from trine.engine.log import format_duration
+from trine.engine.train.early_stopping import EarlyStopping
+from trine.engine.train.ema import Ema
+from trine.engine.train.meters import Meter
+from trine.engine.train.metrics import MetricsFile
+from trine.engine.train.progress import Progress
+from trine.engine.train.recipe import OWN_SET
+from trine.engine.train.resolve import Setup
+from trine.engine.train.subject import Subject
+from trine.engine.train.validation import ValidationResult, sample, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The result of one set with one kind of weights, `raw` or `ema`."""
+
+    name: str
+    weights: str
+    result: ValidationResult
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """Evaluates a run when it is time to; `last` is what decided at the last evaluation, made at step `step`."""
+
+    setup: Setup
+    subject: Subject
+    ema: Ema | None
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    last: ValidationResult | None = None
+    step: int = -1
+
+    def due(self, step: int) -> bool:
+        """Whether this step is evaluated."""
+        recipe = self.setup.recipe
+        return bool(self.setup.evaluation_sets) and (step % recipe.eval.every == 0 or step == recipe.train.steps)
+
+    def finished(self) -> bool:
+        """Whether it is time to stop early."""
+        return self.stopping.due(self.setup.recipe.eval)
+
+    def loss_of(self, step: int) -> float | None:
+        """The loss that decides, where this very step was evaluated."""
+        return self.last.loss if self.last is not None and self.step == step else None
+
+    @property
+    def judge(self) -> str:
+        """What decides, in words: the set, and the weights where they are not the trained ones as they are."""
+        average = ", averaged weights" if self.setup.recipe.export.weights == "ema" else ""
+        return f"{self.setup.recipe.eval.main}{average}"
+
+    def why_finished(self) -> str:
+        """Why it is time to stop early."""
+        found, shown = self.stopping, "" if self.judge == OWN_SET else f" ({self.judge})"
+        return (
+            f"stopped early: the validation loss{shown} has not fallen for {found.waited} evaluations since step "
+            f"{found.best_step} ({found.best_loss:.4f})"
+        )
+
+    def take(self, stopping: tuple[float | None, int | None, int], judge: str) -> str | None:
+        """Go on from a checkpoint; returns what is to be said where another loss decided then."""
+        self.stopping = EarlyStopping(*stopping)
+        if judge == self.judge or self.stopping.best_step is None:
+            return None
+        self.stopping = EarlyStopping()
+        return f"what decides was {judge}, is {self.judge}: patience and keep_best begin anew"
+
+    def run(self, metrics: MetricsFile, progress: Progress, meter: Meter, *, step: int) -> None:
+        """Evaluate every set with every kind of weights, log and say it; draw the samples with those exported."""
+        recipe = self.setup.recipe
+        done: dict[str, list[Evaluation]] = {}
+        for entry in self._evaluate(meter):
+            done.setdefault(entry.name, []).append(entry)
+            metrics.write(
+                "eval",
+                step,
+                set=entry.name,
+                weights=entry.weights,
+                loss=entry.result.loss,
+                bits_per_byte=entry.result.bits_per_byte,
+                tokens=entry.result.tokens,
+                seconds=entry.seconds,
+            )
+            if (entry.name, entry.weights) == (recipe.eval.main, recipe.export.weights):
+                self.last, self.step = entry.result, step
+                self.stopping.take(entry.result.loss, step=step, settings=recipe.eval)
+        for name, entries in done.items():
+            progress.message(f"step {step}: {_described(name, entries)}")
+        for prompt, text in zip(recipe.eval.sample_prompts, self._samples(), strict=True):
+            metrics.write("sample", step, prompt=prompt, text=text)
+            progress.message(f"  {prompt + text!r}")
+        meter.end_pause()
+
+    def weights(self, kind: str) -> AbstractContextManager[None]:
+        """The model with its `raw` weights or their average, `ema`."""
+        return nullcontext() if kind == "raw" or self.ema is None else self.ema.applied()
+
+    def _evaluate(self, meter: Meter) -> Iterator[Evaluation]:
+        batch_size = self.setup.recipe.eval.batch_size or self.setup.micro_batch_size
+        meter.end_pause()
+        for name, data in self.setup.evaluation_sets.items():
+            for kind in ("raw",) if self.ema is None else ("raw", "ema"):
+                with self.weights(kind):
+                    result = validate(
+                        self.subject.model,
+                        CausalLM(),
+                        data,
+                        batch_size=batch_size,
+                        compute_dtype=self.setup.compute_dtype,
+                    )
+                yield Evaluation(name=name, weights=kind, result=result, seconds=meter.end_pause())
+
+    def _samples(self) -> list[str]:
+        recipe = self.setup.recipe
+        with self.weights(recipe.export.weights):
+            return sample(
+                self.subject.model,
+                self.setup.tokenizer,
+                recipe.eval,
+                seed=recipe.train.seed,
+                compute_dtype=self.setup.compute_dtype,
+            )
+
+
+def _described(name: str, entries: list[Evaluation]) -> str:
+    """`validation loss 2.3456, 1.2345 bits per byte; averaged weights 2.3333, ... (1.2 s)`."""
+    parts = []
+    for entry in entries:
+        bits = entry.result.bits_per_byte
+        shown = f"{entry.result.loss:.4f}" + ("" if bits is None else f", {bits:.4f} bits per byte")
+        parts.append(f"averaged weights {shown}" if entry.weights == "ema" else f"{name} loss {shown}")
+    return f"{'; '.join(parts)} ({format_duration(sum(entry.seconds for entry in entries))})"
