@@ -31,6 +31,7 @@ from trine.engine.generate.blocks import BlockPool
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.prefix import better_waits, catch_up, find, promise
 from trine.engine.generate.sequence import Sequence, State
+from trine.engine.generate.tables import grow, lacking, share
 from trine.engine.generate.waiting import WaitingQueue, work
 
 # So many of the queue are passed over in one step because they wait for what others compute.
@@ -220,7 +221,7 @@ class Scheduler:
             )
             sequence.num_computed = chunk.start + chunk.count - chunk.num_draft + chunk.accepted
             sequence.draft.clear()
-            self._share(sequence)
+            share(self.pool, sequence)
 
     def drop(self, plan: Plan) -> None:
         """The forward of the plan failed: nothing of it counts. Sequences whose copies were lost are computed again."""
@@ -257,7 +258,7 @@ class Scheduler:
         for sequence in self._running:
             if sequence.state is not State.RUNNING or sequence.num_uncomputed != 1:
                 continue
-            while (lacking := self._lacking(sequence)) > self.pool.num_free:
+            while (missing := lacking(self.pool, sequence)) > self.pool.num_free:
                 while self._running[last].state is not State.RUNNING:
                     last -= 1
                 victim = self._running[last]
@@ -266,29 +267,12 @@ class Scheduler:
                 if victim is sequence:
                     break
             else:
-                if lacking:
-                    self._grow(sequence, plan)
+                if missing:
+                    grow(self.pool, sequence, plan)
                 chunks.append(Chunk(sequence, sequence.num_computed, 1, samples=True))
         if plan.preempted:
             self._running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
         return chunks
-
-    def _lacking(self, sequence: Sequence) -> int:
-        """Blocks to allocate before the token after the computed ones can be written."""
-        index = sequence.num_computed // self.pool.block_size
-        return int(index == len(sequence.blocks) or self.pool.is_shared(sequence.blocks[index]))
-
-    def _grow(self, sequence: Sequence, plan: Plan) -> None:
-        """A block for the token after the computed ones: a new one, or a copy of one that others may read."""
-        index = sequence.num_computed // self.pool.block_size
-        (block,) = self.pool.allocate(1)
-        if index == len(sequence.blocks):
-            sequence.blocks.append(block)
-        else:
-            shared = sequence.blocks[index]
-            plan.copies.append((shared, block))
-            self.pool.release([shared])
-            sequence.blocks[index] = block
 
     def _prefill(self, plan: Plan, budget: int) -> int:
         """Chunks of prompts, within the budget; returns the tokens taken."""
@@ -404,15 +388,3 @@ class Scheduler:
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_rank)
         self._num_running += 1
-
-    def _share(self, sequence: Sequence) -> None:
-        """Offer the blocks that this step filled."""
-        if not self.pool.prefix_caching:
-            return
-        ready = min(sequence.num_computed, sequence.num_known)
-        full = ready // self.pool.block_size
-        if full > sequence.num_shared:
-            self.pool.extend_hashes(sequence.block_hashes, sequence.tokens, ready, sequence.salt)
-            for index in range(sequence.num_shared, full):
-                self.pool.share(sequence.blocks[index], sequence.block_hashes[index])
-            sequence.num_shared = full
