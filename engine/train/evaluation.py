@@ -114,7 +114,7 @@ class Evaluator:
         meter.end_pause()
         for name, data in self.setup.evaluation_sets.items():
             for kind in ("raw",) if self.ema is None else ("raw", "ema"):
-                with self.weights(kind):
+                with self.weights(kind), self.subject.computing():
                     result = validate(
                         self.subject.model,
                         CausalLM(),
@@ -126,7 +126,7 @@ class Evaluator:
 
     def _samples(self) -> list[str]:
         recipe = self.setup.recipe
-        with self.weights(recipe.export.weights):
+        with self.weights(recipe.export.weights), self.subject.computing():
             return sample(
                 self.subject.model,
                 self.setup.tokenizer,

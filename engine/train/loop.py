@@ -225,15 +225,16 @@ class Trainer:
             micro_batch_size=self.setup.micro_batch_size,
         )
         num_valid = steps.count_valid(pieces)
-        loss = steps.accumulate_gradients(
-            self.subject.model,
-            self.subject.objective,
-            pieces,
-            num_valid=num_valid,
-            seed=recipe.train.seed,
-            compute_dtype=self.setup.compute_dtype,
-            checkpoint_activations=recipe.train.checkpoint_activations,
-        )
+        with self.subject.computing():
+            loss = steps.accumulate_gradients(
+                self.subject.model,
+                self.subject.objective,
+                pieces,
+                num_valid=num_valid,
+                seed=recipe.train.seed,
+                compute_dtype=self.setup.compute_dtype,
+                checkpoint_activations=recipe.train.checkpoint_activations,
+            )
         result = steps.check_and_clip(self.subject.trained, loss, max_norm=recipe.optim.grad_clip, step=self.step + 1)
         self.watch.check(result.loss, step=self.step + 1)
         factor = lr_factor(recipe.schedule, step=self.step, steps=recipe.train.steps)
@@ -331,6 +332,7 @@ class Trainer:
         export = self.setup.recipe.export
         with self.evaluator.weights(export.weights):
             final = self.folder.export(self.subject.trained, self.setup.tokenizer, getattr(torch, export.dtype))
+        self.subject.finish(final)
         early = self.step < self.setup.recipe.train.steps
         if early:
             say(self.evaluator.why_finished())

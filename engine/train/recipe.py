@@ -17,6 +17,8 @@ import tomli_w
 from pydantic import AfterValidator, Field, model_validator
 
 from trine.engine.config import Settings, apply_overrides, parse, read_toml
+from trine.engine.errors import UsageError
+from trine.engine.model.quantized.scheme import Scheme, make_scheme
 from trine.kernels.lora.op import MAX_RANK
 
 RECIPE = "recipe.toml"  # its name in a run folder
@@ -109,6 +111,45 @@ class AdapterSettings(Settings):
         if self.init_from is not None and extra:
             raise ValueError(f"{extra[0]} has no effect beside init_from (the adapter decides); remove it")
         return self
+
+
+class QuantizationSettings(Settings):
+    """Quantization-aware training: the weights of the layers, and activations where the scheme says so, are rounded
+    while losses are computed; at the end `final/` is quantized too, by `method`, into `final-SCHEME/`.
+
+    `scheme`, `group_size` (32, 64, 128, "channel") and `symmetric` are those of `trine quantize`.
+    """
+
+    scheme: str
+    group_size: int | str | None = None
+    symmetric: bool = True
+    method: Literal["rtn", "rtn-mse"] = "rtn"
+
+    @model_validator(mode="after")
+    def _known(self) -> QuantizationSettings:
+        try:
+            self.scheme_settings  # noqa: B018 - for what it raises
+        except UsageError as error:
+            told = str(error).replace("--group-size", "group_size").replace("--asymmetric", "symmetric = false")
+            raise ValueError(told) from None
+        return self
+
+    @property
+    def scheme_settings(self) -> Scheme:
+        """The scheme that these name."""
+        size = None if self.group_size is None else str(self.group_size)
+        return make_scheme(self.scheme, group_size=size, symmetric=self.symmetric)
+
+
+class DistillSettings(Settings):
+    """A `teacher`, a checkpoint with the data's vocabulary, which may be quantized.
+
+    The loss is `weight` times the distance of its distribution at `temperature`, and 1 - `weight` times the usual one.
+    """
+
+    teacher: PathValue
+    temperature: Rate = 2.0
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
 class SourceSettings(Settings):
@@ -325,6 +366,8 @@ class Recipe(Settings):
 
     model: ModelSettings
     adapter: AdapterSettings | None = None
+    quantization: QuantizationSettings | None = None
+    distill: DistillSettings | None = None
     data: DataSettings
     train: TrainSettings
     optim: OptimSettings = OptimSettings()
@@ -370,6 +413,8 @@ class Recipe(Settings):
     def _check_adapter(self) -> None:
         if self.adapter is None:
             return
+        if self.quantization is not None:
+            raise ValueError("[quantization] rounds weights that are trained, which [adapter] freezes; leave out one")
         if self.model.init_from is None:
             raise ValueError("[adapter] needs model.init_from, the checkpoint that it is trained on")
         if self.optim.name == "muon":

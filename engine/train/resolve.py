@@ -27,6 +27,8 @@ from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.evaluation_sets import open_sets
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
 from trine.engine.train.recipe import ModelSettings, Recipe
+from trine.engine.train.rounding import check_layers
+from trine.engine.train.teacher import find_teacher
 
 # The custom of each family for a new model; sizes come from the recipe.
 _ROPE_FAMILY: dict[str, Any] = {"norm": "rms", "positions": "rope", "mlp": "gated", "activation": "silu"}
@@ -50,7 +52,7 @@ class Setup:
     """A resolved recipe and what it names.
 
     `weights` is the folder the first weights come from, None for new ones; with an adapter that of the base, and
-    `adapter_from` that of the adapter.
+    `adapter_from` that of the adapter. `teacher` is that of a distillation.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class Setup:
     compute_dtype: torch.dtype
     dtype_reason: str
     adapter_from: Path | None = None
+    teacher: Path | None = None
 
     @property
     def micro_batch_size(self) -> int:
@@ -92,6 +95,11 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
         config = _pretrained_config(recipe, weights, tokenizer)
     else:
         config = new_model_config(recipe.model, tokenizer, default_positions=recipe.data.seq_len)
+    teacher = None
+    if recipe.distill is not None:
+        teacher = find_teacher(recipe.distill, config, tokenizer, seq_len=recipe.data.seq_len)
+    if recipe.quantization is not None:
+        check_layers(config, recipe.quantization)
     if config.max_positions < recipe.data.seq_len:
         raise UsageError(
             f"data.seq_len = {recipe.data.seq_len} exceeds the model's context of {config.max_positions}; shorten it"
@@ -102,7 +110,7 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     return Setup(
         recipe=resolved, config=config, weights=weights, adapter_from=adapter_from, tokenizer=tokenizer, stream=stream,
         evaluation_sets=evaluation_sets, device=device, threads=threads, compute_dtype=compute_dtype,
-        dtype_reason=reason,
+        dtype_reason=reason, teacher=teacher,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""What a run trains, and by which loss: a whole model, or an adapter on a frozen one.
+"""What a run trains, and by which loss: a whole model, an adapter on a frozen one, or weights that will be quantized;
+by the next tokens alone, or by a teacher too.
 
-The loop asks three things of a `Subject` and knows no more: a model that computes, the module whose parameters are
-trained and saved, and the objective.
+The loop asks of a `Subject` a model that computes, the module whose parameters are trained and saved, and the
+objective, and knows no more of all that.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from trine.engine.model.lora_weights import LoraWeights
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.adapter import adapt
 from trine.engine.train.resolve import Setup
+from trine.engine.train.rounding import Rounding
+from trine.engine.train.teacher import distillation
 
 Trained = Transformer | LoraWeights
 
@@ -30,22 +33,33 @@ Trained = Transformer | LoraWeights
 class Subject:
     """`model` computes; the parameters of `trained`, which is the model or an adapter on it, get gradients.
 
-    Within `computing()` the model has the weights that losses are computed with.
+    Within `computing()` the model has the weights that losses are computed with. `finish` makes of the folder `final/`
+    what else there is to make.
     """
 
     model: Transformer
     trained: Trained
     objective: CausalLM
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
+    finish: Callable[[Path], object] = lambda final: None
 
 
 def make_subject(setup: Setup) -> Subject:
     """New weights by the recipe's seed, or those that the run starts or continues from."""
-    if setup.recipe.adapter is not None:
+    recipe, objective = setup.recipe, CausalLM()
+    if recipe.distill is not None:
+        assert setup.teacher is not None
+        objective = distillation(recipe.distill, setup.teacher, dtype=setup.compute_dtype, device=setup.device)
+    if recipe.adapter is not None:
         model, adapter = adapt(setup)
-        return Subject(model=model, trained=adapter, objective=CausalLM())
+        return Subject(model=model, trained=adapter, objective=objective)
     model = _whole_model(setup)
-    return Subject(model=model, trained=model, objective=CausalLM())
+    if recipe.quantization is None:
+        return Subject(model=model, trained=model, objective=objective)
+    rounding = Rounding(model, recipe.quantization, stored=getattr(torch, recipe.export.dtype))
+    return Subject(
+        model=model, trained=model, objective=objective, computing=rounding.computing, finish=rounding.export
+    )
 
 
 def save_weights(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:

@@ -63,3 +63,49 @@ def make_recipe(data_dir: Path, tmp_path: Path) -> MakeRecipe:
         return parse(Recipe, table, origin="test")
 
     return make
+
+
+def recipe_of(data: Path, run: Path, model: dict[str, Any], **changes: dict[str, Any]) -> Recipe:
+    """Six steps in float32, no section but these."""
+    table: dict[str, dict[str, Any]] = {
+        "model": model,
+        "data": {"path": str(data), "seq_len": 32},
+        "train": {"steps": 6, "batch_size": 4, "threads": 1, "compute_dtype": "float32", "device": "cpu"},
+        "optim": {"lr": 1e-2},
+        "eval": {"every": 0},
+        "log": {"every": 1},
+        "export": {"dtype": "float32"},
+        "run": {"dir": str(run)},
+    }
+    for section, values in changes.items():
+        table[section] = {**table.get(section, {}), **values}
+    return parse(Recipe, table, origin="test")
+
+
+FAMILIES: dict[str, dict[str, Any]] = {"llama": {"num_kv_heads": 1}, "gpt2": {}}
+
+
+@pytest.fixture(scope="session")
+def bases(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models after 20 steps, in float32, by family."""
+    from trine.engine.train.loop import train
+
+    found = {}
+    for family, sizes in FAMILIES.items():
+        run = tmp_path_factory.mktemp("base") / family
+        model = {"family": family, "width": 32, "num_layers": 2, "num_heads": 2, **sizes}
+        train(recipe_of(data_dir, run, model, train={"steps": 20}, eval={"every": 20}))
+        found[family] = run / "final"
+    return found
+
+
+@pytest.fixture
+def continued(data_dir: Path, bases: dict[str, Path], tmp_path: Path) -> MakeRecipe:
+    """`continued("llama", run="name", adapter={...})`: a recipe of 6 steps that begins at a base, or at a folder."""
+
+    def make(base: str | Path = "llama", run: str = "run", **changes: Any) -> Recipe:
+        folder = bases[base] if isinstance(base, str) else base
+        model = {"init_from": str(folder), **changes.pop("model", {})}
+        return recipe_of(data_dir, tmp_path / run, model, **changes)
+
+    return make

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trine.engine.config import parse
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import load_model
 from trine.engine.train import loop
@@ -22,48 +21,12 @@ from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {"num_kv_heads": 1}, "gpt2": {}}
-
-
-def recipe_of(data: Path, run: Path, model: dict[str, Any], **changes: dict[str, Any]) -> Recipe:
-    table: dict[str, dict[str, Any]] = {
-        "model": model,
-        "data": {"path": str(data), "seq_len": 32},
-        "train": {"steps": 6, "batch_size": 4, "threads": 1, "compute_dtype": "float32", "device": "cpu"},
-        "optim": {"lr": 1e-2},
-        "eval": {"every": 0},
-        "log": {"every": 1},
-        "export": {"dtype": "float32"},
-        "run": {"dir": str(run)},
-    }
-    for section, values in changes.items():
-        table[section] = {**table.get(section, {}), **values}
-    return parse(Recipe, table, origin="test")
-
-
-@pytest.fixture(scope="session")
-def bases(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models after a few steps, in float32, by family."""
-    found = {}
-    for family, sizes in FAMILIES.items():
-        run = tmp_path_factory.mktemp("base") / family
-        model = {"family": family, "width": 32, "num_layers": 2, "num_heads": 2, **sizes}
-        train(recipe_of(data_dir, run, model, train={"steps": 20}, eval={"every": 20}))
-        found[family] = run / "final"
-    return found
 
 
 @pytest.fixture
-def make_lora(data_dir: Path, bases: dict[str, Path], tmp_path: Path) -> MakeRecipe:
-    """`make_lora("llama", run="name", adapter={...})`: 6 steps on a base."""
-
-    def make(base: str | Path = "llama", run: str = "lora", **changes: Any) -> Recipe:
-        folder = bases[base] if isinstance(base, str) else base
-        changes["adapter"] = changes.get("adapter", {"rank": 4})
-        model = {"init_from": str(folder), **changes.pop("model", {})}
-        return recipe_of(data_dir, tmp_path / run, model, **changes)
-
-    return make
+def make_lora(continued: MakeRecipe) -> MakeRecipe:
+    """`make_lora("llama", run="name", adapter={...})`: 6 steps on a base, of rank 4 where nothing is said."""
+    return lambda base="llama", run="lora", **changes: continued(base, run, **{"adapter": {"rank": 4}, **changes})
 
 
 def losses(run: Path, kind: str = "step") -> list[float]:
@@ -184,12 +147,11 @@ def test_an_adapter_that_peft_wrote_is_trained_further(
 
 
 def test_an_adapter_for_another_base_is_refused_by_name(
-    make_lora: MakeRecipe, bases: dict[str, Path], data_dir: Path, tmp_path: Path
+    make_lora: MakeRecipe, continued: MakeRecipe, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     train(make_lora())
     other = tmp_path / "other"
-    model = {"family": "llama", "width": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
-    train(recipe_of(data_dir, other, model, train={"seed": 1}))
+    train(continued(run="other"))  # the same model, trained further
     adapter = {"init_from": str(tmp_path / "lora" / "final")}
     with pytest.raises(CheckpointError, match=rf"was trained on '{bases['llama']}', and .*other/final holds other"):
         train(make_lora(other / "final", run="second", adapter=adapter))
