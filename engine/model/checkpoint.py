@@ -28,7 +28,7 @@ from trine.engine.model.families.registry import merge_generation_config
 from trine.engine.model.families.settings import write_eos
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized
-from trine.engine.model.quantized.plan import QuantizedRules, notes, quantized_rules, read_weight
+from trine.engine.model.quantized.plan import QuantizedRules, notes, quantized_rules, read_weight, split_weight
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.transformer import Transformer
@@ -174,7 +174,7 @@ def _numbers(
 def _install(model: Transformer, rule: TensorRule, weight: QuantizedTensor | Tensor) -> None:
     assert isinstance(weight, QuantizedTensor), rule.stored
     rows = [model.get_parameter(name).shape[0] for name in rule.ours]
-    for name, part in zip(rule.ours, weight.split(rule.stored, rows), strict=True):
+    for name, part in zip(rule.ours, split_weight(rule, weight, rows), strict=True):
         install(model, name.removesuffix(".weight"), part.weight(), part.order_K)
 
 

@@ -185,7 +185,7 @@ class LayerWork:
         found = self._settings.method.quantize(
             weights[0] if len(weights) == 1 else torch.cat(list(weights)), scheme, inputs, scale_dtype=scale_dtype
         )
-        return found.split(names[0], [len(w_NK) for w_NK in weights])
+        return found.split(names[0], torch.arange(len(found.codes_NK)).split([len(w_NK) for w_NK in weights]))
 
     def _weight(self, layer: Layer, rescaled: bool) -> Tensor:
         """[N, K], as stored or as it was rescaled, at least in fp32."""

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trine.engine.errors import CheckpointError, UsageError
+from trine.engine.errors import CheckpointError
 from trine.engine.model.blocks import MLP
 from trine.engine.model.checkpoint import Opened
 from trine.engine.model.families import TensorRule
 from trine.engine.model.layers import Linear
 from trine.engine.model.quantized.layers import QuantizedMLP, install
+from trine.engine.model.quantized.plan import split_weight
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
 from trine.engine.quantize.hidden import HiddenStates
@@ -110,7 +111,7 @@ class Walk:
     def install(self, rule: TensorRule, weight: QuantizedTensor) -> None:
         """Put codes in the place of the layers that a tensor on disk stands for."""
         rows = [len(self.model.get_parameter(name)) for name in rule.ours]
-        for name, part in zip(rule.ours, _split(rule, weight, rows), strict=True):
+        for name, part in zip(rule.ours, split_weight(rule, weight, rows), strict=True):
             install(self.model, name.removesuffix(".weight"), part.weight(), part.order_K)
 
     def replace(self, stored: Mapping[str, StoredTensor]) -> None:
@@ -184,25 +185,6 @@ class Walk:
 
 def _first_input(do: Callable[[str, Tensor], None], name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     do(name, inputs[0])
-
-
-def _split(rule: TensorRule, weight: QuantizedTensor, rows: Sequence[int]) -> list[QuantizedTensor]:
-    """The weight of a tensor on disk as those of our layers."""
-    if rule.groups == 1:
-        return weight.split(rule.stored, rows)
-    scheme, zeros = weight.scheme, weight.zeros_NG
-    if scheme.strategy == "block":
-        raise UsageError(f"{rule.stored} joins layers head by head, which blocks would cut; choose another scheme")
-    return [
-        QuantizedTensor(
-            scheme,
-            weight.codes_NK[index],
-            weight.scales[index],
-            None if zeros is None else zeros[index],
-            weight.order_K,
-        )
-        for index in rule.split(torch.arange(sum(rows)), rows)
-    ]
 
 
 class _Note(nn.Module):

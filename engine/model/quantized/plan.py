@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from trine.engine.errors import CheckpointError
@@ -72,6 +73,14 @@ def quantized_rules(
     if not found:
         raise CheckpointError("config.json has a quantization_config, but it names no layer of the model")
     return found
+
+
+def split_weight(rule: TensorRule, weight: QuantizedTensor, rows: Sequence[int]) -> list[QuantizedTensor]:
+    """The weight of a tensor on disk as those of our layers, of so many outputs each.
+
+    Raises `CheckpointError` where that would cut blocks.
+    """
+    return weight.split(rule.stored, rule.split(torch.arange(sum(rows)), rows))
 
 
 def notes(quantized: QuantizedRules) -> list[str]:

@@ -71,17 +71,22 @@ class QuantizedTensor:
         assert scales is not None
         return replace(self, scheme=self.scheme.with_groups(size), scales=scales, zeros_NG=zeros)
 
-    def split(self, name: str, rows: Sequence[int]) -> list[QuantizedTensor]:
-        """Its outputs as several weights of so many rows. Raises `CheckpointError` where that would cut a block."""
-        if len(rows) == 1:
-            return [self]
-        each = BLOCK if self.scheme.strategy == "block" else 1
-        if any(count % each for count in rows[:-1]):
-            raise CheckpointError(f"{name} joins layers of {list(rows)} outputs, which its blocks of {each} cut")
-        counts = [-(-count // each) for count in rows]
-        zeros = [None] * len(rows) if self.zeros_NG is None else torch.split(self.zeros_NG, list(rows))
-        parts = zip(torch.split(self.codes_NK, list(rows)), torch.split(self.scales, counts), zeros, strict=True)
-        return [QuantizedTensor(self.scheme, *part, self.order_K) for part in parts]
+    def split(self, name: str, parts: Sequence[Tensor]) -> list[QuantizedTensor]:
+        """Several weights, each of the outputs with these numbers. Raises `CheckpointError` where that cuts a block."""
+        return [self] if len(parts) == 1 else [self._rows(name, rows) for rows in parts]
+
+    def _rows(self, name: str, rows: Tensor) -> QuantizedTensor:
+        """The weight of some of its outputs."""
+        of_scales = rows
+        if self.scheme.strategy == "block":
+            first, count = int(rows[0]), len(rows)
+            whole = first % BLOCK == 0 and (count % BLOCK == 0 or first + count == len(self.codes_NK))
+            if not whole or not torch.equal(rows, torch.arange(first, first + count)):
+                raise CheckpointError(f"{name} joins layers whose outputs its blocks of {BLOCK} do not keep apart")
+            of_scales = rows[::BLOCK] // BLOCK
+        codes_NK = self.codes_NK.view(torch.int8)[rows].view(self.codes_NK.dtype)
+        zeros_NG = None if self.zeros_NG is None else self.zeros_NG[rows]
+        return replace(self, codes_NK=codes_NK, scales=self.scales[of_scales], zeros_NG=zeros_NG)
 
 
 def to_groups(x_NK: Tensor, scheme: Scheme) -> Tensor:

@@ -91,7 +91,9 @@ def test_rows_do_not_depend_on_the_rows_beside_them() -> None:
     scheme = CASES["w4a16-32"]
     first_NK, second_NK = _weight(24, 64, torch.float64).split([16, 8])
     statistics = InputStatistics.of(_inputs(300, 64, torch.float64))
-    both = quantize_gptq(torch.cat((first_NK, second_NK)), scheme, statistics).split("both", [16, 8])
+    both = quantize_gptq(torch.cat((first_NK, second_NK)), scheme, statistics).split(
+        "both", torch.arange(24).split([16, 8])
+    )
     for one, part in zip((first_NK, second_NK), both, strict=True):
         alone = quantize_gptq(one, scheme, statistics)
         assert torch.equal(alone.codes_NK, part.codes_NK)
