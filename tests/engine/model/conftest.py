@@ -180,6 +180,14 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+# One or two of each family, with most of its switches.
+MAIN_MODELS = {
+    "gpt2", "llama31_scaled", "llama_bias", "llama_yarn", "mistral", "qwen2_tied_window", "qwen3", "gemma", "gemma2",
+    "gemma3", "phi3_longrope", "phi3_partial", "smollm3", "olmo2", "olmo3_yarn", "starcoder2", "gpt_neox",
+    "stablelm_parallel", "phi", "cohere", "granite", "opt",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Pair:
     """A transformers model and the folder it was saved to."""
@@ -230,6 +238,12 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
 @pytest.fixture(params=list(MODELS))
 def pair(request: pytest.FixtureRequest, make_pair: Callable[[str], Pair]) -> Pair:
     """Each tiny model in turn."""
+    return make_pair(request.param)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in MAIN_MODELS else [pytest.mark.slow]) for name in MODELS])
+def main_pair(request: pytest.FixtureRequest, make_pair: Callable[[str], Pair]) -> Pair:
+    """Each tiny model in turn; variants of a family are for the slow tests."""
     return make_pair(request.param)
 
 

@@ -25,8 +25,8 @@ def test_parameters_equal_the_sum_over_the_model(pair: Any) -> None:
     assert cost.without_embedding == cost.total - cost.embedding
 
 
-def test_forward_flops_equal_a_count_of_the_products(pair: Any, sample_ids: torch.Tensor) -> None:
-    model = load_model(pair.folder)
+def test_forward_flops_equal_a_count_of_the_products(main_pair: Any, sample_ids: torch.Tensor) -> None:
+    model = load_model(main_pair.folder)
     # The counter does not know the CPU's fused attention; the plain one is made of products it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(sample_ids))
@@ -79,8 +79,8 @@ def test_flops_of_the_other_families_by_hand() -> None:
     assert flops_per_token(qwen3, 64, training=True) == 6 * weights + 12 * 3 * 64 * 64
 
 
-def test_kv_bytes_equal_an_allocated_cache(pair: Any) -> None:
-    config = load_model(pair.folder).config
+def test_kv_bytes_equal_an_allocated_cache(main_pair: Any) -> None:
+    config = load_model(main_pair.folder).config
     cache = KVCache(config, 3, 7, dtype=torch.bfloat16)
     allocated = cache.k_LBKSD.nbytes + cache.v_LBKSD.nbytes
     assert allocated == 3 * 7 * kv_bytes_per_token(config, torch.bfloat16)

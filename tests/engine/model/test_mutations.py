@@ -17,6 +17,7 @@ from torch import Tensor
 from trine.engine.model import blocks
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.config import ModelConfig
+from trine.engine.model.families import TensorRule
 from trine.engine.model.transformer import Transformer
 from trine.kernels.attention.op import attention
 from trine.kernels.rope.op import rope_reference
@@ -84,27 +85,158 @@ def _norm_after_rope(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Tra
     return model
 
 
+def _switch(**changes: Any) -> Mutation:
+    return _with_config(lambda config: replace(config, **changes))
+
+
+def _norms_per_head(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    """Each head of q and k by itself, under its part of the weight."""
+
+    def per_head(self: blocks.Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        found = []
+        for x, norm in ((q, self.q_norm), (k, self.k_norm)):
+            heads = x.unflatten(-1, (-1, self.head_dim))  # type: ignore[no-untyped-call]
+            unit = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + norm.eps)
+            found.append(unit.flatten(-2) * norm.weight)
+        return found[0], found[1]
+
+    monkeypatch.setattr(blocks.Attention, "_norm", per_head)
+    return model
+
+
+def _joined_by_thirds(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    """q, k and v cut from the joined matrix as thirds, not head by head."""
+    for block in model.layers:
+        layers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        for kind in ("weight", "bias"):
+            ours = [getattr(layer, kind).data for layer in layers]
+            rule = TensorRule("joined", ("q", "k", "v"), groups=model.config.num_heads)
+            for part, third in zip(ours, rule.join(ours).chunk(3), strict=True):
+                part.copy_(third)
+    return model
+
+
+def _swap(one: str, two: str) -> Mutation:
+    def mutate(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+        for block in model.layers:
+            a, b = (block.get_submodule(name) for name in (one, two))
+            a.weight.data, b.weight.data = b.weight.data, a.weight.data
+        return model
+
+    return mutate
+
+
+def _before_the_branch(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    """Norms that follow their branch stand before it, as in Llama."""
+    changed = Transformer(replace(model.config, placement="pre"))
+    renamed = {
+        name.replace("post_attention_layernorm", "input_layernorm").replace(
+            "post_feedforward_layernorm", "post_attention_layernorm"
+        ): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    changed.load_state_dict(renamed)
+    return changed
+
+
+def _without_offset(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    config = model.config
+    changed = Transformer(
+        replace(config, position_offset=0, max_positions=config.max_positions + config.position_offset)
+    )
+    changed.load_state_dict(model.state_dict())
+    return changed
+
+
+def _only_short_factors(config: ModelConfig) -> ModelConfig:
+    assert config.rope is not None
+    return replace(config, rope=replace(config.rope, long_factors=config.rope.short_factors))
+
+
+def _only_long_factors(config: ModelConfig) -> ModelConfig:
+    assert config.rope is not None
+    return replace(config, rope=replace(config.rope, short_factors=config.rope.long_factors))
+
+
 MUTATIONS: list[tuple[str, str, Mutation]] = [
     ("rope theta 10000", "llama31_scaled", _with_rope(theta=10_000.0)),
     ("llama3 scaling ignored", "llama31_scaled", _with_rope(kind="default")),
     ("linear scaling ignored", "llama_linear", _with_rope(kind="default")),
+    ("yarn scaling ignored", "llama_yarn", _with_rope(kind="default")),
+    ("yarn attention factor ignored", "llama_yarn", _with_rope(attention_factor=1.0)),
+    ("yarn ramp rounded", "llama_yarn_exact", _with_rope(truncate=True)),
+    ("yarn attention factor from the factor alone", "llama_yarn_exact", _with_rope(attention_factor=1.1386294)),
+    ("proportional taken for partial", "llama_proportional", _with_rope(kind="linear")),
     ("rope interleaved", "llama2", _interleaved),
-    ("rms eps 1e-6", "llama2", _with_config(lambda c: replace(c, norm_eps=1e-6))),
+    ("rms eps 1e-6", "llama2", _switch(norm_eps=1e-6)),
     ("scale from width / heads", "llama32_tied_headdim", _wrong_scale),
     ("q bias dropped", "llama_bias", _fill("q_proj.bias", 0.0)),
     ("k bias dropped", "llama_bias", _fill("k_proj.bias", 0.0)),
     ("v bias dropped", "llama_bias", _fill("v_proj.bias", 0.0)),
     ("o bias dropped", "llama_bias", _fill("o_proj.bias", 0.0)),
     ("feed-forward bias dropped", "llama_bias", _fill("down_proj.bias", 0.0)),
-    ("activation silu", "llama_gelu", _with_config(lambda c: replace(c, activation="silu"))),
+    ("gate bias dropped", "llama_bias", _fill("gate_proj.bias", 0.0)),
+    ("activation silu", "llama_gelu", _switch(activation="silu")),
+    ("window ignored", "mistral", _switch(window=None)),
+    ("window one too wide", "mistral", _switch(window=9)),
+    ("window one too narrow", "mistral", _switch(window=7)),
+    ("q, k, v bias dropped", "qwen2", _fill("_proj.bias", 0.0)),
+    ("k bias alone dropped", "qwen2", _fill("k_proj.bias", 0.0)),
+    ("window on every layer", "qwen2_tied_window", _switch(full_layers=())),
     ("q norm weight dropped", "qwen3", _fill("q_norm.weight", 1.0)),
     ("k norm weight dropped", "qwen3", _fill("k_norm.weight", 1.0)),
     ("q and k norm after rope", "qwen3", _norm_after_rope),
-    ("exact gelu", "gpt2", _with_config(lambda c: replace(c, activation="gelu"))),
-    ("layer norm eps 1e-12", "gpt2", _with_config(lambda c: replace(c, norm_eps=1e-12))),
+    ("norms times weight, not 1 + weight", "gemma", _switch(norm="rms")),
+    ("embeddings not scaled", "gemma", _switch(embedding_scale=1.0)),
+    ("attention softcap ignored", "gemma2", _switch(attention_softcap=None)),
+    ("final softcap ignored", "gemma2", _switch(logit_softcap=None)),
+    ("scale from head_dim", "gemma2", _switch(attention_scale=None)),
+    ("exact gelu of Gemma 2", "gemma2", _switch(activation="gelu")),
+    ("pattern of windows flipped", "gemma2", _switch(full_layers=(0,))),
+    (
+        "norms around the feed-forward layer swapped", "gemma2",
+        _swap("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    ("norm after attention taken for the next one", "gemma2", _swap("post_attention_layernorm", "input_layernorm")),
+    ("local theta is the global one", "gemma3", _switch(window_rope=None)),
+    ("linear factor 8 ignored", "gemma3", _with_rope(kind="default")),
+    ("final softcap of Gemma 3 ignored", "gemma3_softcap_bias", _switch(logit_softcap=None)),
+    ("norms of q and k times weight alone", "gemma3", _fill("q_norm.weight", 0.0)),
+    ("long factors not used", "phi3_longrope", _with_config(_only_short_factors)),
+    ("longrope attention factor ignored", "phi3_longrope", _with_rope(attention_factor=1.0)),
+    ("heads turned whole", "phi3_partial", _with_rope(partial=1.0)),
+    ("gate and up exchanged", "phi3", _swap("mlp.gate_proj", "mlp.up_proj")),
+    ("positions on layers without", "smollm3", _switch(unrotated_layers=())),
+    ("positions on the layers without alone", "smollm3", _switch(unrotated_layers=(0, 2))),
+    ("norms of q and k by head", "olmo2", _norms_per_head),
+    ("norm before the branch", "olmo2", _before_the_branch),
+    ("window of OLMo 3 on the wrong layer", "olmo3", _switch(full_layers=(0,))),
+    ("windowed layers scaled too", "olmo3_yarn", _switch(window_rope=None)),
+    ("exact gelu of a plain layer", "starcoder2", _switch(activation="gelu")),
+    ("window of StarCoder2 ignored", "starcoder2", _switch(window=None)),
+    ("branches one after the other", "gpt_neox", _switch(placement="pre")),
+    ("branches side by side", "gpt_neox_serial", _switch(placement="parallel_two")),
+    ("rotary share ignored", "gpt_neox", _with_rope(partial=1.0)),
+    ("tanh gelu for the exact one", "gpt_neox", _switch(activation="gelu_tanh")),
+    ("q, k, v cut as thirds", "gpt_neox", _joined_by_thirds),
+    ("rotary share 0.25 ignored", "stablelm", _with_rope(partial=1.0)),
+    ("bias of the head dropped", "phi", _fill("lm_head.bias", 0.0)),
+    ("rotary share 0.5 ignored", "phi", _with_rope(partial=1.0)),
+    ("halves turned, not neighbours", "cohere", _switch(rope_interleaved=False)),
+    ("logit scale ignored", "cohere", _switch(logit_scale=1.0)),
+    ("embedding multiplier ignored", "granite", _switch(embedding_scale=1.0)),
+    ("residual multiplier ignored", "granite", _switch(residual_scale=1.0)),
+    ("attention multiplier ignored", "granite", _switch(attention_scale=None)),
+    ("logit divisor ignored", "granite", _switch(logit_scale=1.0)),
+    ("position offset ignored", "opt", _without_offset),
+    ("gelu for relu", "opt", _switch(activation="gelu")),
+    ("exact gelu", "gpt2", _switch(activation="gelu")),
+    ("layer norm eps 1e-12", "gpt2", _switch(norm_eps=1e-12)),
     ("layer norm bias dropped", "gpt2", _fill("input_layernorm.bias", 0.0)),
     ("q bias dropped (learned positions)", "gpt2", _fill("q_proj.bias", 0.0)),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "mutation"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
@@ -115,9 +247,18 @@ def test_parity_criterion_sees(
     name: str,
     mutation: Mutation,
 ) -> None:
-    pair = make_pair(name)
-    theirs = pair.oracle_logits(sample_ids)
+    _assert_seen(make_pair(name), sample_ids, mutation, monkeypatch)
+
+
+def test_short_text_sees_that_the_long_factors_are_always_taken(
+    make_pair: Callable[[str], Any], sample_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _assert_seen(make_pair("phi3_longrope"), sample_ids[:, :64], _with_config(_only_long_factors), monkeypatch)
+
+
+def _assert_seen(pair: Any, ids: torch.Tensor, mutation: Mutation, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = pair.oracle_logits(ids)
     model = mutation(load_model(pair.folder), monkeypatch).eval()
     with torch.no_grad():
-        difference = float((model.logits(model(sample_ids)) - theirs).abs().max())
+        difference = float((model.logits(model(ids)) - theirs).abs().max())
     assert difference > 5 * 2e-5 * max(1.0, float(theirs.abs().max()))
