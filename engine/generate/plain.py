@@ -139,11 +139,7 @@ def _run_batch(
     lengths = [len(request.prompt_ids) for request in requests]
     # The last token is never fed, so its key and value need no slot.
     num_slots = max(length + request.budget - 1 for length, request in zip(lengths, requests, strict=True))
-    cache = KVCache(model.config, B, num_slots, model.device, compute_dtype)
-    ids_BT = torch.zeros(B, max(lengths), dtype=torch.int64)
-    for row, request in enumerate(requests):
-        ids_BT[row, : lengths[row]] = torch.tensor(request.prompt_ids)
-    hidden_BTC = model(ids_BT.to(model.device), cache=cache, compute_dtype=compute_dtype)
+    cache, hidden_BTC = _prefill(model, [request.prompt_ids for request in requests], num_slots, compute_dtype)
     for row, request in enumerate(requests):
         _add_prompt_logprobs(model, request, hidden_BTC[row])
     hidden_BC = hidden_BTC[torch.arange(B), torch.tensor(lengths) - 1]
@@ -159,8 +155,34 @@ def _run_batch(
         # A finished row feeds its last token again, at its own last position (or the last slot): nobody reads it.
         ids_B1 = torch.tensor([[request.last_id] for request in requests])
         positions_B1 = torch.tensor([[min(request.last_position, num_slots - 1)] for request in requests])
+        if _switches(model.config.rope_switch, positions_B1[:, 0], cache):
+            ends = (positions_B1[:, 0] + 1).tolist()
+            texts = [[*one.prompt_ids, *one.token_ids][:end] for one, end in zip(requests, ends, strict=True)]
+            cache, hidden_BTC = _prefill(model, texts, num_slots, compute_dtype)
+            hidden_BC = hidden_BTC[torch.arange(B), positions_B1[:, 0]]
+            continue
         hidden_B1C = model(ids_B1.to(model.device), positions_BT=positions_B1, cache=cache, compute_dtype=compute_dtype)
         hidden_BC = hidden_B1C[:, 0]
+
+
+def _switches(switch: int | None, positions_B: Tensor, cache: KVCache) -> bool:
+    """Whether a text grows to where longrope turns all of its tokens otherwise, so that it is computed anew."""
+    if switch is None or cache.longer_B is None:
+        return False
+    return not torch.equal(positions_B >= switch, cache.longer_B.cpu())
+
+
+def _prefill(
+    model: Transformer, texts: Sequence[Sequence[int]], num_slots: int, compute_dtype: torch.dtype
+) -> tuple[KVCache, Tensor]:
+    """A cache that holds all texts, and their hidden states, padded on the right."""
+    lengths = torch.tensor([len(ids) for ids in texts])
+    ids_BT = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
+    for row, ids in enumerate(texts):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+    cache = KVCache(model.config, len(texts), num_slots, model.device, compute_dtype)
+    hidden_BTC = model(ids_BT.to(model.device), cache=cache, lengths_B=lengths, compute_dtype=compute_dtype)
+    return cache, hidden_BTC
 
 
 def _add_prompt_logprobs(model: Transformer, request: Request, hidden_TC: Tensor) -> None:

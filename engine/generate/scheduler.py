@@ -58,6 +58,7 @@ class Scheduler:
         max_running: sequences computed in turns.
         max_waiting: sequences in the queue; `add` refuses more. (Forks and preempted ones are always taken.)
         patience: steps that one level of priority is worth.
+        longer_beyond: a sequence that grows beyond so many tokens is computed anew, from its beginning (longrope).
 
     Raises:
         UsageError: a value is impossible.
@@ -71,6 +72,7 @@ class Scheduler:
         max_running: int = 128,
         max_waiting: int = 1024,
         patience: int = 1000,
+        longer_beyond: int | None = None,
     ) -> None:
         for name, value in (("max_running", max_running), ("max_waiting", max_waiting), ("patience", patience)):
             if value < 1:
@@ -85,6 +87,7 @@ class Scheduler:
         self.max_running = max_running
         self.max_waiting = max_waiting
         self.patience = patience
+        self.longer_beyond = longer_beyond
         self.counters = Counters()
         self._steps = 0
         self._arrivals = 0
@@ -126,6 +129,8 @@ class Scheduler:
         sequence.arrival = self._arrivals
         self._arrivals += 1
         sequence.rank = (self._steps + sequence.priority * self.patience, sequence.arrival, sequence.choice)
+        if self._grew_longer(sequence):
+            sequence.become_longer()
         self._by_request.setdefault(sequence.request_id, {})[sequence.id] = sequence
         self._enqueue(sequence)
 
@@ -151,6 +156,7 @@ class Scheduler:
             max_total_tokens=source.max_total_tokens,
             priority=source.priority,
             salt=source.salt,
+            longer=source.longer,
             adapter=source.adapter,
             reads_cache=source.reads_cache,
             block_hashes=source.block_hashes[:full_blocks],
@@ -196,6 +202,10 @@ class Scheduler:
         self._steps += 1
         self._running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
         plan = Plan()
+        for sequence in filter(self._grew_longer, list(self._running)):
+            self._preempt(sequence)
+            sequence.become_longer()
+            plan.preempted.append(sequence)
         decoding = self._decode(plan)
         left = self.max_batch_tokens - len(decoding)
         left -= self._prefill(plan, left)
@@ -358,6 +368,8 @@ class Scheduler:
             limit = min(budget, sequence.max_total_tokens - len(sequence.tokens) - 1)
             room = len(sequence.blocks) + self.pool.num_free - self._num_running
             limit = min(limit, max(room, len(sequence.blocks)) * self.pool.block_size - chunk.start - 1)
+            if self.longer_beyond is not None and not sequence.longer:
+                limit = min(limit, self.longer_beyond - len(sequence.tokens))
             del sequence.draft[max(limit, 0) :]
             chunk.num_draft = len(sequence.draft)
             chunk.count += chunk.num_draft
@@ -365,6 +377,9 @@ class Scheduler:
             missing = self.pool.blocks_for(chunk.start + chunk.count) - len(sequence.blocks)
             if missing > 0:
                 sequence.blocks += self.pool.allocate(missing)
+
+    def _grew_longer(self, sequence: Sequence) -> bool:
+        return self.longer_beyond is not None and not sequence.longer and len(sequence.tokens) > self.longer_beyond
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits to be computed again."""

@@ -51,6 +51,7 @@ class Sequence:
         arrival: number of the sequence in the order of arrival; forks have that of their source.
         rank: (steps before it came plus its priority in steps, arrival, choice): lower goes first.
         state: where it is.
+        longer: whether the model turns its tokens as those of a long sequence; nothing is shared across that.
     """
 
     id: str
@@ -72,6 +73,13 @@ class Sequence:
     arrival: int = -1
     rank: tuple[int, int, int] = (0, 0, 0)
     state: State = State.WAITING
+    longer: bool = False
+
+    def become_longer(self) -> None:
+        """To be computed anew; it holds no blocks."""
+        self.longer = True
+        self.salt += b"\xfelonger"
+        self.block_hashes = []
 
     @property
     def num_uncomputed(self) -> int:

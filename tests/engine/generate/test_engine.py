@@ -416,3 +416,51 @@ def test_the_cache_is_taken_from_what_is_free_and_said(
     small = Engine(model, tiny_tokenizer, EngineConfig(max_running=4, decode_steps=False))
     assert small.stats().kv_blocks_total == 10
     assert "50% of the" in capsys.readouterr().err
+
+
+# --- longrope ---------------------------------------------------------------------------------------------------------
+
+SWITCH = 40
+
+
+@pytest.fixture(scope="module")
+def longrope(tiny_tokenizer: Tokenizer) -> Transformer:
+    """Turns all tokens of a text beyond `SWITCH` tokens otherwise."""
+    model = make_model("phi3", tiny_tokenizer.vocab_size)
+    assert model.config.rope is not None
+    short, long = tuple(1 + 0.1 * i for i in range(8)), tuple(2 + 3.0 * i for i in range(8))
+    rope = replace(
+        model.config.rope, kind="longrope", original_max_positions=SWITCH, short_factors=short, long_factors=long
+    )
+    changed = Transformer(replace(model.config, rope=rope))
+    changed.load_state_dict(model.state_dict())
+    return changed.eval()
+
+
+def test_plain_generation_across_the_switch_equals_forwards_of_the_whole_text(
+    longrope: Transformer, tiny_tokenizer: Tokenizer
+) -> None:
+    prompts = [PREFIX[:60], "x", "return first"]
+    found = generate(longrope, tiny_tokenizer, prompts, replace(GREEDY, max_tokens=50))
+    for prompt, one in zip(prompts, found, strict=True):
+        ids = tiny_tokenizer.encode(prompt)
+        crossed = len(ids) <= SWITCH < len(ids) + 50
+        assert crossed
+        with torch.inference_mode():
+            for token in one.token_ids:
+                assert int(longrope.logits(longrope(torch.tensor([ids]))[:, -1]).argmax()) == token
+                ids.append(token)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens": 8}, {"speculate": 3}], ids=str)
+def test_longrope_across_the_switch_equals_the_plain_generator(
+    longrope: Transformer, tiny_tokenizer: Tokenizer, settings: dict[str, Any]
+) -> None:
+    params = [replace(GREEDY, max_tokens=length) for length in (40, 30, 45, 40, 1, 30, 50, 12)]
+    expected = generate(longrope, tiny_tokenizer, PROMPTS, params)
+    engine = engine_for(longrope, tiny_tokenizer, **settings)
+    results = run(engine, requests_for(tiny_tokenizer, PROMPTS, params))
+    for index, wanted in enumerate(expected):
+        assert results[str(index), 0].token_ids == wanted.token_ids
+    again = run(engine, requests_for(tiny_tokenizer, PROMPTS, params))  # now from cached blocks, of both kinds
+    assert [again[str(index), 0].token_ids for index in range(8)] == [one.token_ids for one in expected]
