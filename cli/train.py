@@ -33,10 +33,35 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and its cost; write nothing.")
     ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Record these steps, such as 10:12: a Chrome trace and a table of operations, in RUN/profile.",
+        ),
+    ] = None,
+    lr_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MIN:MAX[:STEPS]",
+            help="Instead of the run, train STEPS (100) steps while the learning rate rises from MIN to MAX, and "
+            "suggest one; writes RUN.lr-range.json and .svg.",
+        ),
+    ] = None,
 ) -> None:
     """Train a model from a recipe, or continue training it."""
+    from trine.engine.errors import UsageError
     from trine.engine.train.loop import train as run
+    from trine.engine.train.lr_range import lr_range_test, parse_range
+    from trine.engine.train.profile import parse_steps
     from trine.engine.train.recipe import load_recipe
 
     changes = [*(overrides or ()), *([] if on_spike is None else [f"spike.action={on_spike}"])]
-    run(load_recipe(recipe, changes), resume=resume, dry_run=dry_run)
+    steps = None if profile is None else parse_steps(profile)
+    if lr_range is None:
+        run(load_recipe(recipe, changes), resume=resume, dry_run=dry_run, profile=steps)
+        return
+    given = {"--resume": resume != "auto", "--dry-run": dry_run, "--profile": profile is not None}
+    if others := [option for option, is_given in given.items() if is_given]:
+        raise UsageError(f"{others[0]} has no effect beside --lr-range, which trains no run; give one of them")
+    print(lr_range_test(load_recipe(recipe, changes), parse_range(lr_range)))

@@ -8,6 +8,7 @@
     ├── QueueFullError           a request came while too many are waiting
     ├── LossSpikeError           a loss is far above those before it
     ├── StorageError             a folder cannot be written: no room, no permission, a failing disk
+    ├── OutOfMemoryError         training needs more memory than there is
     └── NonFiniteError           a loss or gradient is not a number
 
 Every message names the value that was given and what to do about it, on one line.
@@ -52,6 +53,10 @@ class StorageError(TrineError):
 
 class LossSpikeError(TrineError):
     """The loss of a training step is far above those before it."""
+
+
+class OutOfMemoryError(TrineError):
+    """A training step, or the model itself, does not fit the memory of the device."""
 
 
 class NonFiniteError(TrineError):

@@ -12,6 +12,7 @@ range of x, and the points that were drawn.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,20 +21,28 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 POINTS = 600  # points kept per line: more than a screen can show apart
-ROLES = ("loss", "raw", "validation", "plain", "second", "grid", "text", "resume")
+# For lines that belong to different runs: apart in hue and in lightness, for readers who see only one of these.
+RUN_ROLES = ("run0", "run1", "run2", "run3", "run4", "run5", "run6", "run7")
+ROLES = ("loss", "raw", "validation", "plain", "second", "grid", "text", "resume", *RUN_ROLES)
 # Placeholders that nothing else in a matplotlib figure uses.
 _PLACEHOLDER = {role: f"#01fe{index:02x}" for index, role in enumerate(ROLES)}
-_LIGHT = ("#1d5fd1", "#9dbcf0", "#d9600a", "#1d5fd1", "#d9600a", "#e4e6ea", "#626b78", "#9aa3af")
-_DARK = ("#7fb0ff", "#3d5f96", "#ffab66", "#7fb0ff", "#ffab66", "#2b3138", "#9aa4b2", "#66707d")
+_LIGHT = (
+    "#1d5fd1", "#9dbcf0", "#d9600a", "#1d5fd1", "#d9600a", "#e4e6ea", "#626b78", "#9aa3af",
+    "#1d5fd1", "#d9600a", "#12805c", "#a3299c", "#7a6a00", "#0b8fb3", "#b3261e", "#5b5f66",
+)  # fmt: skip
+_DARK = (
+    "#7fb0ff", "#3d5f96", "#ffab66", "#7fb0ff", "#ffab66", "#2b3138", "#9aa4b2", "#66707d",
+    "#7fb0ff", "#ffab66", "#5fd3a6", "#ee9be8", "#d9c84a", "#66d2ee", "#ff8f86", "#b9c0c9",
+)  # fmt: skip
 _FONT = "font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a chart: `xs` are steps, `role` picks the colour; `dots` marks each point."""
+    """One line of a chart: `xs` ascend, `role` picks the colour; `dots` marks each point."""
 
     label: str
     xs: Sequence[float]
@@ -57,6 +66,17 @@ def palette(theme: str) -> str:
     return " ".join(f"--chart-{role}: {colour};" for role, colour in zip(ROLES, colours, strict=True))
 
 
+def smooth(values: list[float]) -> list[float]:
+    """Mean over a window centred on each value (a twentieth of the run, narrower at both ends): it does not lag."""
+    half = max(len(values) // 40, 2)
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        result.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
+    return result
+
+
 def decimate(xs: Sequence[float], ys: Sequence[float], points: int = POINTS) -> tuple[list[float], list[float]]:
     """At most `points` of the points, in order: the lowest and the highest of each stretch, so no spike is lost."""
     if len(xs) <= points:
@@ -74,20 +94,26 @@ def draw(
     *,
     name: str,
     size: tuple[float, float],
-    last_step: int,
-    resumed_at: Sequence[int] = (),
+    x_range: tuple[float, float],
+    x_name: str = "step",
+    format_x: Callable[[float], str] = "{:,.0f}".format,
+    log_x: bool = False,
+    marks: Sequence[float] = (),
     from_zero: bool = False,
     legend: str = "",
     format_y: Callable[[float], str] = "{:g}".format,
 ) -> Chart:
-    """Draw `lines` against the step.
+    """Draw `lines` against the step, or what `x_name` says.
 
     Args:
         lines: drawn in this order, the last on top.
         name: unique on a page; element ids are made from it.
         size: width and height in CSS pixels at scale 1; text is 11 pixels then.
-        last_step: right border of the x axis (at least 1).
-        resumed_at: steps at which the run was resumed, marked by upright dashes.
+        x_range: borders of the x axis, the right one above the left.
+        x_name: what x is, at the pointer.
+        format_x: how an x value is written, on the axis and at the pointer.
+        log_x: whether the x axis is logarithmic.
+        marks: where upright dashes stand, such as steps at which the run was resumed.
         from_zero: whether the y axis begins at zero.
         legend: title of a legend inside the chart; empty draws none (the page has its own).
         format_y: how a y value is written, on the axis and at the pointer.
@@ -98,9 +124,9 @@ def draw(
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # the SVG unit is 1/72 inch, here a pixel
         left, bottom, right, above = 46 / width, 26 / height, 10 / width, 10 / height
         axes: Axes = figure.add_axes((left, bottom, 1 - left - right, 1 - bottom - above))
-        _style(axes, format_y, ticks=round(height / 40))
-        for step in resumed_at:
-            axes.axvline(step, color=_PLACEHOLDER["resume"], linewidth=1, linestyle=(0, (4, 3)), clip_on=False)
+        _style(axes, format_x, format_y, log_x=log_x, ticks=round(height / 40))
+        for mark in marks:
+            axes.axvline(mark, color=_PLACEHOLDER["resume"], linewidth=1, linestyle=(0, (4, 3)), clip_on=False)
         drawn = []
         for line in lines:
             xs, ys = decimate(line.xs, line.ys)
@@ -112,10 +138,13 @@ def draw(
                 {
                     "label": line.label,
                     "role": line.role,
-                    "points": [[x, float(f"{y:.5g}"), format_y(y)] for x, y in zip(xs, ys, strict=True)],
+                    "points": [
+                        [float(f"{x:.8g}"), float(f"{y:.5g}"), format_y(y), format_x(x)]
+                        for x, y in zip(xs, ys, strict=True)
+                    ],
                 }
             )
-        axes.set_xlim(0, max(last_step, 1))
+        axes.set_xlim(*x_range)
         if from_zero:
             axes.set_ylim(0, 1.1 * max(max(line.ys) for line in lines) or 1)
         low, high = axes.get_ylim()
@@ -126,7 +155,8 @@ def draw(
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     readout = {
         "area": [left, above, 1 - right, 1 - bottom],
-        "x": [0, max(last_step, 1)],
+        "x": list(x_range),
+        "name": x_name,
         "y": [float(low), float(high)],
         "lines": drawn,
     }
@@ -141,15 +171,21 @@ def standalone(chart: Chart) -> str:
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{tag}<style>{style}</style>{rest}\n'
 
 
-def _style(axes: Axes, format_y: Callable[[float], str], *, ticks: int) -> None:
+def _style(
+    axes: Axes, format_x: Callable[[float], str], format_y: Callable[[float], str], *, log_x: bool, ticks: int
+) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_PLACEHOLDER["grid"])
     axes.grid(axis="y", color=_PLACEHOLDER["grid"], linewidth=1, clip_on=False)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=_PLACEHOLDER["text"], pad=6)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_x(value)))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_y(value)))
     axes.margins(y=0.08)

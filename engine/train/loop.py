@@ -22,6 +22,7 @@ from trine.engine.env import environment
 from trine.engine.errors import LossSpikeError, NonFiniteError
 from trine.engine.log import format_duration, say
 from trine.engine.model.cost import flops_per_token
+from trine.engine.train import out_of_memory
 from trine.engine.train import step as steps
 from trine.engine.train.announce import announce, log_saved, log_start, log_step
 from trine.engine.train.ema import Ema
@@ -33,6 +34,7 @@ from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.mixing import tell_ended
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.plan import plan_lines
+from trine.engine.train.profile import StepProfiler
 from trine.engine.train.progress import Progress
 from trine.engine.train.recipe import RECIPE, Recipe
 from trine.engine.train.resolve import Setup, resolve
@@ -68,11 +70,19 @@ class RunResult:
     final_dir: Path | None = None
 
 
-def train(recipe: Recipe, *, resume: str | Path = "auto", dry_run: bool = False) -> RunResult:
+def train(
+    recipe: Recipe,
+    *,
+    resume: str | Path = "auto",
+    dry_run: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> RunResult:
     """Run a recipe to its end, or until it is asked to stop; see the module and `RunFolder.find_origin`.
 
+    `profile` names the first and last step that are recorded (see profile.py).
+
     Raises `UsageError`, `DataError`, `CheckpointError` before anything is written if the recipe cannot be run or
-    continued, and `NonFiniteError` (last checkpoint kept) where training diverges.
+    continued, and `NonFiniteError` or `OutOfMemoryError` (last checkpoint kept) where training diverges or has no room.
     """
     folder = RunFolder(recipe.run.dir)
     origin = folder.find_origin(str(resume))
@@ -87,7 +97,14 @@ def train(recipe: Recipe, *, resume: str | Path = "auto", dry_run: bool = False)
         return RunResult(run_dir=folder.path, step=0, tokens=0, seconds=0.0, reason="dry-run")
     random_devices = [setup.device] if setup.device.type == "cuda" else []
     with torch.random.fork_rng(devices=random_devices):
-        trainer = Trainer.build(setup, folder, origin, state, facts)
+        try:
+            trainer = Trainer.build(setup, folder, origin, state, facts)
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory.found_in(error):
+                raise out_of_memory.before_the_first_step(error, setup) from None
+            raise
+        trainer.profiler = StepProfiler(folder.path, profile)
+        trainer.profiler.check(first=trainer.step + 1, last=recipe.train.steps)
         return trainer.run(resumed=state is not None, differences=differences)
 
 
@@ -108,6 +125,7 @@ class Trainer:
     ema: Ema | None
     evaluator: Evaluator
     energy: EnergyMeter
+    profiler: StepProfiler
     smoothed: SmoothedLoss = field(default_factory=SmoothedLoss)
     step: int = 0
     next_sample: int = 0
@@ -139,7 +157,7 @@ class Trainer:
         ema = Ema(subject.trained, setup.recipe.ema) if setup.recipe.ema.decay else None
         trainer = cls(
             ema=ema, evaluator=Evaluator(setup=setup, subject=subject, ema=ema),
-            energy=EnergyMeter(find_counters(setup.device)),
+            energy=EnergyMeter(find_counters(setup.device)), profiler=StepProfiler(folder.path, None),
             watch=LossWatch(spike), rollbacks=Rollbacks(folder, spike.max_rollbacks),
             setup=setup, folder=folder, subject=subject, optimizer=optimizer, facts=facts,
             meter=Meter(flops_per_token=per_token, peak_flops=peak), peak_source=peak_source, saver=saver,
@@ -189,8 +207,10 @@ class Trainer:
                 self.meter.start()
                 self.energy.start()
                 while not self._complete() and not stop.requested:
+                    self.profiler.begin(self.step + 1)
                     try:
                         self._one_step(metrics, progress)
+                        self.profiler.end(self.step, tell=self.tell)
                     except (NonFiniteError, LossSpikeError) as error:
                         if recipe.spike.action != "rollback":
                             raise
@@ -207,7 +227,17 @@ class Trainer:
             raise type(error)(
                 f"{error}; {kept}; lower the learning rate, warm up longer, or pass the data by: --on-spike rollback"
             ) from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory.found_in(error):
+                raise
+            self.subject.trained.zero_grad(set_to_none=True)  # room for what is left to do
+            self.saver.wait()
+            self._log_saves(metrics)
+            self._end(metrics, "out-of-memory")
+            latest = self.folder.latest()
+            raise out_of_memory.in_a_step(error, self.setup, step=self.step + 1, latest=latest) from None
         finally:
+            self.profiler.close(self.step, tell=self.tell)
             if collecting:
                 gc.enable()
             metrics.close()

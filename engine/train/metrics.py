@@ -15,8 +15,9 @@ Every line has `kind` and `step`. Kinds and their fields:
                 was left of the save before), write_seconds; written once it is on disk, which may be some steps later
     rollback    from_step (that failed), reason, skipped (first and last + 1 of the samples left out)
     source_end  path, samples, epochs: a source of the mixture has given all that its limits allow
-    end         reason (finished, stopped-early, interrupted, non-finite, spike), seconds, tokens, peak_memory_bytes,
-                energy (joules, co2e_grams, carbon_intensity, measured_seconds, seconds, counted, uncounted)
+    end         reason (finished, stopped-early, interrupted, non-finite, spike, out-of-memory), seconds, tokens,
+                peak_memory_bytes, energy (joules, co2e_grams, carbon_intensity, measured_seconds, seconds, counted,
+                uncounted)
 
 When a run continues from step n, lines of later steps (from work that was lost) are dropped, so steps only ever
 grow; only a `checkpoint` comes after the steps that were done while it was written.

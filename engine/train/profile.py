@@ -32,45 +32,50 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 class StepProfiler:
-    """Records steps `first` to `last` of a run; `begin` and `end` are called around every step."""
+    """Records steps `first` to `last` of a run, once; `begin` and `end` are called around every step."""
 
-    def __init__(self, run: Path, steps: tuple[int, int], *, tell: Callable[[str], None]) -> None:
-        self.first, self.last = steps
+    def __init__(self, run: Path, steps: tuple[int, int] | None) -> None:
         self.folder = run / FOLDER
-        self._tell = tell
+        self._steps = steps
         self._profiler: Any = None
         self._begun = 0
 
     def begin(self, step: int) -> None:
         """Before a step is trained."""
-        if self._profiler is None and self.first <= step <= self.last:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = torch.profiler.profile(activities=activities)
-            self._profiler.start()
-            self._begun = step
-
-    def end(self, step: int) -> None:
-        """After a step, and once more when a run ends before its last; what is recorded is written after `last`."""
-        if self._profiler is None or step < self.last:
+        if self._steps is None or self._profiler is not None or not self._steps[0] <= step <= self._steps[1]:
             return
-        self.close(step)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profiler = torch.profiler.profile(activities=activities)
+        self._profiler.start()
+        self._begun = step
 
-    def close(self, step: int) -> None:
-        """Stop recording, if it goes on, after `step`; raises `StorageError` where the files cannot be written."""
+    def check(self, *, first: int, last: int) -> None:
+        """Refuse steps of which none lies between `first` and `last`, those that are left to train."""
+        if self._steps is not None and (self._steps[1] < first or self._steps[0] > last):
+            wanted = f"--profile {self._steps[0]}:{self._steps[1]}"
+            raise UsageError(f"{wanted}: no such step is left to train, only {first} to {last}; name some of these")
+
+    def end(self, step: int, *, tell: Callable[[str], None]) -> None:
+        """After a step; the last of them ends the recording."""
+        if self._steps is not None and step >= self._steps[1]:
+            self.close(step, tell=tell)
+
+    def close(self, step: int, *, tell: Callable[[str], None]) -> None:
+        """Stop recording after `step`, where it goes on, write what there is and say where. Raises `StorageError`."""
         if self._profiler is None:
             return
-        profiler, self._profiler = self._profiler, None
+        profiler, self._profiler, self._steps = self._profiler, None, None
         profiler.stop()
         name = self.folder / f"steps-{self._begun}-{step}"
         try:
             self.folder.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(name.with_suffix(".json")))
-            name.with_suffix(".txt").write_text(top_operations(profiler) + "\n", encoding="utf-8")
+            profiler.export_chrome_trace(f"{name}.json")
+            Path(f"{name}.txt").write_text(top_operations(profiler) + "\n", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot write {self.folder} ({error.strerror}); make room there") from None
-        self._tell(f"profile of steps {self._begun} to {step}: {name}.json (trace), {name}.txt (operations)")
+        tell(f"profile of steps {self._begun} to {step}: {name}.json (trace) and {name}.txt (operations)")
 
 
 def top_operations(profiler: Any) -> str:

@@ -7,7 +7,6 @@ progress, on one that was interrupted and resumed, and on a machine without the 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -23,7 +22,9 @@ import jinja2
 
 from trine.engine.errors import DataError
 from trine.engine.log import format_bytes, format_count, format_duration
-from trine.engine.train.charts import Chart, Line, draw, palette, standalone
+from trine.engine.train.charts import RUN_ROLES, Chart, Line, draw, palette, smooth, standalone
+from trine.engine.train.energy import format_energy, format_mass
+from trine.engine.train.recipe import OWN_SET
 from trine.engine.train.run_log import Record, RunLog, read_run, series
 
 TEMPLATE = "report.html.j2"
@@ -70,20 +71,17 @@ def save_loss_figure(run: Path, out: Path) -> Path:
     lines = _loss_lines(log)
     if not lines:
         raise DataError(f"the run in {run} has logged no loss yet: there is nothing to draw")
-    chart = draw(lines, name="loss", size=(760, 300), last_step=_last_step(log), legend="nats per token, by step")
+    chart = draw(lines, name="loss", size=(760, 300), x_range=(0, _last_step(log)), legend="nats per token, by step")
     out.write_text(standalone(chart), encoding="utf-8")
     return out
 
 
 def render(log: RunLog) -> str:
     """The page as text."""
-    source = resources.files("trine.engine.train").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(source).render(
+    return fill(
+        TEMPLATE,
         name=log.folder.resolve().name,
-        state=_state(log),
+        state=state_of(log),
         subtitle=_subtitle(log),
         tiles=_tiles(log),
         panels=_panels(log),
@@ -91,18 +89,30 @@ def render(log: RunLog) -> str:
         samples=_samples(log),
         resumed=bool(log.resumed_at),
         recipe=_sections(log.recipe),
-        environment=list(_flatten(log.start.get("environment", {}))),
+        environment=list(flatten(log.start.get("environment", {}))),
+        last_line=datetime.fromtimestamp(log.written).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+    )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this file."""
+    folder = resources.files("trine.engine.train")
+    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template(template).render(
         light=palette("light"),
         dark=palette("dark"),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        last_line=datetime.fromtimestamp(log.written).astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+        **values,
     )
 
 
 # ---- what the run says about itself
 
 
-def _state(log: RunLog) -> tuple[str, str]:
+def state_of(log: RunLog) -> tuple[str, str]:
     """(CSS class, words) of the run's state."""
     if log.end is None:
         return "running", "in progress"
@@ -119,7 +129,7 @@ def _total_steps(log: RunLog) -> int | None:
 
 def _last_step(log: RunLog) -> int:
     """Right border of the charts: the recipe's last step for a run in progress would leave them empty at first."""
-    return max([log.last_step, *(int(record["step"]) for record in log.evaluations)], default=0)
+    return max([log.last_step, *(int(record["step"]) for record in log.evaluations), 1])
 
 
 def _subtitle(log: RunLog) -> str:
@@ -149,14 +159,16 @@ def _tiles(log: RunLog) -> list[Tile]:
 
 def _loss_tiles(log: RunLog) -> Iterator[Tile]:
     _, losses = series(log.steps, "loss")
-    evaluated, validation = series(log.evaluations, "loss")
+    deciding = log.evaluations_by().get(log.judge, [])
+    evaluated, validation = series(deciding, "loss")
     if validation:
         best = min(validation)
         at = int(evaluated[validation.index(best)])
         remark = "nats per token" if best == validation[-1] else f"nats per token; best {best:.4f} at step {at:,}"
-        yield Tile("Validation loss", f"{validation[-1]:.4f}", remark)
+        shown = "" if log.judge == (OWN_SET, "raw") else f" ({set_name(log.judge)})"
+        yield Tile(f"Validation loss{shown}", f"{validation[-1]:.4f}", remark)
         yield Tile("Perplexity", _short(math.exp(min(validation[-1], 700))), "validation, per token")
-    _, bits = series(log.evaluations, "bits_per_byte")
+    _, bits = series(deciding, "bits_per_byte")
     if bits:
         yield Tile("Bits per byte", f"{bits[-1]:.4f}", "validation")
     if losses:
@@ -183,17 +195,34 @@ def _speed_tiles(log: RunLog) -> Iterator[Tile]:
     peak = (log.end or {}).get("peak_memory_bytes") or max(memory, default=0)
     if peak:
         yield Tile("Peak memory", format_bytes(peak))
+    _, joules = series(log.steps, "joules")
+    energy = (log.end or {}).get("energy", {})
+    if isinstance(energy.get("joules"), float):
+        remark = f"{format_mass(energy['co2e_grams'])} CO2e at {energy['carbon_intensity']:g} g/kWh"
+        yield Tile("Energy", format_energy(energy["joules"]), remark)
+    elif joules:
+        yield Tile("Energy", format_energy(joules[-1]), "so far")
 
 
-def _evaluations(log: RunLog) -> list[list[str]]:
-    """(step, loss, bits per byte) of each evaluation, as shown."""
-    rows = []
-    for record in log.evaluations:
-        shown = [
-            f"{value:.4f}" if isinstance(value, float) else "" for value in map(record.get, ("loss", "bits_per_byte"))
-        ]
-        rows.append([f"{record['step']:,}", *shown])
-    return rows
+def _evaluations(log: RunLog) -> dict[str, list[Any]]:
+    """`columns` and `rows` of the table: step, then loss and bits per byte of every set and kind of weights."""
+    by_set = log.evaluations_by()
+    columns = ["Step"]
+    for key in by_set:
+        name = set_name(key).capitalize()
+        columns += [f"{name} loss", "Bits per byte"]
+    rows: dict[int, list[str]] = {}
+    for place, records in enumerate(by_set.values()):
+        for record in records:
+            row = rows.setdefault(int(record["step"]), [f"{record['step']:,}", *[""] * (2 * len(by_set))])
+            for offset, value in enumerate(map(record.get, ("loss", "bits_per_byte")), start=1 + 2 * place):
+                row[offset] = f"{value:.4f}" if isinstance(value, float) else ""
+    return {"columns": columns, "rows": [rows[step] for step in sorted(rows)]}
+
+
+def set_name(key: tuple[str, str]) -> str:
+    """How a set and kind of weights are called on a page."""
+    return f"{key[0]}, averaged" if key[1] == "ema" else key[0]
 
 
 def _samples(log: RunLog) -> list[tuple[int, list[Record]]]:
@@ -205,17 +234,18 @@ def _samples(log: RunLog) -> list[tuple[int, list[Record]]]:
 def _sections(table: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The recipe as (section, rows); keys outside any section come first, under an empty name."""
     loose = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    sections = [(name, list(_flatten(value))) for name, value in table.items() if isinstance(value, dict)]
-    return ([("", list(_flatten(loose)))] if loose else []) + [(name, rows) for name, rows in sections if rows]
+    sections = [(name, list(flatten(value))) for name, value in table.items() if isinstance(value, dict)]
+    return ([("", list(flatten(loose)))] if loose else []) + [(name, rows) for name, rows in sections if rows]
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys of nested tables and their values, as shown on a page."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for index, item in enumerate(value):
-            yield from _flatten(item, f"{prefix}[{index}]")
+            yield from flatten(item, f"{prefix}[{index}]")
     elif isinstance(value, list):
         yield prefix, ", ".join(map(_plain, value)) or "none"
     elif isinstance(value, int) and prefix.endswith("_bytes"):
@@ -235,26 +265,18 @@ def _plain(value: Any) -> str:
 # ---- charts
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Mean over a window centred on each value (a twentieth of the run, narrower at both ends): it does not lag."""
-    half = max(len(values) // 40, 2)
-    sums = [0.0, *itertools.accumulate(values)]
-    result = []
-    for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        result.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
-    return result
-
-
 def _loss_lines(log: RunLog) -> list[Line]:
     steps, losses = series(log.steps, "loss")
     lines = []
     if losses:
         lines.append(Line(label="training", xs=steps, ys=losses, role="raw", width=1.0))
         lines.append(Line(label="training, smoothed", xs=steps, ys=smooth(losses), role="loss", width=2.0))
-    steps, losses = series(log.evaluations, "loss")
-    if losses:
-        lines.append(Line(label="validation", xs=steps, ys=losses, role="validation", width=2.0, dots=True))
+    roles = ["validation", *RUN_ROLES[2:]]
+    for place, (key, records) in enumerate(log.evaluations_by().items()):
+        steps, losses = series(records, "loss")
+        if losses:
+            role = roles[place % len(roles)]
+            lines.append(Line(label=set_name(key), xs=steps, ys=losses, role=role, width=2.0, dots=True))
     return lines
 
 
@@ -272,6 +294,7 @@ def _panels(log: RunLog) -> list[Panel]:
         ("grad_norm", "Gradient norm", "before clipping", True, plain),
         ("tokens_per_second", "Speed", "tokens per second", True, format_count),
         ("memory_bytes", "Memory", "GiB", True, plain),
+        ("joules", "Energy", "joules", True, format_energy),
     ):
         steps, values = series(log.steps, key)
         if unit == "GiB":
@@ -299,8 +322,8 @@ def _panel(
             lines,
             name=f"{title.split()[0].lower()}-{css_class}",
             size=size,
-            last_step=_last_step(log),
-            resumed_at=log.resumed_at,
+            x_range=(0, _last_step(log)),
+            marks=log.resumed_at,
             from_zero=from_zero,
             format_y=format_y,
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 from trine.engine.errors import DataError, UsageError
 from trine.engine.train.metrics import METRICS
-from trine.engine.train.recipe import RECIPE
+from trine.engine.train.recipe import OWN_SET, RECIPE
 
 Record = dict[str, Any]
 
@@ -35,6 +35,19 @@ class RunLog:
     checkpoints: list[Record] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     end: Record | None = None  # None: still running, or killed without notice
+
+    @property
+    def judge(self) -> tuple[str, str]:
+        """The set and the kind of weights (`raw`, `ema`) whose loss decides."""
+        main = self.recipe.get("eval", {}).get("main") or OWN_SET
+        return main, self.recipe.get("export", {}).get("weights", "raw")
+
+    def evaluations_by(self) -> dict[tuple[str, str], list[Record]]:
+        """Evaluations by set and kind of weights, those that decide first."""
+        found: dict[tuple[str, str], list[Record]] = {self.judge: []}
+        for record in self.evaluations:
+            found.setdefault((record.get("set", OWN_SET), record.get("weights", "raw")), []).append(record)
+        return {key: records for key, records in found.items() if records}
 
     @property
     def last_step(self) -> int:

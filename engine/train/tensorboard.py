@@ -1,8 +1,8 @@
 """`log.tensorboard`: the numbers of `metrics.jsonl` as an event file that TensorBoard reads, `RUN/tensorboard/`.
 
 The event file is a function of `metrics.jsonl`: when a run begins, goes on or rolls back, it is written anew from the
-lines that stand there, so no point is ever doubled. A file opens with the mark of a restart, at which a TensorBoard
-that is watching forgets what it had read before.
+lines that stand there, and the one before is emptied, so no point is ever doubled. A file opens with the mark of a
+restart, at which a TensorBoard that is watching forgets what it had read before.
 
 Format. A file is a sequence of TFRecords: length (uint64), masked CRC-32C of the length, data, masked CRC-32C of the
 data, all little-endian. The data is a protobuf message, of which these fields are used:
@@ -44,7 +44,7 @@ class TensorBoard:
         self._clock = _Clock()
 
     def begin(self, metrics: Path) -> None:
-        """Put one event file, with all lines of `metrics`, in place of those that are there, and go on in it."""
+        """Put an event file with all lines of `metrics` in place of those that are there, and go on in it."""
         self.close()
         self._clock = _Clock()
         try:
@@ -58,8 +58,12 @@ class TensorBoard:
                 file.writelines(map(record, self._opening()))
                 file.writelines(map(record, filter(None, (self._event(json.loads(line)) for line in lines))))
             os.replace(aside, path)
-            for entry in old:
+            for entry in old[:-1]:
                 entry.unlink()
+            for entry in old[-1:]:
+                os.truncate(
+                    entry, 0
+                )  # who is watching reads to the end of this one before the next, so it must be there
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise self._error(error) from None

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from trine.engine.errors import DataError, UsageError
-from trine.engine.train.charts import Line, decimate, draw
+from trine.engine.train.charts import Line, decimate, draw, smooth
 from trine.engine.train.metrics import MetricsFile
-from trine.engine.train.report import save_loss_figure, smooth, write_report
+from trine.engine.train.report import save_loss_figure, write_report
 from trine.engine.train.run_log import read_run
 
 RECIPE = """
@@ -258,7 +258,7 @@ def test_smoothing_keeps_straight_lines() -> None:
 
 def test_drawing_twice_gives_the_same_bytes() -> None:
     line = Line(label="loss", xs=[1, 2, 3], ys=[3.0, 2.0, 1.5], role="loss")
-    first, second = (draw([line], name="loss", size=(400, 200), last_step=3) for _ in range(2))
+    first, second = (draw([line], name="loss", size=(400, 200), x_range=(0, 3)) for _ in range(2))
     assert first == second
     assert "#01fe" not in first.svg  # every placeholder colour became a variable
     assert "var(--chart-loss)" in first.svg

@@ -1,0 +1,59 @@
+"""What to say when memory runs out: how large the pieces of a step were, and what would make them smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trine.engine.errors import OutOfMemoryError
+from trine.engine.log import format_bytes
+from trine.engine.train.plan import estimate_memory
+from trine.engine.train.recipe import TrainSettings
+from trine.engine.train.resolve import Setup
+from trine.kernels.hardware import memory_bytes
+
+
+def found_in(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: of a GPU, of the process (numpy, Python) or of torch on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def in_a_step(error: BaseException, setup: Setup, *, step: int, latest: Path | None) -> OutOfMemoryError:
+    """The error for a run that ran out of memory at `step`; `latest` is its last checkpoint."""
+    train, tokens = setup.recipe.train, setup.recipe.data.seq_len
+    kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written yet"
+    return OutOfMemoryError(
+        f"step {step} ran out of memory on {setup.device} with train.micro_batch_size = {setup.micro_batch_size} "
+        f"sequences of {tokens} tokens ({_first_sentence(error)}); {_remedy(train, setup.micro_batch_size)}; {kept}, "
+        "continue with --resume auto"
+    )
+
+
+def before_the_first_step(error: BaseException, setup: Setup) -> OutOfMemoryError:
+    """The error for a run whose weights and optimizer state have no room."""
+    need = estimate_memory(setup)
+    return OutOfMemoryError(
+        f"no room on {setup.device} for the weights and the optimizer's state ({_first_sentence(error)}); training "
+        f"takes about {format_bytes(need.total)}, there is {format_bytes(memory_bytes(setup.device))}: make the model "
+        'smaller or set optim.state_dtype = "int8"; --dry-run shows what is needed for what'
+    )
+
+
+def _remedy(train: TrainSettings, micro: int) -> str:
+    """The same batch in smaller pieces, or what is left where a piece is one sequence."""
+    smaller = next((size for size in range(micro // 2, 0, -1) if train.batch_size % size == 0), None)
+    if smaller is not None:
+        return f"set train.micro_batch_size={smaller}: the same batch in more pieces"
+    if not train.checkpoint_activations:
+        return "set train.checkpoint_activations=true: layers are computed again instead of kept"
+    return 'a piece is one sequence already: shorten data.seq_len or set optim.state_dtype = "int8", in a new run'
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What the allocator said, without the advice that may follow."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.partition("DefaultCPUAllocator: ")[2] or text
+    return text.split(". ")[0].rstrip(".")[:200]
