@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -116,6 +116,8 @@ def _read_state(path: str, stored: StoredTensor) -> _State:
 
 def _four_bits(path: str, kind: str, state: _State, num_features: int, width: int, headers: Headers) -> Encoding:
     count = num_features * width
+    # A block larger than the weight is as large; so no size is one that memory is taken for.
+    state = replace(state, block=min(state.block, count), nested_block=min(state.nested_block, count))
     scales = -(-count // state.block)
     stored = headers.get(f"{path}.weight")
     storage = stored.kind if stored is not None and stored.kind in _STORAGE else "U8"
@@ -136,7 +138,7 @@ def _decode_four_bits(state: _State, num_features: int, width: int, stored: Stor
     count = num_features * width
     scales = stored["weight.absmax"]
     if state.nested:
-        outer = stored["weight.nested_absmax"].repeat_interleave(state.nested_block)[: len(scales)]
+        outer = stored["weight.nested_absmax"][torch.arange(len(scales)) // state.nested_block]
         scales = stored["weight.nested_quant_map"][scales.int()] * outer + state.offset
     codes = stored["weight"].flatten().view(torch.uint8)
     codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten()[:count]

@@ -93,7 +93,7 @@ def _decode_blocks(stored: Stored) -> QuantizedTensor:
 
 
 def _numbers(block: tuple[int, int], stored: Stored) -> Tensor:
-    codes_NK, scales = stored["weight"], stored["weight_scale_inv"].float()
-    for dim, size in enumerate(block):
-        scales = scales.repeat_interleave(size, dim)[tuple(slice(n) for n in codes_NK.shape[: dim + 1])]
-    return codes_NK.to(torch.float32) * scales
+    codes_NK = stored["weight"]
+    # A block larger than the weight is as large; so no size is one that memory is taken for.
+    rows, columns = (torch.arange(n) // min(n, size) for n, size in zip(codes_NK.shape, block, strict=True))
+    return codes_NK.to(torch.float32) * stored["weight_scale_inv"].float()[rows][:, columns]

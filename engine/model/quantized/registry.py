@@ -29,7 +29,7 @@ def read_format(hf: Mapping[str, Any]) -> Format | None:
     if config is None:
         return None
     method = config.get("quant_method") if isinstance(config, Mapping) else config
-    if not isinstance(config, Mapping) or method not in READERS:
+    if not isinstance(config, Mapping) or not isinstance(method, str) or method not in READERS:
         raise CheckpointError(
             f"config.json has quant_method {method!r}; Trine reads {', '.join(READERS)}: quantize the original "
             "checkpoint with trine quantize"
