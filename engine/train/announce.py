@@ -18,6 +18,7 @@ from trine.engine.train.progress import Progress, Status
 from trine.engine.train.resolve import Setup
 from trine.engine.train.saver import Saved
 from trine.engine.train.step import StepResult
+from trine.engine.train.subject_cost import trained_parameters
 
 
 def log_start(metrics: MetricsFile, setup: Setup, meter: Meter, *, peak_source: str, facts: dict[str, Any]) -> None:
@@ -29,6 +30,7 @@ def log_start(metrics: MetricsFile, setup: Setup, meter: Meter, *, peak_source: 
         time=time.time(),
         environment=facts,
         parameters=count_parameters(setup.config).total,
+        trained_parameters=trained_parameters(setup),
         flops_per_token=meter.flops_per_token,
         peak_flops=meter.peak_flops,
         peak_source=peak_source,

@@ -21,7 +21,6 @@ import torch
 from trine.engine.env import environment
 from trine.engine.errors import LossSpikeError, NonFiniteError
 from trine.engine.log import format_duration, say
-from trine.engine.model.cost import flops_per_token
 from trine.engine.train import out_of_memory
 from trine.engine.train import step as steps
 from trine.engine.train.announce import announce, log_saved, log_start, log_step
@@ -47,6 +46,7 @@ from trine.engine.train.signals import StopRequest
 from trine.engine.train.spikes import LossWatch
 from trine.engine.train.step_folder import Snapshot, TrainerState, load_ema, load_optimizer, read_state
 from trine.engine.train.subject import Subject, make_subject
+from trine.engine.train.subject_cost import training_flops_per_token
 from trine.engine.train.tensorboard import FOLDER as TENSORBOARD
 from trine.engine.train.tensorboard import TensorBoard
 from trine.kernels.hardware import keep_freed_memory, peak_flops
@@ -148,7 +148,7 @@ class Trainer:
             subject.trained, setup.recipe.optim, muon_dtype=setup.compute_dtype, seed=setup.recipe.train.seed
         )
         peak, peak_source = peak_flops(setup.device, setup.compute_dtype)
-        per_token = flops_per_token(setup.config, setup.recipe.data.seq_len, training=True)
+        per_token = training_flops_per_token(setup)
         settings = setup.recipe.checkpoint
         saver = Saver(
             lambda snapshot: folder.save_step(snapshot, setup.tokenizer, settings), background=settings.background

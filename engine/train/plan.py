@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.cost import count_parameters, flops_per_token
+from trine.engine.model.cost import count_parameters
 from trine.engine.train.mixing import source_lines
 from trine.engine.train.recipe import recipe_toml
 from trine.engine.train.resolve import Setup
+from trine.engine.train.subject_cost import frozen_bytes, trained_parameters, training_flops_per_token
 from trine.kernels.adamw.states import BLOCK
 from trine.kernels.cross_entropy.options import default_chunk_rows
 from trine.kernels.hardware import memory_bytes, peak_flops
@@ -36,16 +37,17 @@ class MemoryEstimate:
     activations: int
     logits: int
     saving: int  # the copy that is written in the background
+    frozen: int = 0  # an adapter's base, a teacher
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.saving
+        return sum(vars(self).values())
 
 
 def estimate_memory(setup: Setup) -> MemoryEstimate:
     """See the module's docstring."""
     config, recipe = setup.config, setup.recipe
-    parameters = count_parameters(config).total
+    parameters = trained_parameters(setup)
     by_muon = _muon_parameters(config) if recipe.optim.name == "muon" else 0
     moment_bytes = EIGHT_BIT_BYTES if recipe.optim.state_dtype == "int8" else FP32_BYTES
     tokens = setup.micro_batch_size * recipe.data.seq_len
@@ -55,12 +57,13 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     # On a GPU the copy lies in host memory. The last checkpoint is written without one.
     copied = recipe.checkpoint.background and recipe.checkpoint.every and setup.device.type == "cpu"
     return MemoryEstimate(
-        weights=parameters * FP32_BYTES,
+        weights=parameters * FP32_BYTES * (1 if recipe.quantization is None else 2),  # the exact ones lie aside
         gradients=parameters * FP32_BYTES,
         optimizer=optimizer,
         activations=tokens * _activations_per_token(config, recipe.train.checkpoint_activations) * itemsize,
         logits=rows * config.vocab_size * itemsize,
         saving=parameters * FP32_BYTES + optimizer if copied else 0,
+        frozen=frozen_bytes(setup),
     )
 
 
@@ -69,18 +72,20 @@ def plan_lines(setup: Setup) -> str:
     recipe, config = setup.recipe, setup.config
     memory = estimate_memory(setup)
     parameters = count_parameters(config)
-    per_token = flops_per_token(config, recipe.data.seq_len, training=True)
+    per_token = training_flops_per_token(setup)
     per_step = recipe.train.batch_size * recipe.data.seq_len
     tokens = recipe.train.steps * per_step
     peak, how = peak_flops(setup.device, setup.compute_dtype)
     at_peak = tokens * per_token / peak
     epochs = recipe.train.steps * recipe.train.batch_size / max(1, setup.stream.samples_per_epoch)
-    parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in vars(memory).items())
+    parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in vars(memory).items() if value)
+    trained = trained_parameters(setup)
     return "\n".join(
         [
             recipe_toml(recipe),
             describe(setup),
-            f"parameters   {parameters.total:,} ({parameters.without_embedding:,} without embeddings)",
+            f"parameters   {parameters.total:,} ({parameters.without_embedding:,} without embeddings)"
+            + ("" if recipe.adapter is None else f"; trained {trained:,}, {trained / parameters.total:.2%}"),
             f"memory       about {format_bytes(memory.total)}: {parts} (available {format_bytes(_available(setup))})",
             f"tokens       {format_count(tokens)} = {recipe.train.steps} steps of {per_step:,}, {epochs:.2f} epochs "
             f"of {format_count(setup.stream.num_tokens)}; {tokens / parameters.total:.1f} per parameter",
@@ -101,9 +106,21 @@ def describe(setup: Setup) -> str:
     config = setup.config
     dtype = str(setup.compute_dtype).removeprefix("torch.")
     return (
-        f"{config.family} with {format_count(count_parameters(config).total)} parameters on {setup.device}, "
-        f"{dtype} ({setup.dtype_reason}), {setup.threads} threads, run folder {setup.recipe.run.dir}"
+        f"{config.family} with {format_count(count_parameters(config).total)} parameters{_kind(setup)} on "
+        f"{setup.device}, {dtype} ({setup.dtype_reason}), {setup.threads} threads, run folder {setup.recipe.run.dir}"
     )
+
+
+def _kind(setup: Setup) -> str:
+    """What is not plain training, in words."""
+    recipe, said = setup.recipe, ""
+    if recipe.adapter is not None:
+        said += f" and an adapter of {format_count(trained_parameters(setup))} to train"
+    if recipe.quantization is not None:
+        said += f", rounded to {recipe.quantization.scheme_settings.describe()},"
+    if setup.teacher is not None:
+        said += f" taught by {setup.teacher}"
+    return said
 
 
 def _muon_parameters(config: ModelConfig) -> int:
