@@ -1,16 +1,14 @@
-"""Whether a folder in the format compressed-tensors will be loaded: by Trine, and by vLLM, which asks for more.
+"""Whether a quantized folder will be loaded: by Trine, and by vLLM, which asks for more.
 
 Everything is read: names, shapes and dtypes by the rules of loading, then the scales, the way of fusing layers that
-vLLM has, and settings that its releases refuse.
+vLLM has, and settings that its releases refuse (`vllm_rules.py`).
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trine.engine.errors import TrineError
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
@@ -18,6 +16,7 @@ from trine.engine.model.quantized.plan import QuantizedRule, linear_rules, read_
 from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.quantize.vllm_rules import check_config
 
 # Layers that vLLM multiplies as one: they must have one scheme.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -33,7 +32,7 @@ def check_folder(folder: Path) -> list[str]:
     config = next((hf[key] for key in CONFIG_KEYS if hf.get(key) is not None), None)
     if config is None:
         return ["config.json has no quantization_config: the folder is not quantized"]
-    found = _check_config(config) if isinstance(config, Mapping) else []
+    found = check_config(config) if isinstance(config, Mapping) else []
     if "quantization_config" not in hf:
         found.append("config.json has compression_config, an old name; write quantization_config")
     try:
@@ -46,39 +45,25 @@ def check_folder(folder: Path) -> list[str]:
     return found
 
 
-def _check_config(config: Mapping[str, Any]) -> list[str]:
-    found = []
-    if config.get("sparsity_config"):
-        found.append("sparsity_config is not empty: vLLM refuses sparse checkpoints")
-    groups = config.get("config_groups")
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if isinstance(weights, Mapping) and "actorder" in weights and weights["actorder"] is not None:
-            found.append(f"{name} has actorder {weights['actorder']!r}: vLLM refuses it; remove the key")
-    for target in config.get("ignore") or ():
-        if str(target).startswith("re:"):
-            try:
-                re.compile(str(target).removeprefix("re:"))
-            except re.error as error:
-                found.append(f"ignore holds {target!r}, which is no regular expression: {error}")
-    return found
-
-
 def _check_fused(opened: Opened) -> list[str]:
     """Layers that are fused have one scheme, or none of them has."""
-    schemes: dict[str, dict[str, Scheme | None]] = defaultdict(dict)
+    schemes: dict[str, dict[str, Scheme | str | None]] = defaultdict(dict)
     for name in linear_rules(opened.model, opened.rules):
         parent, _, last = name.removesuffix(".weight").rpartition(".")
         quantized = opened.quantized.get(name)
-        schemes[parent][last] = None if quantized is None else quantized.scheme
+        schemes[parent][last] = None if quantized is None else quantized.scheme or "held as numbers"
     found = []
     for parent, layers in schemes.items():
         for names in FUSED:
             there = {name: layers[name] for name in names if name in layers}
             if len(set(there.values())) > 1:
-                what = ", ".join(f"{name} {'as it was' if s is None else s.describe()}" for name, s in there.items())
+                what = ", ".join(f"{name} {_words(scheme)}" for name, scheme in there.items())
                 found.append(f"{parent} has different schemes in layers that vLLM fuses: {what}")
     return found
+
+
+def _words(scheme: Scheme | str | None) -> str:
+    return "as it was" if scheme is None else scheme if isinstance(scheme, str) else scheme.describe()
 
 
 def _check_weight(opened: Opened, quantized: QuantizedRule) -> list[str]:
@@ -89,7 +74,10 @@ def _check_weight(opened: Opened, quantized: QuantizedRule) -> list[str]:
     scales = weight.scales.float()
     bad = int((~(scales > 0) | scales.isinf()).sum())
     if bad:
-        found.append(f"{quantized.path}.weight_scale has {bad} scales that are not positive numbers")
+        name = next((name for name in ("weight_scale", "scales") if name in quantized.encoding.layout), "weight")
+        found.append(f"{quantized.path}.{name} has {bad} scales that are not positive numbers")
+    if weight.order_K is not None:
+        found.append(f"{quantized.path} has columns in the order of activations, which vLLM does not read")
     if weight.scheme.kind == "float" and bool(weight.codes_NK.float().isnan().any()):
         found.append(f"{quantized.path}.weight holds NaN")
     last = quantized.path.rpartition(".")[2]
