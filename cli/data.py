@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from trine.cli.data_inspect import inspect
 from trine.cli.options import SkipBad, Suffixes, TextField, TextFiles
 
 app = typer.Typer(no_args_is_help=True)
@@ -16,9 +15,6 @@ app = typer.Typer(no_args_is_help=True)
 @app.callback()
 def callback() -> None:
     """Prepare text for training, and look at what was prepared."""
-
-
-app.command("inspect")(inspect)
 
 
 @app.command("prepare")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trine.cli import bench, data, doctor, generate, merge, quantize, quickstart, report, serve, tokenizer, train
+from trine.cli import bench, data, data_inspect, doctor, generate, merge, quantize, quickstart, report, serve, tokenizer, train
 from trine.cli import eval as evaluate
 
 # typer's error for a wrong command line: the base of its one public class of that kind.
@@ -46,6 +46,7 @@ def options(
 
 app.command("quickstart")(quickstart.quickstart)
 app.add_typer(tokenizer.app, name="tokenizer")
+data.app.command("inspect")(data_inspect.inspect)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)

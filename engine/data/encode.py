@@ -1,7 +1,7 @@
 """Encoding a stream of text pieces with several threads, in order.
 
-Pieces are gathered into jobs, jobs go to a pool, results come back in the order of the pieces. At most a few jobs per
-worker are under way, so memory does not grow with the text.
+Pieces are gathered into jobs, jobs go to a pool, results come back in the order of the pieces. The caller's thread
+reads and writes meanwhile. At most a few jobs per worker are under way, so memory does not grow with the text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import numpy.typing as npt
 
 from trine.engine.data.sources import Piece
 from trine.engine.errors import DataError
+from trine.engine.text.threads import one_thread_a_call
 from trine.engine.text.tokenizer import Tokenizer
 
-_JOB_CHARACTERS = 1 << 18
+_JOB_CHARACTERS = 1 << 16
 _JOB_PIECES = 1 << 10
+# Enough that the workers go on while the caller waits for a slow read.
+_JOBS_A_WORKER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +40,17 @@ def encode_pieces(
 ) -> Iterator[Encoded]:
     """Each piece with its tokens, in order. Raises `DataError` where the vocabulary cannot spell a character."""
     under_way: deque[Future[list[Encoded]]] = deque()
-    try:
-        for job in _jobs(pieces):
-            under_way.append(pool.submit(_encode_job, job, tokenizer))
-            while len(under_way) > 2 * workers:
+    with one_thread_a_call():
+        try:
+            for job in _jobs(pieces):
+                under_way.append(pool.submit(_encode_job, job, tokenizer))
+                while len(under_way) > _JOBS_A_WORKER * workers:
+                    yield from under_way.popleft().result()
+            while under_way:
                 yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
-    finally:
-        for future in under_way:
-            future.cancel()
+        finally:
+            for future in under_way:
+                future.cancel()
 
 
 def _jobs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -21,8 +21,8 @@ from trine.engine.data.shards import Split
 from trine.engine.errors import DataError
 from trine.engine.log import say, warn
 
-# Text is encoded in pieces of at most about this many bytes: large enough for speed, small enough for memory.
-PIECE_BYTES = 1 << 20
+# Text is encoded in pieces of at most about this many bytes: the library holds some 200 bytes for each of their tokens.
+PIECE_BYTES = 1 << 16
 JSON_LINES = (".jsonl", ".ndjson")
 _SHOWN = 10
 _LISTED = 1000
