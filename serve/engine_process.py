@@ -105,6 +105,7 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
     lent = RealEngine(engine, folder)
     for name, adapter in start.adapters:
         lent.load_adapter(name, adapter)
+    engine.prepare()
     _warm_up(engine, model.config.max_positions)
     stats = engine.stats()
     ready = Ready(

@@ -2,7 +2,8 @@
 
 On a CPU a row is chosen by `Sampler` itself, so a seeded request gets the tokens of the plain generator to the bit;
 rows that only take the likeliest id are found in one pass over the batch. On a GPU all rows go through the kernels
-of `trine.kernels.sampling` with uniform numbers from the same generators, and the host waits once.
+of `trine.kernels.sampling` with uniform numbers from the same generators, and the host waits once: at once in `choose`,
+later with `choose_ahead`, when it has given the device the next step.
 
 A row whose logits are not numbers, or that leaves no id to choose, gives an error in its place and costs the others
 nothing.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,17 +29,43 @@ Choice = int | TrineError
 Allowed = Tensor | TrineError | None
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What was chosen on a device, before the host has read it. `tokens_R`: int64 on the device, 0 for an error."""
+
+    tokens_R: Tensor
+    _choices: list[Choice] | None = None
+    _host_2R: Tensor | None = None  # tokens, -1 for an error, and whether the logits were finite
+    _copied: torch.cuda.Event | None = None
+
+    def read(self) -> list[Choice]:
+        """Ids and errors by row; waits for the device to have chosen, not for what it was given after that."""
+        if self._choices is not None:
+            return self._choices
+        assert self._host_2R is not None
+        assert self._copied is not None
+        self._copied.synchronize()
+        tokens, finite = self._host_2R.tolist()
+        return [_error(bool(ok)) if token < 0 else token for token, ok in zip(tokens, finite, strict=True)]
+
+
 def choose(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> list[Choice]:
     """One id or error a row, from fp32 logits [R, V] (left unchanged).
 
     A row is chosen among the ids that are true in its `allowed_RV` (bool [V], on the device of the logits), where
     there is one; an error there is handed on. What is chosen is counted by its sampler.
     """
+    choices: list[Choice] = []
     if logits_RV.is_cuda:
-        return _choose_on_gpu(logits_RV, samplers, allowed_RV)
+        for choice, sampler, allowed_V in zip(
+            _choose_on_gpu(logits_RV, samplers, allowed_RV).read(), samplers, allowed_RV, strict=True
+        ):
+            choices.append(allowed_V if isinstance(allowed_V, TrineError) else choice)
+            if isinstance(choices[-1], int):
+                sampler.count(choices[-1])
+        return choices
     best_R = logits_RV.argmax(1)
     best, top = best_R.tolist(), logits_RV.gather(1, best_R[:, None])[:, 0].tolist()
-    choices: list[Choice] = []
     for row, sampler in enumerate(samplers):
         allowed_V = allowed_RV[row]
         try:
@@ -54,36 +82,49 @@ def choose(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[
     return choices
 
 
-def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> list[Choice]:
+def choose_ahead(logits_RV: Tensor, samplers: Sequence[Sampler]) -> Chosen:
+    """As `choose`, without waiting for the device. The samplers have no penalties: they count that a token was chosen,
+    and need not know which.
+    """
+    assert not any(sampler.params.has_penalties for sampler in samplers)
+    nothing: list[Allowed] = [None] * len(samplers)
+    if logits_RV.is_cuda:
+        chosen = _choose_on_gpu(logits_RV, samplers, nothing)
+        for sampler in samplers:
+            sampler.num_chosen += 1
+        return chosen
+    choices = choose(logits_RV, samplers, nothing)
+    return Chosen(torch.tensor([choice if isinstance(choice, int) else 0 for choice in choices]), choices)
+
+
+def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> Chosen:
     device = logits_RV.device
     params = [sampler.params for sampler in samplers]
-    adjusted_RV = adjusted(logits_RV, samplers, allowed_RV)
     uniforms = [0.0 if sampler.params.greedy else sampler.uniform() for sampler in samplers]
     tokens_R, _ = sample(
-        adjusted_RV,
+        adjusted(logits_RV, samplers, allowed_RV),
         torch.tensor(uniforms, dtype=torch.float64).to(device, non_blocking=True),
         temperature_R=_row([one.temperature for one in params], device),
         top_k_R=_row([min(one.top_k, logits_RV.shape[1]) for one in params], device, torch.int32),
         top_p_R=_row([one.top_p for one in params], device),
         min_p_R=_row([one.min_p for one in params], device),
     )
-    tokens = tokens_R.tolist()
-    choices: list[Choice] = []
-    for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
-        allowed_V = allowed_RV[row]
-        if isinstance(allowed_V, TrineError):
-            choices.append(allowed_V)
-            continue
-        if token >= 0:
-            sampler.count(token)
-            choices.append(token)
-            continue
-        try:
-            check_finite(bool(torch.isfinite(logits_RV[row].max())))
-            check_choice(-math.inf)
-        except TrineError as error:
-            choices.append(error)
-    return choices
+    # What an error was is asked now: the next step writes its logits over these.
+    found_2R = torch.stack((tokens_R, logits_RV.amax(1).isfinite().to(tokens_R.dtype)))
+    host_2R = torch.empty(found_2R.shape, dtype=found_2R.dtype, pin_memory=True).copy_(found_2R, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return Chosen(tokens_R.clamp(min=0), _host_2R=host_2R, _copied=copied)
+
+
+def _error(finite: bool) -> TrineError:
+    """Why a row gave no token."""
+    try:
+        check_finite(finite)
+        check_choice(-math.inf)
+    except TrineError as error:
+        return error
+    raise AssertionError("check_choice refuses -inf")
 
 
 def adjusted(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> Tensor:

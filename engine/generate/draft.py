@@ -117,6 +117,10 @@ class Drafter:
         )
         self._shadows: dict[Sequence, _Shadow] = {}
 
+    def prepare(self) -> None:
+        """As `Runner.prepare`."""
+        self._runner.prepare()
+
     def propose(self, wanted: SequenceOf[tuple[Sequence, Sampler]], *, max_tokens: int) -> dict[Sequence, Draft]:
         """Up to `max_tokens` guesses for each sequence, at most `max_running` of them, each with its sampler.
 

@@ -1,7 +1,8 @@
 """The batching engine: requests in at any time, one ragged forward pass a step, text out as it comes.
 
     add      checks a request and queues it
-    step     schedule -> forward -> choose -> commit; returns what every completion gained
+    step     schedule -> forward -> choose -> commit; returns what every completion gained (by the step before, where
+             the host does its part while the device computes: `EngineConfig.overlap`)
     abort    forgets a request at once
 
     load_adapter, unload_adapter    LoRA adapters that requests can name; several are computed in one batch
@@ -14,56 +15,43 @@ failure of one completion ends that completion alone.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trine.engine.errors import ContextLengthError, UsageError
-from trine.engine.generate.blocks import BlockPool
-from trine.engine.generate.deterministic import check_deterministic
-from trine.engine.generate.draft import Draft, Drafter
-from trine.engine.generate.logprobs import TokenLogprobs, prompt_logprobs
+from trine.engine.errors import UsageError
+from trine.engine.generate.assembly import assemble
+from trine.engine.generate.batch_sampler import Chosen, choose_ahead
+from trine.engine.generate.draft import Draft
+from trine.engine.generate.entry import Entry
+from trine.engine.generate.intake import Intake
 from trine.engine.generate.lookup import propose
-from trine.engine.generate.memory import choose_num_blocks, fits_decode_steps
 from trine.engine.generate.plain import end_ids
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.records import EngineConfig, EngineStats, GenerationRequest, Output
-from trine.engine.generate.request import Request
-from trine.engine.generate.runner import Computed, Runner
-from trine.engine.generate.sampling import check_ids
-from trine.engine.generate.scheduler import Scheduler
-from trine.engine.generate.sequence import Sequence
+from trine.engine.generate.runner import Computed, Unread
+from trine.engine.generate.sequence import PENDING, Sequence, State
 from trine.engine.generate.turns import Turn, run_turns
 from trine.engine.log import format_bytes, say, say_once, warn
 from trine.engine.model.adapters import NO_ADAPTER
 from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_base import check_base
-from trine.engine.model.paged_cache import PagedCache
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from trine.engine.generate.grammar import GrammarCompiler, Matcher
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "GenerationRequest", "Output"]
 
 
-@dataclass(slots=True)
-class _Entry:
-    """A request in the engine: its choices that are under way, by number, and its prompt's log-probabilities.
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """Tokens that a step has chosen and nobody has read: their turns, and their places in the turns' sequences."""
 
-    `matcher`: its grammar, at the start of a text. `forked`: its prompt is computed, and all choices are under way.
-    """
-
-    request: GenerationRequest
-    sequences: dict[int, Sequence] = field(default_factory=dict)
-    choices: dict[int, Request] = field(default_factory=dict)
-    matcher: Matcher | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    forked: bool = False
+    turns: list[Turn]
+    places: list[int]
+    unread: Unread
+    chosen: Chosen
 
 
 class Engine:
@@ -91,54 +79,15 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self._model = model.eval()
-        self._eos_ids = end_ids(model, tokenizer)
-        compute_dtype = config.compute_dtype or model.dtype
-        kv_dtype = config.kv_dtype or compute_dtype
-        if config.deterministic:
-            check_deterministic(model, compute_dtype, kv_dtype)
-        decode_steps = config.decode_steps
-        if decode_steps and not fits_decode_steps(model):
-            decode_steps = False
-            say("decoding runs operation by operation: there is no room for the copy of the weights of compiled steps")
-        self._drafter = None if draft is None else self._make_drafter(draft)
-        num_blocks, reason = choose_num_blocks(
-            model,
-            block_size=config.block_size,
-            kv_dtype=kv_dtype,
-            kv_bytes=config.kv_bytes,
-            max_batch_tokens=config.max_batch_tokens,
-            max_running=config.max_running,
-            compute_dtype=compute_dtype,
-            decode_steps=decode_steps,
-            reserved_bytes=0 if self._drafter is None else self._drafter.kv_bytes,
-        )
-        cache = PagedCache(
-            model.config, num_blocks=num_blocks, block_size=config.block_size, device=model.device, dtype=kv_dtype
-        )
-        say(
-            f"key/value cache: {format_bytes(cache.num_bytes)} in {str(kv_dtype).removeprefix('torch.')}, "
-            f"{num_blocks * config.block_size} tokens ({reason})"
-        )
-        self._pool = BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
-        self._scheduler = Scheduler(
-            self._pool,
-            max_batch_tokens=config.max_batch_tokens,
-            max_running=config.max_running,
-            max_waiting=config.max_waiting,
-        )
-        self._runner = Runner(
-            model,
-            cache,
-            max_running=config.max_running,
-            max_tokens=model.config.max_positions,
-            compute_dtype=compute_dtype,
-            decode_steps=decode_steps,
-            deterministic=config.deterministic,
-        )
-        self._kv_bytes = cache.num_bytes
+        self._intake = Intake(tokenizer, end_ids(model, tokenizer), model.config.max_positions)
+        parts = assemble(model, tokenizer.vocab_size, config, draft)
+        self._pool, self._scheduler, self._runner, self._drafter = (
+            parts.pool, parts.scheduler, parts.runner, parts.drafter,
+        )  # fmt: skip
+        self._overlaps = model.device.type == "cuda" if config.overlap is None else config.overlap
+        self._entries: dict[str, Entry] = {}
         self._drafts: dict[Sequence, Draft] = {}  # for the step that verifies them
-        self._grammars: GrammarCompiler | None = None
-        self._entries: dict[str, _Entry] = {}
+        self._flight: _Flight | None = None
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._drafted_tokens = self._accepted_tokens = 0
         self._step_seconds = self._schedule_seconds = 0.0
@@ -146,7 +95,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any completion is under way."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._flight is not None
 
     @property
     def has_room(self) -> bool:
@@ -157,6 +106,15 @@ class Engine:
     def num_decode_steps(self) -> int:
         """Kinds of decoding steps that were captured or compiled; 0 where the model's forward computes them."""
         return self._runner.num_decode_steps
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """On a GPU, capture the graphs of all decoding steps that can come, and say what it took; without this each is
+        captured when it first comes up, and somebody waits for it.
+        """
+        self._runner.prepare()
+        if self._drafter is not None:
+            self._drafter.prepare()
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request; it changes nothing where it raises.
@@ -169,12 +127,11 @@ class Engine:
         """
         if request.id in self._entries:
             raise UsageError(f"request id {request.id!r} is in use; give every request an id of its own")
-        self._check_prompt(request)
-        check_ids(request.params, self.tokenizer.vocab_size)
+        self._intake.check(request)
         ids, params = list(request.prompt_ids), request.params
         adapter = NO_ADAPTER if request.adapter is None else self._runner.adapters.slot(request.adapter)
-        matcher = self._matcher(request)
-        completion = self._new_choice(request, 0, matcher)
+        matcher = self._intake.matcher(request)
+        completion = self._intake.completion(request, 0, matcher)
         sequence = Sequence(
             id=f"{request.id}/0",
             request_id=request.id,
@@ -187,7 +144,7 @@ class Engine:
             reads_cache=params.prompt_logprobs is None,
         )
         self._scheduler.add(sequence)
-        self._entries[request.id] = _Entry(
+        self._entries[request.id] = Entry(
             request, {0: sequence}, {0: completion}, matcher=matcher, forked=params.n == 1
         )
 
@@ -246,21 +203,26 @@ class Engine:
         """Compute one step; returns what each completion gained by it (none, where only prompts went on)."""
         started = time.perf_counter()
         self._guess()
-        deciding = (
-            started if self._drafter is None else time.perf_counter()
-        )  # a draft model computes, it does not decide
+        # A draft model computes; looking up is a part of deciding.
+        deciding = started if self._drafter is None else time.perf_counter()
         plan = self._scheduler.schedule()
         scheduled = time.perf_counter()
         if not plan.chunks:
             self._scheduler.commit(plan)
-            return []
+            return self._land()
         try:
-            computed = self._runner.forward(plan)
+            computed = self._runner.forward(plan, None if self._flight is None else self._flight.unread)
         except BaseException:
             self._scheduler.drop(plan)
             self._runner.reset()
             raise
-        outputs = self._advance(plan, computed)
+        if self._may_wait(plan):
+            flight = self._launch(plan, computed)
+            outputs = self._land()
+            self._flight = flight
+        else:
+            outputs = self._land()
+            outputs += self._advance(plan, computed)
         self._steps += 1
         self._schedule_seconds += scheduled - deciding
         self._step_seconds += time.perf_counter() - started
@@ -274,7 +236,7 @@ class Engine:
             running=self._scheduler.num_running,
             kv_blocks_used=self._pool.num_used,
             kv_blocks_total=self._pool.num_blocks,
-            kv_bytes=self._kv_bytes,
+            kv_bytes=self._runner.cache.num_bytes,
             block_size=self.config.block_size,
             prefix_query_tokens=counters.prefix_queries,
             prefix_hit_tokens=counters.prefix_hits,
@@ -290,11 +252,17 @@ class Engine:
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _guesses(self) -> bool:
+        """Whether tokens are guessed now: few are under way, and rows of a step cost little."""
+        few = self._scheduler.num_running <= self.config.speculate_max_running
+        return self.config.speculate > 0 and few and not self._scheduler.num_waiting
+
     def _guess(self) -> None:
-        """Give the sequences that decode a draft each, where few are under way and rows of a step cost little."""
-        scheduler, count = self._scheduler, self.config.speculate
-        if not count or scheduler.num_waiting or scheduler.num_running > self.config.speculate_max_running:
+        """Give the sequences that decode a draft each."""
+        if not self._guesses or self._flight is not None:
             return
+        count = self.config.speculate
         decoding = [
             (sequence, entry.choices[number].sampler)
             for entry in self._entries.values()
@@ -310,17 +278,9 @@ class Engine:
 
     def _advance(self, plan: Plan, computed: Computed) -> list[Output]:
         """Choose tokens wherever a chunk reaches the end of its sequence; commit the plan; end what is done."""
-        self._collect_prompt_logprobs(plan, computed.hidden_NC)
-        turns: list[Turn] = []
-        rows: list[int] = []
-        end = 0
-        for chunk in plan.chunks:
-            end += chunk.count
-            if chunk.samples:
-                turns += self._turns(chunk, len(rows))
-                rows += range(end - chunk.num_draft - 1, end)
+        turns, rows = self._turns(plan, computed)
         if turns:
-            run_turns(turns, self._runner.logits(computed, rows)[:, : self.tokenizer.vocab_size])
+            run_turns(turns, self._logits(computed, rows))
         accepted = {turn.source: turn.accepted for turn in turns}
         for chunk in plan.chunks:
             chunk.accepted = accepted.get(chunk.sequence, 0)
@@ -329,20 +289,86 @@ class Engine:
         self._scheduler.commit(plan)
         for turn in turns:
             self._fork_if_new(turn.source, turn.number)
-        return [self._deliver(turn) for turn in turns]
+        outputs = []
+        for turn in turns:
+            self._entries[turn.source.request_id].sequences[turn.number].tokens += turn.token_ids
+            outputs.append(self._deliver(turn))
+        return outputs
 
-    def _turns(self, chunk: Chunk, row: int) -> list[Turn]:
-        """The turns that begin at the row of a chunk: its own, and at the end of a prompt those of all choices."""
-        sequence = chunk.sequence
-        entry = self._entries[sequence.request_id]
-        numbers = [sequence.choice]
-        if not entry.forked:
-            entry.forked = True
-            numbers = list(range(entry.request.params.n))
-            entry.choices |= {number: self._new_choice(entry.request, number, entry.matcher) for number in numbers[1:]}
-        draft = list(sequence.draft) if chunk.num_draft else []
-        drawn = self._drafts[sequence].guesses if draft else []
-        return [Turn(sequence, number, entry.choices[number], row, draft, drawn) for number in numbers]
+    def _may_wait(self, plan: Plan) -> bool:
+        """Whether the next step can be decided before the tokens of this one are read: no request needs to know them,
+        for its penalties, its grammar, its log-probabilities or its guesses.
+        """
+        if not self._overlaps or self._guesses or any(chunk.num_draft for chunk in plan.chunks):
+            return False
+        entries = [self._entries[chunk.sequence.request_id] for chunk in plan.chunks if chunk.samples]
+        return bool(entries) and not any(entry.needs_tokens for entry in entries)
+
+    def _launch(self, plan: Plan, computed: Computed) -> _Flight:
+        """As `_advance`, leaving the tokens where they are: `PENDING` stands for them.
+
+        What has all its tokens then is over for the scheduler; what turns out to have ended earlier has computed one
+        token too many, which nobody sees.
+        """
+        turns, rows = self._turns(plan, computed)
+        logits_RV = self._logits(computed, rows)
+        firsts = [turn.row for turn in turns]
+        if firsts != list(range(len(logits_RV))):
+            logits_RV = logits_RV[torch.tensor(firsts).to(logits_RV.device, non_blocking=True)]
+        chosen = choose_ahead(logits_RV, [turn.completion.sampler for turn in turns])
+        self._scheduler.commit(plan)
+        for turn in turns:
+            self._fork_if_new(turn.source, turn.number)
+        sequences = [self._entries[turn.source.request_id].sequences[turn.number] for turn in turns]
+        places = [len(sequence.tokens) for sequence in sequences]
+        for sequence in sequences:
+            sequence.tokens.append(PENDING)
+            if len(sequence.tokens) == sequence.max_total_tokens:
+                self._scheduler.finish(sequence)
+                self._runner.release(sequence)
+        rows_of = {sequence: row for row, sequence in enumerate(sequences)}
+        return _Flight(turns, places, Unread(chosen.tokens_R, rows_of), chosen)
+
+    def _land(self) -> list[Output]:
+        """Read the tokens of the flight, if there is one, and deliver them to those that are still under way."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        outputs = []
+        for turn, place, choice in zip(flight.turns, flight.places, flight.chosen.read(), strict=True):
+            entry = self._entries.get(turn.source.request_id)
+            if entry is None or entry.choices.get(turn.number) is not turn.completion:
+                continue  # aborted, or it ended a token ago
+            turn.take(choice, None)
+            entry.sequences[turn.number].tokens[place : place + 1] = turn.token_ids
+            outputs.append(self._deliver(turn))
+        return outputs
+
+    def _logits(self, computed: Computed, rows: list[int]) -> Tensor:
+        return self._runner.logits(computed, rows)[:, : self.tokenizer.vocab_size]
+
+    def _turns(self, plan: Plan, computed: Computed) -> tuple[list[Turn], list[int]]:
+        """The turns of a plan, and the rows of the step whose logits they are about. What is over has none."""
+        turns: list[Turn] = []
+        rows: list[int] = []
+        end = 0
+        for chunk in plan.chunks:
+            sequence, begin = chunk.sequence, end
+            end += chunk.count
+            self._prompt_tokens += max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
+            if sequence.state is not State.FINISHED:
+                entry = self._entries[sequence.request_id]
+                self._score_prompt(entry, chunk, computed, begin)
+                if chunk.samples:
+                    turns += entry.turns(chunk, len(rows), self._intake, self._drafts)
+            if chunk.samples:
+                rows += range(end - chunk.num_draft - 1, end)
+        return turns, rows
+
+    def _score_prompt(self, entry: Entry, chunk: Chunk, computed: Computed, begin: int) -> None:
+        hidden_NC = None if computed.hidden_NC is None else computed.hidden_NC[begin : begin + chunk.count]
+        size, deterministic = self.tokenizer.vocab_size, self.config.deterministic
+        entry.score_prompt(chunk, hidden_NC, model=self._model, vocab_size=size, deterministic=deterministic)
 
     def _fork_if_new(self, source: Sequence, number: int) -> None:
         """A sequence for another choice, sharing the computed prompt; to be called before any choice may end."""
@@ -351,32 +377,15 @@ class Engine:
             sequences[number] = self._scheduler.fork(source, choice=number, id=f"{source.request_id}/{number}")
 
     def _deliver(self, turn: Turn) -> Output:
-        """Give its sequence the tokens of a turn, and say what the completion gained."""
-        entry, completion = self._entries[turn.source.request_id], turn.completion
-        sequence = entry.sequences[turn.number]
-        sequence.tokens += turn.token_ids
+        """Say what a completion gained by a turn, whose tokens its sequence has, and end it where it is done."""
+        entry = self._entries[turn.source.request_id]
+        output = entry.output(turn)
         self._generated_tokens += len(turn.token_ids)
-        wants_prompt = entry.request.params.prompt_logprobs is not None
-        is_first = len(completion.token_ids) == len(turn.token_ids)
-        finish_reason = completion.finish_reason if turn.error is None else "error"
-        if finish_reason is not None:
+        if output.finish_reason is not None:
             self._end(entry, turn.number)
-        return Output(
-            request_id=entry.request.id,
-            choice=turn.number,
-            text="".join(turn.texts),
-            token_ids=tuple(turn.token_ids),
-            prompt_tokens=len(completion.prompt_ids),
-            completion_tokens=len(completion.token_ids),
-            cached_tokens=sequence.num_cached or 0,
-            logprobs=tuple(turn.logprobs),
-            finish_reason=finish_reason,
-            stop_reason=completion.stop_reason,
-            prompt_logprobs=(None, *entry.prompt_logprobs) if wants_prompt and is_first else None,
-            error=turn.error,
-        )
+        return output
 
-    def _end(self, entry: _Entry, number: int) -> None:
+    def _end(self, entry: Entry, number: int) -> None:
         """Give back what a completion held."""
         sequence = entry.sequences.pop(number)
         del entry.choices[number]
@@ -385,87 +394,7 @@ class Engine:
         if not entry.sequences:
             del self._entries[entry.request.id]
 
-    def _collect_prompt_logprobs(self, plan: Plan, hidden_NC: Tensor | None) -> None:
-        """Of the prompts that ask for them, as far as the plan's chunks reach; what is known is not computed again."""
-        begin = 0
-        for chunk in plan.chunks:
-            sequence, first = chunk.sequence, begin
-            begin += chunk.count
-            self._prompt_tokens += max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
-            entry = self._entries[sequence.request_id]
-            count = entry.request.params.prompt_logprobs
-            known = len(entry.prompt_logprobs)
-            if count is None or chunk.start + chunk.count <= known or known == sequence.num_prompt - 1:
-                continue
-            assert hidden_NC is not None
-            assert chunk.start <= known, "a prompt whose log-probabilities are asked for is computed from its start"
-            next_ids = sequence.tokens[known + 1 : min(chunk.start + chunk.count + 1, sequence.num_prompt)]
-            entry.prompt_logprobs += prompt_logprobs(
-                self._model,
-                hidden_NC[first + known - chunk.start : begin],
-                next_ids,
-                count,
-                vocab_size=self.tokenizer.vocab_size,
-                deterministic=self.config.deterministic,
-            )
-
-    def _make_drafter(self, draft: Transformer) -> Drafter:
-        """Raises `UsageError` where the draft does not fit the model or nothing is asked of it."""
-        config, model = self.config, self._model
-        if not config.speculate:
-            raise UsageError("a draft model without speculate guesses nothing; set speculate to the tokens to guess")
-        if draft.device != model.device:
-            raise UsageError(
-                f"the draft model is on {draft.device}, the model on {model.device}; put them on one device"
-            )
-        return Drafter(
-            draft,
-            vocab_size=self.tokenizer.vocab_size,
-            max_running=min(config.speculate_max_running, config.max_running),
-            max_tokens=model.config.max_positions,
-            max_batch_tokens=config.max_batch_tokens,
-            block_size=config.block_size,
-            decode_steps=config.decode_steps,
-        )
-
-    # --- requests -----------------------------------------------------------------------------------------------------
-
-    def _matcher(self, request: GenerationRequest) -> Matcher | None:
-        """The request's grammar, compiled. Raises `UsageError` where it cannot be used."""
-        if request.grammar is None:
-            return None
-        if self._grammars is None:
-            from trine.engine.generate.grammar import GrammarCompiler
-
-            self._grammars = GrammarCompiler(self.tokenizer, self._eos_ids)
-        return self._grammars.matcher(request.grammar)
-
     def _salt(self, request: GenerationRequest) -> bytes:
         """For cached blocks: keys and values depend on the adapter. No text in UTF-8 begins with the byte 255."""
         salt = request.salt.encode()
         return salt if request.adapter is None else b"\xff" + self._runner.adapters.digest(request.adapter) + salt
-
-    def _new_choice(self, request: GenerationRequest, number: int, matcher: Matcher | None) -> Request:
-        room = self._model.config.max_positions - len(request.prompt_ids)
-        return Request(
-            request.prompt_ids,
-            request.params,
-            tokenizer=self.tokenizer,
-            budget=min(request.params.max_tokens, room),
-            eos_ids=self._eos_ids,
-            choice=number,
-            matcher=None if matcher is None else matcher.copy(),
-        )
-
-    def _check_prompt(self, request: GenerationRequest) -> None:
-        ids, vocab_size, longest = request.prompt_ids, self.tokenizer.vocab_size, self._model.config.max_positions
-        if not ids:
-            raise UsageError("the prompt has no tokens; give at least one, such as the beginning-of-text token")
-        wrong = [token_id for token_id in ids if not 0 <= token_id < vocab_size]
-        if wrong:
-            raise UsageError(f"the prompt holds id {wrong[0]}; the vocabulary ends at {vocab_size - 1}")
-        if len(ids) >= longest:
-            raise ContextLengthError(
-                f"the prompt has {len(ids)} tokens but the model's context holds {longest}, the new tokens included; "
-                f"shorten it to {longest - 1} tokens or fewer"
-            )

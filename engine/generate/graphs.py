@@ -1,8 +1,9 @@
 """Decoding steps on a GPU as captured graphs: one launch instead of hundreds.
 
 A graph has fixed shapes, so a step is padded to the next of a few batch sizes and of a few lengths; one graph is
-captured for each pair when it first comes up, after a run that compiles the kernels. A padding row feeds token 0,
-writes to the block that nobody reads and sees that one key.
+captured for each pair, after a run that compiles the kernels: all of them at once (`capture_all`, when a server
+starts), or each when it first comes up. A padding row feeds token 0, writes to the block that nobody reads and sees
+that one key.
 
 Shapes: R rows (sequences with one new token each), M entries of a table row, V vocabulary.
 """
@@ -26,6 +27,24 @@ FIRST_LENGTH = 1024
 LENGTH_FACTOR = 4
 
 
+def kind_of(rows: int, length: int, max_rows: int, max_tokens: int) -> tuple[int, int]:
+    """Rows and keys of the graph for a step of `rows` sequences, the longest of `length` tokens."""
+    size = next((small for small in SMALL_SIZES if small >= rows), -(-rows // 16) * 16)
+    longest = FIRST_LENGTH
+    while longest < length:
+        longest *= LENGTH_FACTOR
+    return min(size, max_rows), min(longest, max_tokens)
+
+
+def kinds(max_rows: int, max_tokens: int) -> list[tuple[int, int]]:
+    """All that `kind_of` gives for 1 to `max_rows` sequences of 1 to `max_tokens` tokens; the smallest first."""
+    lengths = [FIRST_LENGTH]
+    while lengths[-1] < max_tokens:
+        lengths.append(lengths[-1] * LENGTH_FACTOR)
+    sizes = {kind_of(rows, 1, max_rows, max_tokens)[0] for rows in range(1, max_rows + 1)}
+    return [(size, min(length, max_tokens)) for length in lengths for size in sorted(sizes)]
+
+
 @dataclass(frozen=True, slots=True)
 class Captured:
     """A graph with the memory it reads and writes."""
@@ -34,6 +53,21 @@ class Captured:
     ids_R: Tensor
     step: PagedStep
     logits_RV: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Ids that the host does not know yet: place n of a step takes `tokens_R[rows[n]]`, where rows[n] is not -1.
+
+    `tokens_R`: int64 on the device. `rows`: int64 [N].
+    """
+
+    tokens_R: Tensor
+    rows: Array
+
+    def put(self, ids_N: Tensor, rows_N: Tensor) -> Tensor:
+        """The ids with those in their places; `rows_N` is `rows` on the device."""
+        return torch.where(rows_N < 0, ids_N, self.tokens_R[rows_N.clamp(min=0)])
 
 
 class DecodeGraphs:
@@ -58,7 +92,7 @@ class DecodeGraphs:
         self._compute = compute
         self._deterministic = deterministic
         self._cache = cache
-        self._max_rows, self._max_tokens = max_rows, max_tokens
+        self._max_rows, self._max_tokens = max_rows, min(max_tokens, cache.num_blocks * cache.block_size)
         self._captured: dict[tuple[int, int], Captured] = {}
         self._memory = torch.cuda.graph_pool_handle()
 
@@ -67,41 +101,43 @@ class DecodeGraphs:
         """Graphs so far."""
         return len(self._captured)
 
-    def run(self, ids: Array, positions: Array, slots: Array, table: Array, lengths: Array) -> Tensor:
+    def run(
+        self, ids: Array, positions: Array, slots: Array, table: Array, lengths: Array, *, late: Late | None = None
+    ) -> Tensor:
         """fp32 logits [R, V] of one step, overwritten by the next.
 
         ids, positions, slots: int64 [R]; lengths (the new tokens counted): int32 [R]; table: int32 [R, M].
         """
         rows = len(ids)
-        size, longest = self.sizes(rows, int(lengths.max()))
+        size, longest = kind_of(rows, int(lengths.max()), self._max_rows, self._max_tokens)
         captured = self._captured.get((size, longest))
         if captured is None:
             captured = self._captured[size, longest] = self._capture(size, longest)
         step = captured.step
         width = step.block_table_RM.shape[1]
-        packed = np.zeros((size, 4 + width), np.int64)
-        packed[:, 2], packed[:, 3] = self._cache.padding_slot, 1
-        packed[:, 4:] = self._cache.num_blocks
+        packed = np.zeros((size, 5 + width), np.int64)
+        packed[:, 2], packed[:, 3], packed[:, 4] = self._cache.padding_slot, 1, -1
+        packed[:, 5:] = self._cache.num_blocks
         packed[:rows, 0], packed[:rows, 1], packed[:rows, 2], packed[:rows, 3] = ids, positions, slots, lengths
         # A sequence may hold a block more, for guesses that this step does not compute.
         table = table[:, :width]
-        packed[:rows, 4 : 4 + table.shape[1]] = table
+        packed[:rows, 5 : 5 + table.shape[1]] = table
+        if late is not None:
+            packed[:rows, 4] = late.rows
         inputs = torch.from_numpy(packed).pin_memory().to(self._cache.device, non_blocking=True)
-        captured.ids_R.copy_(inputs[:, 0])
+        captured.ids_R.copy_(inputs[:, 0] if late is None else late.put(inputs[:, 0], inputs[:, 4]))
         step.positions_BT.copy_(inputs[None, :, 1])
         step.slots_N.copy_(inputs[:, 2])
         step.lengths_R.copy_(inputs[:, 3])
-        step.block_table_RM.copy_(inputs[:, 4:])
+        step.block_table_RM.copy_(inputs[:, 5:])
         captured.graph.replay()
         return captured.logits_RV[:rows]
 
-    def sizes(self, rows: int, length: int) -> tuple[int, int]:
-        """Rows and keys of the graph for a step of so many."""
-        size = next((small for small in SMALL_SIZES if small >= rows), -(-rows // 16) * 16)
-        longest = FIRST_LENGTH
-        while longest < length:
-            longest *= LENGTH_FACTOR
-        return min(size, max(self._max_rows, rows)), min(longest, max(self._max_tokens, length))
+    def capture_all(self) -> None:
+        """Every graph that a step can ask for; the largest first, whose memory the others then share."""
+        for kind in reversed(kinds(self._max_rows, self._max_tokens)):
+            if kind not in self._captured:
+                self._captured[kind] = self._capture(*kind)
 
     def _capture(self, size: int, longest: int) -> Captured:
         cache, device = self._cache, self._cache.device

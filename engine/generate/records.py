@@ -35,6 +35,9 @@ class EngineConfig:
         deterministic: what a request gets does not depend on what runs beside it, on how its prompt is cut, on
             preemption or on cached blocks, to the last bit, and log-probabilities are those of `Transformer.forward`
             with `deterministic=True` in the same dtype. Slower; refused where this machine does not keep the bits.
+        overlap: decide and prepare the next step while the device computes this one, whose tokens are read after that;
+            outputs are the same and come a step later. None does so on a GPU. Steps with requests that need to know
+            their last token (penalties, grammar, log-probabilities, guesses) wait for it.
         speculate: tokens that are guessed (by `lookup.py`, or by a draft model where the engine has one) and verified
             together in a step; 0 is off. What is generated stays the same, or where a draft model meets a request that
             draws without a seed, its distribution does.
@@ -51,6 +54,7 @@ class EngineConfig:
     prefix_caching: bool = True
     decode_steps: bool = True
     deterministic: bool = False
+    overlap: bool | None = None
     speculate: int = 0
     speculate_max_running: int = 4
 

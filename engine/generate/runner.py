@@ -8,6 +8,7 @@ Shapes: N tokens of R chunks, C width, V vocabulary, S slots of a block, M entri
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from trine.engine.generate.cpu_step import CpuDecoder, make_decoder
-from trine.engine.generate.graphs import Array, DecodeGraphs
+from trine.engine.generate.graphs import Array, DecodeGraphs, Late
 from trine.engine.generate.plan import Chunk, Plan
-from trine.engine.generate.sequence import Sequence
+from trine.engine.generate.sequence import PENDING, Sequence
+from trine.engine.log import format_duration, say, say_once
 from trine.engine.model.adapters import NO_ADAPTER, AdapterBank
 from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.transformer import Transformer
@@ -36,6 +38,17 @@ class Computed:
 
     hidden_NC: Tensor | None = None
     logits_NV: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Tokens of the step before that lie on the device and that the host has not read: `PENDING` in their sequences.
+
+    `tokens_R`: int64. `rows`: which of them is the last of a sequence.
+    """
+
+    tokens_R: Tensor
+    rows: dict[Sequence, int]
 
 
 class Runner:
@@ -69,7 +82,10 @@ class Runner:
         self.adapters = AdapterBank(model, compute_dtype)
         self._tables = BlockTables(max_running, -(-max_tokens // cache.block_size))
         self._decoder: DecodeGraphs | CpuDecoder | None = None
-        if decode_steps and cache.device.type == "cuda":
+        self._switches = model.config.rope_switch is not None
+        if self._switches:
+            say_once("decoding runs operation by operation: this model's rotation changes with the length of a text")
+        elif decode_steps and cache.device.type == "cuda":
             self._decoder = DecodeGraphs(
                 self._decode, cache, max_rows=max_running, max_tokens=max_tokens, deterministic=deterministic
             )
@@ -86,17 +102,26 @@ class Runner:
         """Kinds of decoding steps that were captured or compiled; 0 where the forward computes them."""
         return 0 if self._decoder is None else self._decoder.num_kinds
 
-    def forward(self, plan: Plan) -> Computed:
-        """Copy the plan's blocks and compute its tokens."""
+    def prepare(self) -> None:
+        """Capture the graphs of all decoding steps that can come, where steps are captured, and say what it took."""
+        if isinstance(self._decoder, DecodeGraphs):
+            began = time.monotonic()
+            self._decoder.capture_all()
+            say(f"captured {self._decoder.num_kinds} decoding steps in {format_duration(time.monotonic() - began)}")
+
+    def forward(self, plan: Plan, unread: Unread | None = None) -> Computed:
+        """Copy the plan's blocks and compute its tokens, those of `unread` where a sequence ends in one of them."""
         for sequence in plan.preempted:
             self.release(sequence)
         self.cache.copy_blocks(plan.copies)
-        arrays = self._arrays(plan.chunks)
+        arrays = self._arrays(plan.chunks, unread)
         # Graphs and compiled loops know nothing of adapters.
         adapted = any(chunk.sequence.adapter != NO_ADAPTER for chunk in plan.chunks)
         decodes = all(chunk.count == 1 and chunk.samples for chunk in plan.chunks)
         if self._decoder is not None and decodes and not adapted:
             inputs = (arrays.ids, arrays.positions, arrays.slots, arrays.table, arrays.lengths)
+            if isinstance(self._decoder, DecodeGraphs):
+                return Computed(logits_NV=self._decoder.run(*inputs, late=arrays.late))
             return Computed(logits_NV=self._decoder.run(*inputs))
         ids_N, step = self._step(arrays)
         with self.adapters.tokens(self._adapter_ids(plan.chunks)) if adapted else nullcontext():
@@ -125,7 +150,7 @@ class Runner:
     def _decode(self, ids_1R: Tensor, step: PagedStep) -> Tensor:
         return self._logits(self._hidden(ids_1R, step))
 
-    def _arrays(self, chunks: SequenceOf[Chunk]) -> _Arrays:
+    def _arrays(self, chunks: SequenceOf[Chunk], unread: Unread | None) -> _Arrays:
         """A plan's chunks as arrays, end to end."""
         size = self.cache.block_size
         ids = np.fromiter((token for chunk in chunks for token in chunk.token_ids), np.int64)
@@ -136,7 +161,17 @@ class Runner:
         positions = np.arange(len(ids)) - np.repeat(ends[:-1] - starts, counts)
         table = self._tables.rows([chunk.sequence for chunk in chunks], starts // size)
         slots = table[rows_N, positions // size].astype(np.int64) * size + positions % size
-        return _Arrays(ids, positions, slots, table, (starts + counts).astype(np.int32), ends, int(counts.max()))
+        late = None
+        if unread is not None:
+            rows = np.full(len(ids), -1)
+            for place in np.flatnonzero(ids == PENDING).tolist():
+                rows[place] = unread.rows[chunks[rows_N[place]].sequence]
+            late = Late(unread.tokens_R, rows)
+            if self.cache.device.type == "cpu":
+                ids, late = late.put(torch.from_numpy(ids), torch.from_numpy(rows)).numpy(), None
+        longer = np.repeat([chunk.sequence.longer for chunk in chunks], counts) if self._switches else None
+        lengths = (starts + counts).astype(np.int32)
+        return _Arrays(ids, positions, slots, table, lengths, ends, int(counts.max()), late, longer)
 
     def _adapter_ids(self, chunks: SequenceOf[Chunk]) -> Tensor:
         """The slot of each token's adapter: int32 [N]."""
@@ -161,10 +196,12 @@ class Runner:
             max_queries=arrays.longest_chunk,
             num_slots=int(arrays.lengths.max()),
             deterministic=self.deterministic,
+            longer_N=None if arrays.longer is None else on_device(arrays.longer),
         )
         if CHECKING or device.type == "cpu":
             step.check()
-        return on_device(arrays.ids), step
+        ids_N = on_device(arrays.ids)
+        return ids_N if arrays.late is None else arrays.late.put(ids_N, on_device(arrays.late.rows)), step
 
     def release(self, sequence: Sequence) -> None:
         """The sequence lost its blocks, or ended."""
@@ -177,7 +214,7 @@ class Runner:
 
 @dataclass(frozen=True, slots=True)
 class _Arrays:
-    """ids, positions, slots [N]; table [R, M]; lengths [R], ends [R + 1]: as of `PagedStep`."""
+    """ids, positions, slots [N]; table [R, M]; lengths [R], ends [R + 1]: as of `PagedStep`. `late`: ids to come."""
 
     ids: Array
     positions: Array
@@ -186,6 +223,8 @@ class _Arrays:
     lengths: Array
     ends: Array
     longest_chunk: int
+    late: Late | None
+    longer: Array | None
 
 
 class BlockTables:

@@ -105,6 +105,32 @@ def test_greedy_equals_the_plain_generator(
     assert (engine.num_decode_steps > 0) == graphs
 
 
+def test_tokens_that_are_read_late_are_the_same(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
+    ends = tuple(range(0, 290, 9))
+    params = [dataclasses.replace(GREEDY, stop_ids=ends if index % 2 else ()) for index in range(len(PROMPTS))]
+    for number in (2, 5):
+        params[number] = SamplingParams(seed=number, n=3, max_tokens=20, top_p=0.9, min_tokens=4)
+    found = {
+        overlap: run(engine_for(model, tiny_tokenizer, overlap=overlap, max_running=12), tiny_tokenizer, params)
+        for overlap in (False, True)
+    }
+    assert_equal(found[True], generate(model, tiny_tokenizer, PROMPTS, params))
+    for key, outputs in found[False].items():
+        assert [one.token_ids for one in found[True][key]] == [one.token_ids for one in outputs]
+
+
+def test_what_is_captured_at_the_start_is_all_there_is(
+    model: Transformer, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = engine_for(model, tiny_tokenizer)
+    engine.prepare()
+    captured = engine.num_decode_steps
+    assert captured == 4 * 2  # of 1, 2, 4 and 8 sequences, of 1024 tokens and of 1400
+    assert f"captured {captured} decoding steps in" in capsys.readouterr().err
+    assert_equal(run(engine, tiny_tokenizer, [GREEDY] * 8), generate(model, tiny_tokenizer, PROMPTS, GREEDY))
+    assert engine.num_decode_steps == captured
+
+
 def test_seeded_requests_equal_the_plain_generator(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
     every = [
         dataclasses.replace(GREEDY, repetition_penalty=1.3),

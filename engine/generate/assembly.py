@@ -1,0 +1,96 @@
+"""The parts of a batching engine, sized for its model and for what is free: cache, blocks, scheduler, runner, draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trine.engine.errors import UsageError
+from trine.engine.generate.blocks import BlockPool
+from trine.engine.generate.deterministic import check_deterministic
+from trine.engine.generate.draft import Drafter
+from trine.engine.generate.memory import choose_num_blocks, fits_decode_steps
+from trine.engine.generate.records import EngineConfig
+from trine.engine.generate.runner import Runner
+from trine.engine.generate.scheduler import Scheduler
+from trine.engine.log import format_bytes, say
+from trine.engine.model.paged_cache import PagedCache
+from trine.engine.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine works with."""
+
+    pool: BlockPool
+    scheduler: Scheduler
+    runner: Runner
+    drafter: Drafter | None
+
+
+def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: Transformer | None) -> Parts:
+    """The parts for a model in evaluation mode and a tokenizer of `vocab_size` ids.
+
+    Raises `UsageError` where sizes, modes or the draft do not fit the model or this machine.
+    """
+    compute_dtype = config.compute_dtype or model.dtype
+    kv_dtype = config.kv_dtype or compute_dtype
+    if config.deterministic:
+        check_deterministic(model, compute_dtype, kv_dtype)
+    decode_steps = config.decode_steps
+    if decode_steps and not fits_decode_steps(model):
+        decode_steps = False
+        say("decoding runs operation by operation: there is no room for the copy of the weights of compiled steps")
+    drafter = None if draft is None else _make_drafter(draft, model, vocab_size, config)
+    num_blocks, reason = choose_num_blocks(
+        model,
+        block_size=config.block_size,
+        kv_dtype=kv_dtype,
+        kv_bytes=config.kv_bytes,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        compute_dtype=compute_dtype,
+        decode_steps=decode_steps,
+        reserved_bytes=0 if drafter is None else drafter.kv_bytes,
+    )
+    cache = PagedCache(
+        model.config, num_blocks=num_blocks, block_size=config.block_size, device=model.device, dtype=kv_dtype
+    )
+    say(
+        f"key/value cache: {format_bytes(cache.num_bytes)} in {str(kv_dtype).removeprefix('torch.')}, "
+        f"{num_blocks * config.block_size} tokens ({reason})"
+    )
+    pool = BlockPool(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+    scheduler = Scheduler(
+        pool,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        longer_beyond=model.config.rope_switch,
+    )
+    runner = Runner(
+        model,
+        cache,
+        max_running=config.max_running,
+        max_tokens=model.config.max_positions,
+        compute_dtype=compute_dtype,
+        decode_steps=decode_steps,
+        deterministic=config.deterministic,
+    )
+    return Parts(pool, scheduler, runner, drafter)
+
+
+def _make_drafter(draft: Transformer, model: Transformer, vocab_size: int, config: EngineConfig) -> Drafter:
+    """Raises `UsageError` where the draft does not fit the model or nothing is asked of it."""
+    if not config.speculate:
+        raise UsageError("a draft model without speculate guesses nothing; set speculate to the tokens to guess")
+    if draft.device != model.device:
+        raise UsageError(f"the draft model is on {draft.device}, the model on {model.device}; move one of them")
+    return Drafter(
+        draft,
+        vocab_size=vocab_size,
+        max_running=min(config.speculate_max_running, config.max_running),
+        max_tokens=model.config.max_positions,
+        max_batch_tokens=config.max_batch_tokens,
+        block_size=config.block_size,
+        decode_steps=config.decode_steps,
+    )
