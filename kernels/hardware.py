@@ -97,6 +97,17 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
 
 
+def return_freed_memory() -> bool:
+    """Ask the C library for the opposite: blocks of a MiB or more go back to the system as soon as they are freed.
+
+    By itself glibc keeps freed blocks of up to 32 MiB, and a process grows by what lies between those in use. For the
+    whole process and for good. Returns whether it took effect.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mmap_threshold = -3
+    return mallopt is not None and bool(mallopt(mmap_threshold, 2**20))
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak dense FLOP/s for matrix products in `dtype`, and "known" (data sheet) or "measured" (timed here)."""
     if device.type == "cuda":

@@ -60,14 +60,15 @@ class LayerWork:
         self._original: HiddenStates | None = None
         self._quantized: HiddenStates | None = None
         self._already = work.finished
+
+    def start(self) -> None:
+        """Reckon the memory, and pass samples up to the first layer. Raises `UsageError` where memory does not do."""
         if self._walk is not None:
             self._start(self._walk)
-        else:
-            for names in self.parts.values():
-                for name in names:
-                    layer = layers[name]
-                    size = method_bytes(layer.num_features, layer.width, calibrated=False)
-                    budget.require(layer.path, opened.stored[name].num_bytes + size)
+            return
+        for layer in self._layers.values():
+            size = method_bytes(layer.num_features, layer.width, calibrated=False)
+            self._budget.require(layer.path, self._opened.stored[layer.rule.stored].num_bytes + size)
 
     def _start(self, walk: Walk) -> None:
         """Hidden states before the first layer, in memory or not as the budget says."""
@@ -122,6 +123,12 @@ class LayerWork:
 
     def _work_dtype(self, walk: Walk) -> torch.dtype:
         return torch.float32 if self._settings.method.rescaling is not None else walk.dtype
+
+    def close(self) -> None:
+        """Give hidden states free."""
+        for states in (self._inputs, self._original, self._quantized):
+            if states is not None:
+                states.close()
 
     def do(self, part: str, tick: Callable[[], object]) -> None:
         """Finish the next part of the model, a layer; `tick` is called for every weight."""

@@ -9,7 +9,7 @@ Statistics that do not fit together are gathered in several passes and wait on t
 too where they do not fit beside all this. What is computed is the same. Where the largest piece does not fit, that is
 an error that names it.
 
-The limit is for what comes on top of Python and torch themselves (some 300 MiB).
+The limit is for what comes on top of Python and its libraries (some 400 MiB).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trine.engine.quantize.statistics import SAMPLE_ROWS
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Copies of a weight, in numbers of 4 bytes, that methods hold at once, and of H; seen with the methods there are.
-_WEIGHT_COPIES, _HESSIAN_COPIES = 7, 5
+_WEIGHT_COPIES, _HESSIAN_COPIES = 8, 6
 # Numbers of 4 bytes for each token in a layer: so many times its width, and so many times its widest inner layer.
 _WIDTHS, _INNER_WIDTHS = 10, 4
 

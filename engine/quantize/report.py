@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from trine.engine.log import format_bytes
+from trine.engine.log import format_bytes, format_duration
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import write_json
+from trine.engine.quantize.page import by_kind, make_page
 from trine.engine.quantize.quality import Quality, Speed
 from trine.engine.quantize.statistics import InputStatistics
 
@@ -70,8 +71,9 @@ class Report:
         return {**asdict(self), "quantized_bytes_before": before, "quantized_bytes_after": after}
 
     def write(self, folder: Path) -> None:
-        """As JSON, and as a page with plots."""
+        """As JSON, and as a page with a chart."""
         write_json(folder / NAME, self.to_json())
+        (folder / PAGE).write_text(page(self), encoding="utf-8")
 
 
 def measure(
@@ -107,37 +109,81 @@ def table(report: Report) -> str:
     for layer in report.layers:
         kinds[kind_of(layer.path)].append(layer)
     width = max(len(kind) for kind in kinds)
-    lines = [f"{'layer':{width}}  count  relative error: mean     worst  in"]
+    outputs = all(layer.output_error is not None for layer in report.layers)
+    lines = [f"{'layer':{width}}  count  relative error: mean     worst  {'of outputs  ' if outputs else ''}in"]
     for kind, layers in kinds.items():
-        worst = max(layers, key=lambda layer: layer.relative_error)
-        mean = sum(layer.relative_error for layer in layers) / len(layers)
-        lines.append(f"{kind:{width}}  {len(layers):5}  {mean:20.5f}  {worst.relative_error:8.5f}  {worst.path}")
-    return "\n".join((*lines, *summary(report)))
+        worst = max(layers, key=_error)
+        means = [sum(values) / len(layers) for values in ([one.relative_error for one in layers], map(_error, layers))]
+        output = f"{means[1]:10.5f}  " if outputs else ""
+        most = max(layer.relative_error for layer in layers)
+        lines.append(f"{kind:{width}}  {len(layers):5}  {means[0]:20.5f}  {most:8.5f}  {output}{worst.path}")
+    return "\n".join((*lines, *(f"{name:8} {value}" for name, value in summary(report))))
 
 
-def summary(report: Report) -> list[str]:
-    """Weights, size, quality and speed, a line each."""
+def page(report: Report) -> str:
+    """The report as HTML."""
+    outputs = all(layer.output_error is not None for layer in report.layers)
+    data = [
+        f"{name} {about['samples']} x {about['length']} tokens"
+        for name, about in (("calibration", report.calibration), ("evaluation", report.evaluation))
+        if about
+    ]
+    return make_page(
+        title=f"{Path(report.checkpoint).name}, quantized to {report.scheme} by {report.method}",
+        facts=summary(report),
+        errors=by_kind((kind_of(layer.path), _error(layer)) for layer in report.layers),
+        what="Relative error of outputs" if outputs else "Relative error of weights",
+        columns=("layer", "shape", "scheme", "bytes before", "after", "error of weights", "largest", "of outputs"),
+        rows=[
+            (
+                layer.path,
+                " x ".join(map(str, layer.shape)),
+                layer.scheme,
+                f"{layer.bytes_before:,}",
+                f"{layer.bytes_after:,}",
+                f"{layer.relative_error:.5f}",
+                f"{layer.largest_error:.5f}",
+                "" if layer.output_error is None else f"{layer.output_error:.5f}",
+            )
+            for layer in report.layers
+        ],
+        note=f"{'; '.join([*data, *report.overrides]) or 'no data'}; {report.machine['device_name']}, "
+        f"{report.machine['threads']} threads; {format_duration(report.seconds)}",
+    )
+
+
+def summary(report: Report) -> list[tuple[str, str]]:
+    """Weights, size, quality and speed, a name and a line each."""
     layers_after = sum(layer.bytes_after for layer in report.layers)
     bits = 8 * layers_after / sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
     share = report.bytes_after / report.bytes_before
     lines = [
-        f"weights  {report.scheme} ({report.stored_as}) by {report.method}, {bits:.2f} bits each",
-        f"size     {format_bytes(report.bytes_before)} to {format_bytes(report.bytes_after)}, {share:.0%} of it",
+        ("weights", f"{report.scheme} ({report.stored_as}) by {report.method}, {bits:.2f} bits each"),
+        ("size", f"{format_bytes(report.bytes_before)} to {format_bytes(report.bytes_after)}, {share:.0%} of it"),
     ]
     if report.quality is not None:
         one = report.quality
         change = one.perplexity_after / one.perplexity_before - 1
-        lines.append(
-            f"quality  perplexity {one.perplexity_before:.4f} to {one.perplexity_after:.4f} ({change:+.2%}), KL "
-            f"divergence {one.kl_divergence:.5f} nats, top-1 agreement {one.top1_agreement:.2%} ({one.tokens:,} tokens)"
+        words = (
+            f"perplexity {one.perplexity_before:.4f} to {one.perplexity_after:.4f} ({change:+.2%}), KL divergence "
+            f"{one.kl_divergence:.5f} nats, top-1 agreement {one.top1_agreement:.2%} ({one.tokens:,} tokens)"
         )
+        lines.append(("quality", words))
     if report.speed is not None:
         speed = report.speed
-        lines.append(
-            f"speed    decoding {speed.decode_before:.1f} to {speed.decode_after:.1f} tokens/s, prompts "
+        words = (
+            f"decoding {speed.decode_before:.1f} to {speed.decode_after:.1f} tokens/s, prompts "
             f"{speed.prompt_before:.0f} to {speed.prompt_after:.0f} (one stream, {report.machine['threads']} threads)"
         )
+        lines.append(("speed", words))
+    elif report.why_no_speed:
+        lines.append(("speed", f"not measured: {report.why_no_speed}"))
     return lines
+
+
+def _error(layer: LayerReport) -> float:
+    """What counts most of what is known: the error of the outputs."""
+    return layer.relative_error if layer.output_error is None else layer.output_error
 
 
 def kind_of(path: str) -> str:

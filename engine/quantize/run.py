@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from trine.engine.quantize.quality import Quality, Speed, measure_speed
 from trine.engine.quantize.report import LayerReport, Report
 from trine.engine.quantize.work import Work, check_room, working_folder
 from trine.engine.quantize.writers import COMPRESSED_TENSORS, Writer
+from trine.kernels.hardware import return_freed_memory
 
 # What a checkpoint holds beside weights and config.json, and its quantized copy too.
 _COMPANIONS = (
@@ -164,12 +166,15 @@ class _Run:
         budget = Budget(settings.max_memory, available_memory() // 2)
         form = read_format({CONFIG_KEYS[0]: settings.writer.config(self.quantization)})
         assert form is not None
-        worker = LayerWork(self.opened, self.layers, settings, form, self.dtype, budget, work)
-        ticks = progress(self.layers, total=len(self.layers), what="quantizing")
-        next(ticks, None)
-        for part in worker.parts:
-            worker.do(part, lambda: next(ticks, None))
-        return worker.quality()
+        if settings.max_memory is not None:
+            return_freed_memory()
+        with closing(LayerWork(self.opened, self.layers, settings, form, self.dtype, budget, work)) as worker:
+            worker.start()
+            ticks = progress(self.layers, total=len(self.layers), what="quantizing")
+            next(ticks, None)
+            for part in worker.parts:
+                worker.do(part, lambda: next(ticks, None))
+            return worker.quality()
 
     def write(self, work: Work, quality: Quality | None, started: float) -> Report:
         """The files of the result."""

@@ -4,7 +4,7 @@ What the model does around its layers is left to the model: one forward pass thr
 the input of the first layer and what each layer is called with besides (mask, rotary tables). From there on a layer is
 called by itself. No sample is padded, so what a layer is called with depends on the length of samples alone.
 
-Samples go together in batches of about 2048 tokens, whatever the memory, because sums depend on that in their last bit.
+Samples go together in batches of about 1024 tokens, whatever the memory, because sums depend on that in their last bit.
 
 Shapes: S samples, T tokens of each, B samples of a batch, C width, K inputs of a linear layer.
 """
@@ -31,7 +31,7 @@ from trine.engine.model.weight_files import StoredTensor
 from trine.engine.quantize.hidden import HiddenStates
 from trine.engine.quantize.statistics import InputStatistics
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 
 class Walk:

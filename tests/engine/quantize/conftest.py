@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ def make_checkpoint(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype, **ch
     save_model(model, folder, dtype=dtype)
     tokenizer.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_maker() -> Callable[..., Path]:
+    """`make_checkpoint`."""
+    return make_checkpoint
 
 
 @pytest.fixture(scope="session")
