@@ -20,6 +20,7 @@ from trine.engine.errors import UsageError
 from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.train.charts import RUN_ROLES, Line, draw, smooth
 from trine.engine.train.energy import format_energy, format_mass
+from trine.engine.train.recipe import OWN_SET
 from trine.engine.train.report import Panel, fill, flatten, set_name, state_of
 from trine.engine.train.run_log import Record, RunLog, read_run, series
 
@@ -96,6 +97,7 @@ def _facts(log: RunLog) -> dict[str, str]:
     energy = end.get("energy", {})
     joules = energy.get("joules", last.get("joules"))
     grams = energy.get("co2e_grams")
+    judge = "" if log.judge == (OWN_SET, "raw") else f" ({set_name(log.judge)})"
     tail = losses[-max(len(losses) // 20, 1) :]
     return {
         "State": state_of(log)[1],
@@ -103,10 +105,9 @@ def _facts(log: RunLog) -> dict[str, str]:
         "Tokens": format_count(last["tokens"]) if "tokens" in last else _UNKNOWN,
         "Time": format_duration(last["seconds"]) if "seconds" in last else _UNKNOWN,
         "Training loss": f"{statistics.fmean(tail):.4f}" if tail else _UNKNOWN,
-        "Validation loss": f"{validation[-1]:.4f}" if validation else _UNKNOWN,
+        "Validation loss": f"{validation[-1]:.4f}{judge}" if validation else _UNKNOWN,
         "Best": f"{min(validation):.4f}" if validation else _UNKNOWN,
-        "Judged by": set_name(log.judge) if validation else _UNKNOWN,
-        "Tokens per second": format_count(statistics.median(speeds)) if speeds else _UNKNOWN,
+        "Tokens/s": format_count(statistics.median(speeds)) if speeds else _UNKNOWN,
         "Peak memory": format_bytes(end.get("peak_memory_bytes") or max(memory, default=0)) if log.steps else _UNKNOWN,
         "Energy": format_energy(joules) if isinstance(joules, float) else _UNKNOWN,
         "CO2e": format_mass(grams) if isinstance(grams, float) else _UNKNOWN,
@@ -126,7 +127,7 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
         _panel(runs, "Learning rate of Muon", "", steps, "muon_lr", plain, from_zero=True),
         _panel(runs, "Gradient norm", "before clipping", steps, "grad_norm", plain, from_zero=True),
         _panel(runs, "Speed", "tokens per second", steps, "tokens_per_second", format_count, from_zero=True),
-        _panel(runs, "Memory", "peak", steps, "memory_bytes", format_bytes, from_zero=True),
+        _panel(runs, "Memory", "GiB, peak", steps, "memory_bytes", plain, from_zero=True, unit_of_y=2**30),
         _panel(runs, "Energy", "joules so far", steps, "joules", format_energy, from_zero=True),
     ]
     return [panel for panel in panels if panel is not None]
@@ -159,11 +160,15 @@ def _panel(
     format_y: Callable[[float], str],
     *,
     smoothed: bool = False,
+    unit_of_y: float = 1.0,
     from_zero: bool = False,
     dots: bool = False,
 ) -> Panel | None:
     """One chart for each x axis; None where no run has the number."""
-    found = {run.name: series(records[run.name], key) for run in runs}
+    found = {}
+    for run in runs:
+        where, values = series(records[run.name], key)
+        found[run.name] = where, [value / unit_of_y for value in values]
     shown = [run for run in runs if found[run.name][0]]
     if not shown:
         return None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,3 +113,49 @@ def continued(data_dir: Path, bases: dict[str, Path], tmp_path: Path) -> MakeRec
         return recipe_of(data_dir, tmp_path / run, model, **changes)
 
     return make
+
+
+# What a script sees once the page is laid out, written into the title for `--dump-dom` to show: the charts that are
+# visible, with what the pointer reads off them, and every request that was made.
+_PROBE = """<script>
+const seen = [...document.querySelectorAll(".chart")].filter((chart) => chart.offsetWidth > 0).map((chart) => {
+  const box = chart.getBoundingClientRect();
+  const at = {clientX: box.left + box.width * 0.6, clientY: box.top + 40};
+  const fire = (name) => chart.dispatchEvent(new PointerEvent(name, at));
+  fire("pointermove");
+  const tip = chart.querySelector(".tip").textContent;
+  fire("pointerleave");
+  const drawn = [...chart.querySelectorAll("path")].filter((path) => path.getTotalLength() > 100);
+  const colours = new Set(drawn.map((path) => getComputedStyle(path).stroke));
+  return {tip, width: box.width, lines: drawn.length, colours: colours.size};
+});
+const requests = performance.getEntriesByType("resource").map((entry) => entry.name);
+document.title = JSON.stringify({seen, requests, overflow: document.documentElement.scrollWidth - innerWidth});
+</script></body>"""
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`look(page, width=..., first=SCRIPT)`: what a browser sees of it (see `_PROBE`), after `first` was run.
+
+    Fails where the browser's console says anything.
+    """
+
+    def show(page: Path, *, width: int, first: str = "") -> dict[str, Any]:
+        names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+        chromium = next(filter(None, map(shutil.which, names)), None)
+        if chromium is None:
+            pytest.skip("no Chromium on this machine")
+        page.write_text(page.read_text().replace("</body>", f"<script>{first}</script>{_PROBE}"))
+        quiet: tuple[str, ...] = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run")
+        quiet += ("disable-background-networking", "disable-component-update", "disable-sync", "enable-logging=stderr")
+        options = [*quiet, f"user-data-dir={tmp_path / 'profile'}", f"window-size={width},900", "dump-dom"]
+        command = [chromium, *(f"--{option}" for option in options), page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in done.stderr
+        title = re.search(r"<title>(.*?)</title>", done.stdout, flags=re.DOTALL)
+        assert title is not None
+        outcome: dict[str, Any] = json.loads(title.group(1).replace("&amp;", "&"))
+        return outcome
+
+    return show
