@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from trine.engine.text.tokenizer import Tokenizer
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
-MILLIONS = {"quickstart": (5.0, 7.0), "shakespeare-char": (0.75, 0.85), "shakespeare-char-6layer": (10.5, 11.0)}
+MILLIONS = {
+    "quickstart": (5.0, 7.0), "quickstart-student": (2.4, 2.8), "shakespeare-char": (0.75, 0.85),
+    "shakespeare-char-6layer": (10.5, 11.0),
+}  # fmt: skip
+# Recipes that begin at the quickstart's model, and what is trained of it.
+ON_QUICKSTART = {"quickstart-lora": (0.45, 0.5), "quickstart-w4a16": (5.0, 7.0)}
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +45,48 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_dry_run_accepts_every_shipped_recipe(path: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    from trine.engine.model.cost import count_parameters
-    from trine.engine.train.loop import train
+@pytest.fixture(scope="module")
+def quickstart(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the quickstart's sizes, not trained."""
+    from trine.engine.model.checkpoint import save_model
+    from trine.engine.model.init import initialize
+    from trine.engine.model.transformer import Transformer
+    from trine.engine.text.tokenizer import Tokenizer
     from trine.engine.train.recipe import load_recipe
     from trine.engine.train.resolve import resolve
 
+    [path] = [path for path in CONFIGS if path.stem == "quickstart"]
+    setup = resolve(load_recipe(path, [f"data.path={tokenizers['bpe']}", "model.vocab_size=4096"]))
+    model = Transformer(setup.config)
+    initialize(model, seed=0)
+    folder = tmp_path_factory.mktemp("quickstart")
+    save_model(model, folder)
+    Tokenizer.load(tokenizers["bpe"] / "tokenizer").save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_dry_run_accepts_every_shipped_recipe(
+    path: Path, tokenizers: dict[str, Path], quickstart: Path, tmp_path: Path
+) -> None:
+    from trine.engine.train.loop import train
+    from trine.engine.train.recipe import load_recipe
+    from trine.engine.train.resolve import resolve
+    from trine.engine.train.subject_cost import trained_parameters
+
     characters = path.stem.startswith("shakespeare")
     overrides = [f"data.path={tokenizers['char' if characters else 'bpe']}", f"run.dir={tmp_path / 'run'}"]
-    if not characters:
+    if path.stem in ON_QUICKSTART:
+        overrides.append(f"model.init_from={quickstart}")
+    elif not characters:
         overrides.append("model.vocab_size=4096")
+    if "[distill]" in path.read_text():
+        overrides.append(f"distill.teacher={quickstart}")
     recipe = load_recipe(path, overrides)
     assert train(recipe, dry_run=True).reason == "dry-run"
     assert not (tmp_path / "run").exists()
-    low, high = MILLIONS[path.stem]
-    assert low <= count_parameters(resolve(recipe).config).total / 1e6 <= high
+    low, high = {**MILLIONS, **ON_QUICKSTART}[path.stem]
+    assert low <= trained_parameters(resolve(recipe)) / 1e6 <= high
 
 
 def test_recipes_travel_with_the_package() -> None:
