@@ -20,7 +20,7 @@ from trine.engine.generate.scheduler import Scheduler
 from trine.engine.generate.sequence import PENDING, Sequence, State
 
 ROOT = Path(__file__).resolve().parents[3]
-MODULES = ("sequence", "blocks", "plan", "waiting", "prefix", "scheduler", "lookup")
+MODULES = ("sequence", "tables", "blocks", "plan", "waiting", "prefix", "scheduler", "lookup")
 
 
 def make_scheduler(num_blocks: int = 64, block_size: int = 4, **options: int) -> Scheduler:
