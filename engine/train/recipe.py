@@ -81,7 +81,7 @@ class ModelSettings(Settings):
             if extra:
                 raise ValueError(f"{extra[0]} has no effect beside init_from (the checkpoint decides); remove it")
         elif self.family is None:
-            raise ValueError("give family (llama, qwen3, gpt2) for a new model or init_from for a checkpoint")
+            raise ValueError("give family (llama, qwen3, gpt2, ...) for a new model or init_from for a checkpoint")
         else:
             missing = [name for name, value in sizes.items() if value is None]
             if missing:

@@ -19,8 +19,8 @@ from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
 from trine.engine.model.checkpoint import open_checkpoint, read_config, resolve_checkpoint
-from trine.engine.model.config import DropoutConfig, ModelConfig, RopeConfig, default_ffn_width
-from trine.engine.model.families.registry import config_to_hf
+from trine.engine.model.config import DropoutConfig, ModelConfig, default_ffn_width
+from trine.engine.model.families.registry import FAMILIES, config_to_hf, new_config
 from trine.engine.model.lora_weights import ALL_LINEAR
 from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
@@ -30,21 +30,16 @@ from trine.engine.train.recipe import ModelSettings, Recipe
 from trine.engine.train.rounding import check_layers
 from trine.engine.train.teacher import find_teacher
 
-# The custom of each family for a new model; sizes come from the recipe.
-_ROPE_FAMILY: dict[str, Any] = {"norm": "rms", "positions": "rope", "mlp": "gated", "activation": "silu"}
+# Settings of a new model that are customary today, where the class defaults of the family's format are older.
 _CUSTOMS: dict[str, dict[str, Any]] = {
-    "llama": {**_ROPE_FAMILY, "norm_eps": 1e-5},
-    "qwen3": {**_ROPE_FAMILY, "norm_eps": 1e-6, "qk_norm": "head", "tie_embeddings": True},
-    "gpt2": {
-        "norm": "layer", "norm_eps": 1e-5, "positions": "learned", "rope": None, "mlp": "plain",
-        "activation": "gelu_tanh", "qkv_bias": True, "o_bias": True, "mlp_bias": True, "tie_embeddings": True,
-    },
-}  # fmt: skip
+    "llama": {"rms_norm_eps": 1e-5},
+    "qwen2": {"rope_theta": 1_000_000.0, "tie_word_embeddings": True},
+    "qwen3": {"rope_theta": 1_000_000.0, "tie_word_embeddings": True},
+}
 _SIZES = (
     "vocab_size", "num_kv_heads", "head_dim", "ffn_width", "max_positions", "tie_embeddings", "norm_eps", "init_std",
 )  # fmt: skip
 DEFAULT_RANK = 16
-_THETA = {"llama": 10_000.0, "qwen3": 1_000_000.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +114,8 @@ def new_model_config(model: ModelSettings, tokenizer: Tokenizer, *, default_posi
     assert model.width is not None
     assert model.num_layers is not None
     assert model.num_heads is not None
-    customs = _CUSTOMS.get(model.family or "")
-    if customs is None or model.family is None:
-        raise UsageError(f"model.family = {model.family!r} is not known; known: {', '.join(_CUSTOMS)}")
-    values = dict(customs)
+    if model.family is None or model.family not in FAMILIES:
+        raise UsageError(f"model.family = {model.family!r} is not known; known: {', '.join(FAMILIES)}")
     if model.head_dim is None and model.width % model.num_heads:
         raise UsageError(
             f"model.width = {model.width} is not a multiple of model.num_heads = {model.num_heads}; "
@@ -133,28 +126,34 @@ def new_model_config(model: ModelSettings, tokenizer: Tokenizer, *, default_posi
             f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
             "raise it or leave it out"
         )
-    if values["positions"] == "rope":
-        values["rope"] = RopeConfig(theta=model.rope_theta or _THETA[model.family])
-    elif model.rope_theta is not None:
+    sizes = {
+        "vocab_size": model.vocab_size or tokenizer.vocab_size,
+        "width": model.width,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.num_kv_heads or model.num_heads,
+        "head_dim": model.head_dim or model.width // model.num_heads,
+        "max_positions": model.max_positions or default_positions,
+        "ffn_width": model.ffn_width or model.width,
+    }
+    settings = _CUSTOMS.get(model.family, {})
+    if model.rope_theta is not None:
+        settings = {**settings, "rope_theta": model.rope_theta, "rotary_emb_base": model.rope_theta}
+    config = new_config(model.family, sizes=sizes, settings=settings)
+    if config.rope is None and model.rope_theta is not None:
         raise UsageError(f"model.rope_theta has no effect with family {model.family!r} (learned positions); remove it")
-    for key in ("norm_eps", "init_std", "tie_embeddings"):
-        if getattr(model, key) is not None:
-            values[key] = getattr(model, key)
-    config = ModelConfig(
-        family=model.family,
-        vocab_size=model.vocab_size or tokenizer.vocab_size,
-        width=model.width,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=model.head_dim or model.width // model.num_heads,
-        ffn_width=model.ffn_width or default_ffn_width(model.width, values["mlp"]),
-        max_positions=model.max_positions or default_positions,
+    config = replace(
+        config,
+        ffn_width=model.ffn_width or default_ffn_width(model.width, config.mlp),
         dropout=_dropout(model.dropout),
         bos_token_id=tokenizer.bos_id,
         eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         pad_token_id=tokenizer.pad_id,
-        **values,
+        **{
+            key: getattr(model, key)
+            for key in ("norm_eps", "init_std", "tie_embeddings")
+            if getattr(model, key) is not None
+        },
     )
     try:
         config_to_hf(config, "float32")  # what the family's format cannot hold must not first fail at the checkpoint

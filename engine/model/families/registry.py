@@ -99,6 +99,36 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return dict(sorted(hf.items()))
 
 
+def new_config(family: str, *, sizes: Mapping[str, int], settings: HfConfig) -> ModelConfig:
+    """The config of a new model: `sizes` in `ModelConfig`'s words, the rest as the class defaults of the family say.
+
+    `settings`: keys of config.json that replace defaults. Raises `UsageError` naming a size that the format cannot
+    have.
+    """
+    keys = {key: value for name, value in sizes.items() for key in _SIZE_KEYS[name]}
+    try:
+        config = config_from_hf({**keys, **settings, "model_type": FAMILIES[family].model_types[0]})
+    except CheckpointError as error:
+        raise UsageError(f"a new {family} model: {error}") from None
+    for name, value in sizes.items():
+        if getattr(config, name) != value:
+            raise UsageError(f"a {family} model has {name} = {getattr(config, name)} here, not {value}; leave it out")
+    return config
+
+
+# What each size is called in the files of one family or another.
+_SIZE_KEYS = {
+    "vocab_size": ("vocab_size",),
+    "width": ("hidden_size", "n_embd"),
+    "num_layers": ("num_hidden_layers", "n_layer"),
+    "num_heads": ("num_attention_heads", "n_head"),
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "ffn_width": ("intermediate_size", "n_inner", "ffn_dim"),
+    "max_positions": ("max_position_embeddings", "n_positions"),
+}
+
+
 def merge_generation_config(hf: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with the end tokens of generation_config.json, which are the ones meant for generating."""
     return {**hf, **{key: generation[key] for key in ("eos_token_id",) if generation.get(key) is not None}}

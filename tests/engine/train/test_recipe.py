@@ -51,7 +51,7 @@ BAD: list[tuple[str, str, str]] = [
     ('path = "prepared"', 'path = "prepared"\n' + SOURCES, 'give either path = "DIR" or sources'),
     ('path = "prepared"', 'sources = [{path = "a", wieght = 1}]', "did you mean 'data.sources.0.weight'?"),
     ('path = "prepared"', "path = 3", "data.path = 3 "),
-    ('family = "llama"\n', "", "give family (llama, qwen3, gpt2) for a new model or init_from"),
+    ('family = "llama"\n', "", "give family (llama, qwen3, gpt2, ...) for a new model or init_from"),
     ("width = 32\n", "", "width required for a new model"),
     ("width = 32", 'width = 32\ninit_from = "base"', "has no effect beside init_from"),
     ("width = 32", "width = 32\nmax_positions = 16", "data.seq_len = 32 exceeds model.max_positions = 16"),
