@@ -23,7 +23,7 @@ def quickstart(
     serve: Annotated[bool, typer.Option("--serve", help="In the end, serve the model over HTTP until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(metavar="N", help="Where to serve it; 0 takes a free one.")] = 8000,
 ) -> None:
-    """Train a small code model on this machine's own Python standard library, evaluate it and generate from it.
+    """Train a small code model on this machine's own Python standard library, evaluate, quantize and use it.
 
     The same command again continues an interrupted run, and with --serve serves a finished one.
     """
@@ -78,7 +78,7 @@ print(client.completions.create({fields}).choices[0].text)
 
 
 def _show_results(result: QuickstartResult) -> None:
-    from trine.engine.log import format_duration
+    from trine.engine.log import format_bytes, format_duration
     from trine.engine.train.quickstart import PROMPTS
 
     measured, completions = result.measured, result.completions
@@ -94,6 +94,11 @@ def _show_results(result: QuickstartResult) -> None:
         f"{measured.bits_per_byte:.4f} bits per byte\n"
         f"({measured.texts} files, {measured.tokens:,} tokens, window {measured.window}, stride {measured.stride})"
     )
+    assert result.variants is not None
+    print("\nquantized (bits per byte on a part of these files)\n             weights   bits per byte   tokens/s")
+    for one in result.variants:
+        size, rate = format_bytes(one.bytes), one.tokens_per_second
+        print(f"{one.name:10} {size:>9}   {one.bits_per_byte:13.4f}   {rate:8.1f}")
 
 
 def _say_what_is_next(result: QuickstartResult) -> None:
@@ -105,6 +110,6 @@ Next:
   the curves, samples and recipe of the run: open {result.report} in a browser
   trine generate {out} --prompt "def main():" --temperature 0.7
   trine eval {out} --data {out}/text/validation
-  trine serve {out}
+  trine serve {out}, or half the size: trine serve {out}/w8a8
   the same with other settings: trine train {out}/recipe.toml run.dir=runs/second optim.lr=5e-3
   your own text: trine tokenizer train, trine data prepare, then trine train with a recipe of your own""")

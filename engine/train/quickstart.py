@@ -5,6 +5,7 @@
     data        token shards                                                        OUT/data
     recipe      configs/quickstart.toml with as many steps as fit the time          OUT/recipe.toml, frozen
     training    the ordinary trainer                                                OUT/step-*, OUT/final
+    quantized   the model in 8 and in 4 bits, compared with itself                   OUT/w8a8, OUT/w4a16
     results     loss on the held-out files, completions, a page                     OUT/report.html
 
 It does nothing that the other commands cannot do; it only joins them. Each part is left alone where an earlier run has
@@ -42,6 +43,7 @@ from trine.engine.text.train_tokenizer import train_bpe
 from trine.engine.train import step as steps_of
 from trine.engine.train.loop import train
 from trine.engine.train.optim import Optimizer
+from trine.engine.train.quickstart_quantized import Variant, quantize_variants
 from trine.engine.train.recipe import Recipe, load_recipe
 from trine.engine.train.report import write_report
 from trine.engine.train.resolve import Setup, resolve
@@ -52,8 +54,8 @@ from trine.kernels.hardware import keep_freed_memory
 VOCAB_SIZE = 4096
 FEWEST_STEPS = 200
 WARM_STEPS, TIMED_STEPS = 2, 6
-# Seconds kept for what follows training and does not grow with the model: export, completions, the report.
-RESERVE_SECONDS = 20.0
+# Seconds kept for what follows training and hardly grows with the model: export, completions, quantizing, the report.
+RESERVE_SECONDS = 50.0
 # Share of the time left that is planned with: over minutes a machine is slower than over the few steps that are timed.
 PLANNED_SHARE = 0.9
 PROMPTS = (
@@ -66,7 +68,10 @@ SAMPLING = SamplingParams(max_tokens=80, temperature=0.5, top_p=0.95, seed=0)
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartResult:
-    """What a quickstart ended with. `measured` and `completions` are None where it was interrupted or done before."""
+    """What a quickstart ended with.
+
+    `measured`, `completions` and `variants` are None where it was interrupted or done before.
+    """
 
     out: Path
     state: str  # "finished", "interrupted", or "finished before"
@@ -74,6 +79,7 @@ class QuickstartResult:
     seconds: float
     measured: PerplexityResult | None = None
     completions: list[Completion] | None = None
+    variants: list[Variant] | None = None
     report: Path | None = None
 
 
@@ -117,6 +123,7 @@ def quickstart(
         if result.final_dir is None:
             return QuickstartResult(out=out, state="interrupted", steps=result.step, seconds=time.monotonic() - started)
     measured, completions = _measure(out)
+    variants = quantize_variants(out, read_texts([out / "text" / "validation"]))
     write_report(out)
     return QuickstartResult(
         out=out,
@@ -125,6 +132,7 @@ def quickstart(
         seconds=time.monotonic() - started,
         measured=measured,
         completions=completions,
+        variants=variants,
         report=report,
     )
 
