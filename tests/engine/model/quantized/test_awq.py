@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from trine.engine.errors import CheckpointError
+from trine.engine.model.quantized.compressed_tensors import Quantization, write_config
 from trine.engine.model.quantized.registry import read_format
 from trine.engine.model.quantized.scheme import make_scheme
 
@@ -17,6 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.entrypoints.convert import AutoAWQConverter
+    from compressed_tensors.quantization import QuantizationConfig
 
 ROWS, COLUMNS = 24, 256
 CONFIG: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -55,10 +57,11 @@ def test_weights_are_those_of_the_package_that_converts_them(read_layer: Any) ->
     converter = AutoAWQConverter(bits=4, group_size=32, ignore=[])
     given = {f"layer.{name}": tensor for name, tensor in tensors.items()}
     converted = {name.removeprefix("layer."): tensor for name, tensor in converter.process(given).items()}
-    config = converter.update_config(None)
-    assert config is not None
-    scheme = next(iter(config.config_groups.values()))
-    theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(converted, scheme)["weight"]
+    scheme = make_scheme("w4a16", group_size="32", symmetric=False)
+    config = QuantizationConfig.model_validate(write_config(Quantization(((("Linear",), scheme),))))
+    theirs = BaseCompressor.get_value_from_registry("pack-quantized").decompress(
+        converted, config.config_groups["group_0"]
+    )["weight"]
     ours = read_layer(CONFIG, tensors, ROWS, COLUMNS)[1].dequantize(torch.float32)
     assert torch.equal(ours.to(theirs.dtype), theirs)
 
