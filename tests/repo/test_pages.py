@@ -30,10 +30,10 @@ def settings_in(annotation: Any) -> type[Settings] | None:
 
 
 def recipe_keys(settings: type[Settings] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its default; `...` where it is required."""
+    """Every dotted key with its default; `...` where it is required. Sections themselves are none."""
     for name, field in settings.model_fields.items():
         inner = settings_in(field.annotation)
-        if inner is None or not isinstance(field.annotation, type):
+        if inner is None or (prefix and not isinstance(field.annotation, type)):
             yield prefix + name, ... if field.is_required() else field.default
         if inner is not None:
             yield from recipe_keys(inner, f"{prefix}{name}.")
