@@ -26,6 +26,7 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
 from trine.engine.model.families.registry import merge_generation_config
 from trine.engine.model.families.settings import write_eos
+from trine.engine.model.families.wrappers import text_settings, text_tensors
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized
 from trine.engine.model.quantized.plan import QuantizedRules, notes, quantized_rules, read_weight, split_weight
@@ -84,9 +85,9 @@ def read_config(folder: Path | str) -> ModelConfig:
 
 
 def read_hf_config(folder: Path | str) -> dict[str, Any]:
-    """config.json as it stands, but for the end tokens, which are those of generation_config.json."""
+    """config.json as it stands, of a multimodal folder the text part; with the end tokens of generation_config.json."""
     folder = Path(folder)
-    hf = read_json(folder / "config.json")
+    hf = text_settings(read_json(folder / "config.json"))
     if (folder / "generation_config.json").is_file():
         hf = merge_generation_config(hf, read_json(folder / "generation_config.json"))
     return hf
@@ -217,7 +218,11 @@ def save_model(
 
 
 def _normalised(files: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
-    """Tensors under the names of the full model: prefix added where a base class was saved, ignored ones dropped."""
+    """Tensors under the names of the full model: prefix added where a base class was saved, ignored ones dropped.
+
+    Of a multimodal folder those of the text part.
+    """
+    files = text_tensors(files)
     bare, head = not any(name.startswith(family.prefix) for name in files), f"{family.head}."
     stored = {
         family.prefix + name if bare and not name.startswith(head) else name: tensor for name, tensor in files.items()
@@ -260,19 +265,35 @@ def _check(
             expected.update(quantized[rule.stored].layout())
         else:
             expected[rule.stored] = (shape[::-1] if rule.transpose else shape), FLOATS
+    problems = _problems(expected, stored)
+    if problems:
+        raise CheckpointError(f"{folder} {'; it '.join(problems)}")
+
+
+def _problems(expected: Layout, stored: Mapping[str, StoredTensor]) -> list[str]:
+    """All that is wrong, of each kind the first ten in full."""
     missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors: {some_names(missing)}; is it complete?")
-    if unexpected:
-        raise CheckpointError(
-            f"{folder} holds {len(unexpected)} tensors that its config.json does not explain: {some_names(unexpected)}"
+    both = [(name, *expected[name], stored[name]) for name in sorted(expected.keys() & stored.keys())]
+    misshapen = [f"{name} {found.shape}, not {shape}" for name, shape, _, found in both if found.shape != shape]
+    mistyped = [
+        f"{name} in {found.kind}, not {'a float type' if kinds is FLOATS else ' or '.join(sorted(kinds))}"
+        for name, _, kinds, found in both
+        if found.kind not in kinds
+    ]
+    return [
+        f"{what.format(_tensors(names))}: {some_names(names, most=10)}"
+        for what, names in (
+            ("lacks {}", missing),
+            ("holds {} that its config.json does not explain", unexpected),
+            ("holds {} of another shape than its config.json asks for", misshapen),
+            ("holds {} of a wrong dtype", mistyped),
         )
-    for name, (shape, kinds) in expected.items():
-        if stored[name].shape != shape:
-            raise CheckpointError(f"{name} in {folder} has shape {stored[name].shape}; config.json asks for {shape}")
-        if stored[name].kind not in kinds:
-            wanted = "float64, float32, bfloat16 or float16" if kinds is FLOATS else " or ".join(sorted(kinds))
-            raise CheckpointError(f"{name} in {folder} is not stored in {wanted}")
+        if names
+    ]
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
 
 
 def _widest(tensors: Iterable[StoredTensor]) -> torch.dtype:

@@ -279,7 +279,7 @@ def test_leftovers_of_a_killed_run_are_replaced(checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale"), "lacks 1 tensors: model.layers.0.mlp.up_proj"),
+        (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale"), "lacks 1 tensor: model.layers.0.mlp.up_proj"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_g_idx": torch.zeros(128)}), "does not explain"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(256, 2)}), "has shape"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_packed": torch.ones(256, 16)}), "not stored in I32"),

@@ -122,7 +122,7 @@ def test_what_is_refused(make: Make, tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lacks 1 tensors"):
+    with pytest.raises(CheckpointError, match="lacks 1 tensor"):
         merge(base, adapter, tmp_path / "broken")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
 
