@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from trine.cli.options import Dtype
-
-if TYPE_CHECKING:
-    from trine.engine.quantize.calibration import Samples
 
 
 def quantize(
@@ -62,7 +59,8 @@ def quantize(
         int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128")
     ] = None,
     calibration_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of a sample.", show_default="512, or the model's context")
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a sample, held out or not.", show_default="512, or the context"),
     ] = None,
     evaluation: Annotated[
         list[Path] | None,
@@ -112,6 +110,7 @@ def quantize(
         missing = "CHECKPOINT" if checkpoint is None else "--scheme NAME" if scheme is None else "--out DIR"
         raise UsageError(f"{missing} is missing; see trine quantize --help")
 
+    from trine.cli.calibration import files_of, read_samples
     from trine.engine.env import DTYPES, set_threads
     from trine.engine.log import format_duration, say
     from trine.engine.model.checkpoint import resolve_checkpoint
@@ -132,8 +131,8 @@ def quantize(
         choose("dtype", dtype, DTYPES)
     set_threads(0)
     folder = resolve_checkpoint(checkpoint)
-    texts = _files(calibration, evaluation, more_data)
-    samples, held_out = _read(folder, *texts, calibration_samples, calibration_length)
+    texts = files_of(calibration, evaluation, more_data)
+    samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length)
     settings = Settings(
         scheme_name=scheme,
         scheme=chosen,
@@ -151,44 +150,3 @@ def quantize(
     report = quantize_checkpoint(folder, out, settings)
     print(json_format.dumps(report.to_json()) if json else table(report))
     say(f"{out} in {format_duration(report.seconds)}")
-
-
-def _files(
-    calibration: list[Path] | None, evaluation: list[Path] | None, more: list[Path] | None
-) -> tuple[list[Path], list[Path]]:
-    """An option takes one value: the files after the first one arrive as arguments."""
-    from trine.engine.errors import UsageError
-
-    if more and bool(calibration) == bool(evaluation):
-        raise UsageError(
-            f"is {more[0]} for --calibration or --eval? with both, write the option before each file"
-            if calibration
-            else f"{more[0]} is one argument too many; files stand behind --calibration or --eval"
-        )
-    files = [*(calibration or []), *((more or []) if calibration else [])]
-    return files, [*(evaluation or []), *((more or []) if evaluation else [])]
-
-
-def _read(
-    checkpoint: Path, calibration: list[Path], evaluation: list[Path], samples: int | None, length: int | None
-) -> tuple[Samples | None, Samples | None]:
-    """Samples to look at, and others to measure on."""
-    from trine.engine.errors import UsageError
-    from trine.engine.model.checkpoint import read_config
-    from trine.engine.quantize.calibration import read_calibration
-    from trine.engine.text.tokenizer import Tokenizer
-
-    for name, value in (("--calibration-samples", samples), ("--calibration-length", length)):
-        if value is not None and not calibration:
-            raise UsageError(f"{name} says how --calibration FILE is read; give such a file, or leave it out")
-    if not calibration and not evaluation:
-        return None, None
-    context, tokenizer = read_config(checkpoint).max_positions, Tokenizer.load(checkpoint)
-    found = held_out = None
-    if calibration:
-        found, held_out = read_calibration(
-            calibration, tokenizer, samples=samples, length=length, context=context, held_out=not evaluation
-        )
-    if evaluation:
-        held_out, _ = read_calibration(evaluation, tokenizer, samples=None, context=context)
-    return found, held_out
