@@ -31,7 +31,9 @@ from trine.engine.train.evaluation import Evaluator
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.mixing import tell_ended
+from trine.engine.train.model_card import model_card
 from trine.engine.train.optim import Optimizer
+from trine.engine.train.outcome import RunResult, explain, is_known
 from trine.engine.train.plan import plan_lines
 from trine.engine.train.profile import StepProfiler
 from trine.engine.train.progress import Progress
@@ -40,6 +42,7 @@ from trine.engine.train.resolve import Setup, resolve
 from trine.engine.train.resume import check_continuation
 from trine.engine.train.rollback import Divergence, Rollbacks, restore
 from trine.engine.train.run_folder import RunFolder
+from trine.engine.train.run_log import read_run
 from trine.engine.train.saver import Saver
 from trine.engine.train.schedule import lr_factor
 from trine.engine.train.signals import StopRequest
@@ -50,24 +53,6 @@ from trine.engine.train.subject_cost import training_flops_per_token
 from trine.engine.train.tensorboard import FOLDER as TENSORBOARD
 from trine.engine.train.tensorboard import TensorBoard
 from trine.kernels.hardware import keep_freed_memory, peak_flops
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """How a run ended. `reason`: "finished", "stopped-early", "interrupted" or "dry-run".
-
-    Losses are None where none was computed.
-    """
-
-    run_dir: Path
-    step: int
-    tokens: int
-    seconds: float
-    reason: str
-    loss: float | None = None
-    validation_loss: float | None = None
-    bits_per_byte: float | None = None
-    final_dir: Path | None = None
 
 
 def train(
@@ -218,24 +203,15 @@ class Trainer:
                 if not self._complete():
                     return self._interrupted(metrics)
                 return self._finish(metrics)
-        except (NonFiniteError, LossSpikeError) as error:
-            self.saver.wait()
-            self._log_saves(metrics)
-            self._end(metrics, "non-finite" if isinstance(error, NonFiniteError) else "spike")
-            latest = self.folder.latest()
-            kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written yet"
-            raise type(error)(
-                f"{error}; {kept}; lower the learning rate, warm up longer, or pass the data by: --on-spike rollback"
-            ) from None
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory.found_in(error):
+        except (NonFiniteError, LossSpikeError, MemoryError, RuntimeError) as error:
+            if not is_known(error):
                 raise
             self.subject.trained.zero_grad(set_to_none=True)  # room for what is left to do
             self.saver.wait()
             self._log_saves(metrics)
-            self._end(metrics, "out-of-memory")
-            latest = self.folder.latest()
-            raise out_of_memory.in_a_step(error, self.setup, step=self.step + 1, latest=latest) from None
+            reason, told = explain(error, self.setup, step=self.step + 1, latest=self.folder.latest())
+            self._end(metrics, reason)
+            raise told from None
         finally:
             self.profiler.close(self.step, tell=self.tell)
             if collecting:
@@ -359,9 +335,10 @@ class Trainer:
 
     def _finish(self, metrics: MetricsFile) -> RunResult:
         self._save(metrics, wait=True)
-        export = self.setup.recipe.export
-        with self.evaluator.weights(export.weights):
-            final = self.folder.export(self.subject.trained, self.setup.tokenizer, getattr(torch, export.dtype))
+        self.energy.update()
+        card = model_card(self.setup, read_run(self.folder.path), self._energy())
+        with self.evaluator.weights(self.setup.recipe.export.weights):
+            final = self.folder.export(self.subject.trained, self.setup, card)
         self.subject.finish(final)
         early = self.step < self.setup.recipe.train.steps
         if early:
@@ -377,7 +354,7 @@ class Trainer:
 
     def _end(self, metrics: MetricsFile, reason: str, final: Path | None = None) -> RunResult:
         self.energy.update()
-        energy = self.energy.summary(self.setup.recipe.energy.carbon_intensity)
+        energy = self._energy()
         say(energy_line(energy))
         metrics.write(
             "end",
@@ -400,3 +377,6 @@ class Trainer:
             bits_per_byte=None if validation is None else validation.bits_per_byte,
             final_dir=final,
         )
+
+    def _energy(self) -> dict[str, Any]:
+        return self.energy.summary(self.setup.recipe.energy.carbon_intensity)

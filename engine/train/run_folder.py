@@ -7,7 +7,7 @@
     save                   made by whoever wants a checkpoint now; removed when it is made
     tensorboard/           see tensorboard.py
     profile/               see profile.py
-    final/                 the trained model in export.dtype, once the run has ended
+    final/                 the trained model in export.dtype with its model card, once the run has ended
 
 A step folder appears whole or not at all (durable.py), `latest` is moved once it is on disk, and old ones are removed
 only after that. What is continued from is the newest step folder whose checksums are right: `latest` is for people and
@@ -23,11 +23,13 @@ import torch
 from safetensors import SafetensorError
 
 from trine.engine.errors import CheckpointError, StorageError, UsageError
-from trine.engine.log import format_bytes, warn
+from trine.engine.log import format_bytes, say, warn
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.durable import ASIDE, clear_leftovers, flush, remove_folder, write_file, write_folder
 from trine.engine.train.metrics import METRICS
+from trine.engine.train.model_card import CARD, write_card
 from trine.engine.train.recipe import RECIPE, CheckpointSettings, Recipe, load_recipe, recipe_toml
+from trine.engine.train.resolve import Setup
 from trine.engine.train.retention import SavedStep, steps_to_remove
 from trine.engine.train.step_folder import (
     Snapshot,
@@ -170,12 +172,17 @@ class RunFolder:
             raise self._storage_error(f"the checkpoint of step {snapshot.state.step}", error) from None
         return folder, num_bytes
 
-    def export(self, trained: Trained, tokenizer: Tokenizer, dtype: torch.dtype) -> Path:
-        """Write `final/`: the model or adapter in `dtype` with its tokenizer. Raises `StorageError`."""
+    def export(self, trained: Trained, setup: Setup, card: str) -> Path:
+        """Write `final/`: the model or adapter in `export.dtype`, its tokenizer and its card. Raises `StorageError`.
+
+        A card that was edited since an earlier end of the run is kept.
+        """
 
         def fill(aside: Path) -> None:
-            save_weights(trained, aside, dtype=dtype)
-            tokenizer.save(aside)
+            save_weights(trained, aside, dtype=getattr(torch, setup.recipe.export.dtype))
+            setup.tokenizer.save(aside)
+            if write_card(aside, card, before=self.path / FINAL):
+                say(f"{self.path / FINAL / CARD} was edited and stays as it is")
 
         try:
             write_folder(self.path / FINAL, fill)

@@ -23,6 +23,7 @@ MakeRecipe = Callable[..., Recipe]
 FIELDS = {
     "start": {
         "time", "environment", "parameters", "flops_per_token", "peak_flops", "peak_source", "steps", "tokens_per_step",
+        "trained_parameters",
     },
     "step": {
         "tokens", "loss", "lr", "muon_lr", "grad_norm", "tokens_per_second", "mfu", "seconds", "memory_bytes",

@@ -79,12 +79,16 @@ def test_a_step_without_room_names_the_piece_and_leaves_the_checkpoint(
     assert train(make_recipe(checkpoint={"every": 2}, train={"micro_batch_size": 2})).reason == "finished"
 
 
-def test_the_remedy_fits_what_is_already_small(make_recipe: MakeRecipe, greedy: Any) -> None:
+def test_the_remedy_fits_what_is_already_small(make_recipe: MakeRecipe, tmp_path: Path, greedy: Any) -> None:
     greedy(greedy_torch)
     with pytest.raises(OutOfMemoryError, match=r"train\.checkpoint_activations=true.*no checkpoint was written yet"):
         train(make_recipe(train={"micro_batch_size": 1}))
     with pytest.raises(OutOfMemoryError, match=r"a piece is one sequence already: shorten data\.seq_len"):
-        train(make_recipe(train={"micro_batch_size": 1, "checkpoint_activations": True}, run={"dir": "elsewhere"}))
+        train(
+            make_recipe(
+                train={"micro_batch_size": 1, "checkpoint_activations": True}, run={"dir": str(tmp_path / "other")}
+            )
+        )
 
 
 def test_a_model_without_room_says_what_it_needs(
