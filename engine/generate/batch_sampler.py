@@ -112,7 +112,7 @@ def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: S
     # What an error was is asked now: the next step writes its logits over these.
     found_2R = torch.stack((tokens_R, logits_RV.amax(1).isfinite().to(tokens_R.dtype)))
     host_2R = torch.empty(found_2R.shape, dtype=found_2R.dtype, pin_memory=True).copy_(found_2R, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
     return Chosen(tokens_R.clamp(min=0), _host_2R=host_2R, _copied=copied)
 
