@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from trine.engine.quantize.report import NAME
 
@@ -97,3 +98,82 @@ def test_a_run_folder_is_resolved(trine: Trine, tiny_checkpoint: Path, tmp_path:
     shutil.copytree(tiny_checkpoint, tmp_path / "run/final")
     assert trine("quantize", tmp_path / "run", "--scheme", "w8a8", "--out", tmp_path / "out")[0] == 0
     assert trine("quantize", "--check", tmp_path / "out")[0] == 0
+
+
+def test_calibrated_methods_read_their_text(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text, more = tmp_path / "a.txt", tmp_path / "b.txt"
+    text.write_text("the cat sat on the mat\n" * 300)
+    more.write_text("def add(first, second):\n    return first + second\n" * 100)
+    options = ("--scheme", "w4a16", "--group-size", "32", "--method", "gptq", "--calibration", text, more)
+    status, printed, said = trine("quantize", tiny_checkpoint, *options, "--out", tmp_path / "out")
+    assert status == 0, said
+    report = json.loads((tmp_path / "out" / NAME).read_text())
+    assert [file["name"] for file in report["calibration"]["files"]] == ["a.txt", "b.txt"]
+    assert report["calibration"]["length"] == 64
+    assert 0.5 < report["quality"]["top1_agreement"] <= 1
+    assert report["speed"]["decode_after"] > 0
+    for word in ("quality  perplexity", "KL divergence", "speed    decoding", "of outputs"):
+        assert word in printed
+    page = (tmp_path / "out/quantize_report.html").read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http-equiv", "").replace('"http://www.w3.org', "")
+
+
+def test_gpt2_is_written_as_gptq_alone(trine: Trine, tmp_path: Path) -> None:
+    import transformers
+
+    from trine.engine.model.checkpoint import load_model
+
+    config = transformers.GPT2Config(vocab_size=64, n_embd=128, n_layer=1, n_head=4, n_positions=32)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    options = ("--scheme", "w4a16", "--group-size", "32", "--no-speed")
+    status, _, said = trine("quantize", tmp_path / "gpt2", *options, "--out", tmp_path / "refused")
+    assert status == 1
+    assert "--format gptq does" in said
+    status, _, said = trine("quantize", tmp_path / "gpt2", *options, "--format", "gptq", "--out", tmp_path / "out")
+    assert status == 0, said
+    models = [
+        load_model(tmp_path / "gpt2"),
+        load_model(tmp_path / "out"),
+        load_model(tmp_path / "out", dequantize=True),
+    ]
+    ids = torch.arange(1, 31)[None]
+    with torch.no_grad():
+        exact, quantized, oracle = (model.logits(model(ids)) for model in models)
+    assert float((quantized - oracle).norm() / oracle.norm()) < 1e-4
+    assert 1e-4 < float((quantized - exact).norm() / exact.norm()) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "gptq"), "give text with --calibration FILE"),
+        (("--calibration", "T"), "method rtn does not look at the inputs"),
+        (("--calibration-samples", "3"), "--calibration-samples says how --calibration FILE is read"),
+        (("--calibration-length", "3"), "--calibration-length says how text is read"),
+        (("--method", "awq", "--scheme", "w8a8", "--calibration", "T"), "method awq does not fit scheme w8a8"),
+        (("--format", "gtpq"), "there is no format 'gtpq'; known: compressed-tensors, gptq; did you mean gptq?"),
+        (("--format", "gptq", "--asymmetric", "--group-size", "32"), "--format gptq does not hold"),
+        (("--override", "x"), "is not PATTERN=SCHEME"),
+        (("--max-memory", "much"), "'much' is no size"),
+        (("--max-memory", "1KiB"), "--max-memory is 1.0 KiB; give at least that"),
+        (("--calibration", "T", "--eval", "T", "T"), "for --calibration or --eval? with both, write the option before"),
+        (("--method", "gptq", "--calibration", "E"), "the file is empty"),
+        (("--method", "gptq", "--calibration", "S"), "less than one sample of 64 tokens"),
+        (("--dtype", "float8"), "there is no dtype 'float8'"),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, tuple) else "",
+)
+def test_what_does_not_fit_together_is_one_line(
+    trine: Trine, tiny_checkpoint: Path, tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    for name, content in (("T", "the cat sat on the mat\n" * 300), ("E", ""), ("S", "the cat")):
+        (tmp_path / name).write_text(content)
+    given = [tmp_path / option if option in ("T", "E", "S") else option for option in options]
+    scheme = () if "--scheme" in options else ("--scheme", "w4a16")
+    size = () if "--group-size" in options or "w8a8" in options else ("--group-size", "32")
+    status, _, said = trine("quantize", tiny_checkpoint, *scheme, *size, *given, "--out", tmp_path / "out")
+    assert status in (1, 2)
+    assert words in said
+    assert said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["E", "S", "T"]
