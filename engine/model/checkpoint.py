@@ -27,9 +27,17 @@ from trine.engine.model.families import FAMILIES, Family, TensorRule, config_fro
 from trine.engine.model.families.registry import merge_generation_config
 from trine.engine.model.families.settings import write_eos
 from trine.engine.model.families.wrappers import text_settings, text_tensors
+from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.format import Layout
-from trine.engine.model.quantized.layers import install, is_quantized
-from trine.engine.model.quantized.plan import QuantizedRules, notes, quantized_rules, read_weight, split_weight
+from trine.engine.model.quantized.layers import install, is_quantized, replace_linear
+from trine.engine.model.quantized.plan import (
+    QuantizedRule,
+    QuantizedRules,
+    notes,
+    quantized_rules,
+    read_weight,
+    split_weight,
+)
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.transformer import Transformer
@@ -133,21 +141,29 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     dequantize: bool = False,
+    keep_codes: bool = False,
 ) -> Transformer:
     """A model in evaluation mode, its weights in `dtype` (None: as stored, the widest where files mix).
 
     Quantized weights keep their codes, and the model then takes no gradients; with `dequantize` they become numbers in
-    `dtype`. Raises `CheckpointError` naming the file, key or shape that is wrong.
+    `dtype`. Codes that no kernel multiplies become numbers too, but with `keep_codes` they stay codes, decoded at every
+    use (`quantized/coded.py`). Raises `CheckpointError` naming the file, key or shape that is wrong.
     """
     with open_checkpoint(folder) as opened:
         model, stored, quantized = opened.model, opened.stored, opened.quantized
         dtype = dtype or _widest(stored[rule.stored] for rule in opened.rules if rule.stored not in quantized)
-        kept = {} if dequantize else {name: one for name, one in quantized.items() if one.scheme is not None}
-        for line in () if dequantize else notes(quantized):
+        coded = {rule.stored for rule in opened.rules if keep_codes and len(rule.ours) == 1}
+        kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
+        kept = {} if dequantize else kept
+        told = {name: one for name, one in quantized.items() if name not in kept or one.scheme is not None}
+        for line in () if dequantize else notes(told):
             say(line)
         for rule in opened.rules:
-            if rule.stored in kept:
-                _install(model, rule, read_weight(kept[rule.stored], stored).to(device))
+            one = kept.get(rule.stored)
+            if one is not None and one.scheme is None:
+                _install_codes(model, rule, one, stored)
+            elif one is not None:
+                _install(model, rule, read_weight(one, stored).to(device))
         model = model.to(dtype).to_empty(device=device)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -177,6 +193,14 @@ def _install(model: Transformer, rule: TensorRule, weight: QuantizedTensor | Ten
     rows = [model.get_parameter(name).shape[0] for name in rule.ours]
     for name, part in zip(rule.ours, split_weight(rule, weight, rows), strict=True):
         install(model, name.removesuffix(".weight"), part.weight(), part.order_K)
+
+
+def _install_codes(
+    model: Transformer, rule: TensorRule, one: QuantizedRule, stored: Mapping[str, StoredTensor]
+) -> None:
+    tensors = {name: stored[f"{one.path}.{name}"].read() for name in one.encoding.layout}
+    [name] = rule.ours
+    replace_linear(model, name.removesuffix(".weight"), lambda old, _: CodedLinear(one.encoding, tensors, old.bias))
 
 
 def save_model(

@@ -55,7 +55,7 @@ def adapt(setup: Setup) -> tuple[Transformer, LoraWeights]:
 
 
 def _frozen(setup: Setup, folder: Path) -> Transformer:
-    model = load_model(folder, dtype=setup.compute_dtype, device=setup.device)
+    model = load_model(folder, dtype=setup.compute_dtype, device=setup.device, keep_codes=True)
     # A checkpoint's config holds dropout only in part.
     dropout = setup.config.dropout
     model.config = replace(model.config, dropout=dropout)

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from trine.engine.errors import StorageError, UsageError
 from trine.engine.log import format_bytes, progress
-from trine.engine.model.checkpoint import Opened, open_checkpoint
+from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.families import TensorRule
 from trine.engine.model.lora import Adapter, read_adapter
 from trine.engine.model.lora_base import check_base
 from trine.engine.model.quantized.plan import read_weight
 from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.tensor import QuantizedTensor
-from trine.engine.model.weight_files import read_json, write_json, write_weights
+from trine.engine.model.weight_files import write_json, write_weights
 from trine.engine.train.durable import write_folder
 
 # What a checkpoint holds beside weights and config.json.
@@ -76,7 +76,7 @@ def merge(base: Path, adapter: Path, out: Path) -> Merged:
                 for path in base.glob(pattern):
                     if path.is_file():
                         shutil.copy(path, folder)
-            config = read_json(base / "config.json")
+            config = read_hf_config(base)
             write_json(folder / "config.json", {key: value for key, value in config.items() if key not in CONFIG_KEYS})
 
         out.parent.mkdir(parents=True, exist_ok=True)

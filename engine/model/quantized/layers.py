@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trine.engine.errors import UsageError
 from trine.engine.model.blocks import MLP
 from trine.engine.model.layers import Linear
+from trine.engine.model.quantized.coded import CodedLinear
 from trine.kernels.mlp.activation import activate, gated
 from trine.kernels.quantized.op import Weight, quantized_gated, quantized_linear
 from trine.kernels.quantized.packing import PackedWeight
@@ -109,6 +110,16 @@ def _alike(gate_layer: QuantizedLinear, up_layer: QuantizedLinear) -> bool:
 
 def install(model: nn.Module, name: str, weight: Weight, order_K: Tensor | None = None) -> None:
     """Replace the `Linear` of that name by a quantized one with this weight, its columns for the inputs `order_K`."""
+
+    def make(old: Linear, parent: nn.Module) -> QuantizedLinear:
+        assert (weight.num_features, weight.width) == tuple(old.weight.shape), name
+        return QuantizedLinear(weight, old.bias, _shared(parent, order_K))
+
+    replace_linear(model, name, make)
+
+
+def replace_linear(model: nn.Module, name: str, make: Callable[[Linear, nn.Module], nn.Module]) -> None:
+    """Put what `make` makes of the `Linear` of that name, and of the layer around it, in its place."""
     path, _, last = name.rpartition(".")
     parent: Any = model.get_submodule(path)
     if isinstance(parent, MLP):
@@ -116,8 +127,7 @@ def install(model: nn.Module, name: str, weight: Weight, order_K: Tensor | None 
         model.set_submodule(path, parent)
     old = getattr(parent, last)
     assert isinstance(old, Linear), name
-    assert (weight.num_features, weight.width) == tuple(old.weight.shape), name
-    setattr(parent, last, QuantizedLinear(weight, old.bias, _shared(parent, order_K)))
+    setattr(parent, last, make(old, parent))
 
 
 def _shared(parent: nn.Module, order_K: Tensor | None) -> Tensor | None:
@@ -131,4 +141,4 @@ def _shared(parent: nn.Module, order_K: Tensor | None) -> Tensor | None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model is quantized."""
-    return any(isinstance(part, QuantizedLinear) for part in model.modules())
+    return any(isinstance(part, QuantizedLinear | CodedLinear) for part in model.modules())
