@@ -2,12 +2,13 @@
 
     python -m trine.benchmarks.kill_loop --kills 100
 
-For each case (fp32 and bf16, AdamW and Muon, accumulation, dropout, packed documents, two sources) one run is left
-alone; others are killed with SIGKILL and continued with `--resume auto` until they finish. A kill comes either before a
-random operation on a file of the run folder (opening, flushing, renaming, removing: so in the middle of saving too), or
-after a random time. With `--power-loss` the part of every file that was not flushed to the disk is cut off as well, as
-when the machine goes down; names in folders are kept. In the end metrics, weights and optimizer state must be equal
-to the bit, and after no kill may the newest complete checkpoint be older than before it.
+For each case (fp32 and bf16, AdamW and Muon, accumulation, dropout, packed documents, two sources, averaged weights,
+event files) one run is left alone; others are killed with SIGKILL and continued with `--resume auto` until they
+finish. A kill comes either before a random operation on a file of the run folder (opening, flushing, renaming,
+removing: so in the middle of saving too), or after a random time. With `--power-loss` the part of every file that was
+not flushed to the disk is cut off as well, as when the machine goes down; names in folders are kept. In the end
+metrics, weights, their averages and optimizer state must be equal to the bit, and after no kill may the newest
+complete checkpoint be older than before it.
 
 The hooks live in the process that is killed, a fork of this one: production code knows nothing of them.
 """
@@ -49,11 +50,20 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"compute_dtype": "bfloat16", "micro_batch_size": 2},
         "optim": {"name": "muon"},
     },
-    "muon-fp32-foreground": {"optim": {"name": "muon"}, "checkpoint": {"background": False}},
-    "adamw-bf16": {"train": {"compute_dtype": "bfloat16"}},
+    "muon-fp32-foreground-ema": {
+        "optim": {"name": "muon"},
+        "ema": {"decay": 0.9},
+        "checkpoint": {"background": False},
+        "export": {"weights": "ema"},
+    },
+    "adamw-bf16-ema-events": {
+        "train": {"compute_dtype": "bfloat16"},
+        "ema": {"decay": 0.9, "warmup_steps": 3},
+        "log": {"tensorboard": True},
+    },
 }
 KINDS = ("step", "eval", "sample")
-TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes"}
+TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "joules"}
 PATIENCE_SECONDS = 300
 _WATCHED = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"}
 
@@ -180,11 +190,27 @@ def difference(alone: Path, other: Path) -> str | None:
     last = (alone / "latest").read_text().strip()
     if (other / "latest").read_text().strip() != last:
         return "latest"
-    for file in (f"{last}/model.safetensors", f"{last}/state/optimizer.safetensors", "final/model.safetensors"):
+    if num_events(alone) != num_events(other):
+        return "tensorboard"
+    files = (f"{last}/model.safetensors", f"{last}/state/optimizer.safetensors", f"{last}/state/ema.safetensors")
+    for file in (*files, "final/model.safetensors"):
+        if not (alone / file).exists() and not (other / file).exists():
+            continue  # a case without averages
         ours, theirs = load_file(alone / file), load_file(other / file)
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
             return file
     return None
+
+
+def num_events(run: Path) -> int:
+    """Records in a run's event files: a length of 8 bytes, its checksum, the data, its checksum."""
+    count = 0
+    for path in (run / "tensorboard").glob("events*"):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            place += 16 + int.from_bytes(data[place : place + 8], "little")
+            count += 1
+    return count
 
 
 def computed(run: Path) -> list[dict[str, Any]]:
@@ -271,7 +297,7 @@ def recipes(sources: Sequence[Path], *, steps: int, threads: int) -> Callable[..
             "run": {"dir": str(run_dir)},
         }
         for section, values in changes.items():
-            table[section] = {**table[section], **values}
+            table[section] = {**table.get(section, {}), **values}
         return parse(Recipe, table, origin="kill loop")
 
     return make

@@ -38,6 +38,7 @@ class MemoryEstimate:
     logits: int
     saving: int  # the copy that is written in the background
     frozen: int = 0  # an adapter's base, a teacher
+    averages: int = 0  # of the weights
 
     @property
     def total(self) -> int:
@@ -56,14 +57,16 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     optimizer = round(FP32_BYTES * by_muon + 2 * moment_bytes * (parameters - by_muon))
     # On a GPU the copy lies in host memory. The last checkpoint is written without one.
     copied = recipe.checkpoint.background and recipe.checkpoint.every and setup.device.type == "cpu"
+    averages = parameters * FP32_BYTES if recipe.ema.decay else 0
     return MemoryEstimate(
         weights=parameters * FP32_BYTES * (1 if recipe.quantization is None else 2),  # the exact ones lie aside
         gradients=parameters * FP32_BYTES,
         optimizer=optimizer,
         activations=tokens * _activations_per_token(config, recipe.train.checkpoint_activations) * itemsize,
         logits=rows * config.vocab_size * itemsize,
-        saving=parameters * FP32_BYTES + optimizer if copied else 0,
+        saving=parameters * FP32_BYTES + optimizer + averages if copied else 0,
         frozen=frozen_bytes(setup),
+        averages=averages,
     )
 
 

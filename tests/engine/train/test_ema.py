@@ -17,7 +17,7 @@ from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.train import step as steps
 from trine.engine.train.ema import Ema
 from trine.engine.train.loop import train
-from trine.engine.train.recipe import EmaSettings, Recipe
+from trine.engine.train.recipe import AdapterSettings, EmaSettings, Recipe
 from trine.engine.train.step_folder import read_state
 
 MakeRecipe = Callable[..., Recipe]
@@ -139,6 +139,26 @@ def test_the_loss_of_the_averages_decides_where_they_are_exported(
     train(make_recipe(**settings, train={"steps": 10}))  # now the weights as they are decide
     assert "what decides was validation, averaged weights, is validation: patience" in capsys.readouterr().err
     assert read_state(tmp_path / "run" / "step-00000010").early_stopping[1] == 10
+
+
+def test_averages_of_an_adapter_and_of_weights_that_are_rounded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """They are of what is trained, they compute, and they are what is exported."""
+    train(make_recipe(run={"dir": str(tmp_path / "base")}))
+    settings = {**AVERAGED, "eval": {"every": 8}}
+    rounded = make_recipe(**settings, quantization={"scheme": "w8a16"}, run={"dir": str(tmp_path / "rounded")})
+    plain = make_recipe(**settings, run={"dir": str(tmp_path / "adapter")})
+    base = plain.model.model_validate({"init_from": str(tmp_path / "base")})
+    adapted = plain.model_copy(update={"model": base, "adapter": AdapterSettings(rank=2)})
+    for recipe, file in ((rounded, "model.safetensors"), (adapted, "adapter_model.safetensors")):
+        train(recipe)
+        raw, averaged = evaluations(recipe.run.dir)
+        assert raw["loss"] != averaged["loss"]
+        last, final = (load_file(recipe.run.dir / name / file) for name in ("step-00000008", "final"))
+        found = averages(recipe.run.dir, 8)
+        assert len(final) == len(last) == len(found)
+        assert not all(torch.equal(final[key], last[key]) for key in final)
+        totals = [sum(float(tensor.double().sum()) for tensor in tensors.values()) for tensors in (final, found)]
+        assert totals[0] == pytest.approx(totals[1])
 
 
 def test_averaging_may_begin_in_a_run_that_goes_on(make_recipe: MakeRecipe, tmp_path: Path) -> None:

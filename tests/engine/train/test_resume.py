@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adamw-8-bit": {"optim": {"state_dtype": "int8"}},
     "gpt2-adamw": {"model": {"family": "gpt2", "dropout": 0.1}},
 }  # fmt: skip
-TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "time"}
+TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "joules", "time"}
 
 
 def records(run: Path) -> list[dict[str, Any]]:
