@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 PYTEST_ARGS ?= -n 2 --dist loadfile
+# The interpreter's tests share nothing, and few files hold most of their time.
+INTERPRETER_ARGS ?= -n 2 --dist worksteal
 .DEFAULT_GOAL = help
 .PHONY: setup quickstart test test-slow lint types aot gpu bench docs help
 
@@ -12,11 +14,12 @@ quickstart: setup ## train a small code model here and generate from it
 	$(BIN)/trine quickstart
 test: lint types ## lint, types and the fast tests; kernels in the interpreter and compiled in processes of their own
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" $(PYTEST_ARGS) tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" $(INTERPRETER_ARGS) tests/interpreter
 	$(BIN)/python -m trine.kernels.aot --check
 test-slow: $(VENV)/.develop $(VENV)/triton-3.6 $(VENV)/lm-eval ## the wide and long tests; kernels compiled for sm_90 with the oldest triton too
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -k every_pair $(PYTEST_ARGS) tests/kernels/test_attention_support.py
+	TRITON_INTERPRET=1 $(BIN)/pytest -m slow $(INTERPRETER_ARGS) tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -k every_pair $(INTERPRETER_ARGS) tests/kernels/test_attention_support.py
 	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m trine.kernels.aot --targets sm_90
 lint: $(VENV)/.develop ## ruff: rules and format
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

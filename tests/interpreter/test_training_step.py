@@ -37,7 +37,10 @@ def steps(model: str, out: Path, *, interpreted: bool) -> tuple[dict[str, Tensor
         return {name: file.get_tensor(name) for name in names}, {name.partition(".")[0] for name in kernels}
 
 
-@pytest.mark.parametrize("model", USED)
+# Each takes minutes of a core: one of them with every commit, the others with the slow tests.
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[pytest.mark.slow] if name != "qwen3" else []) for name in USED]
+)
 def test_training_steps_equal_the_torch_path(model: str, tmp_path: Path) -> None:
     found, used = steps(model, tmp_path / "triton.safetensors", interpreted=True)
     expected, none = steps(model, tmp_path / "torch.safetensors", interpreted=False)
