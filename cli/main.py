@@ -11,7 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
-from trine.cli import bench, data, data_inspect, doctor, generate, merge, quantize, quickstart, report, serve, tokenizer, train
+from trine.cli import (
+    bench,
+    data,
+    data_inspect,
+    doctor,
+    generate,
+    import_gguf,
+    merge,
+    quantize,
+    quickstart,
+    report,
+    serve,
+    tokenizer,
+    train,
+)
 from trine.cli import eval as evaluate
 
 # typer's error for a wrong command line: the base of its one public class of that kind.
@@ -52,6 +66,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
+app.command("import")(import_gguf.import_gguf)
 app.command("quantize")(quantize.quantize)
 app.command("serve")(serve.serve)
 app.command("report")(report.report)

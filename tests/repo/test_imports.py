@@ -20,6 +20,7 @@ FLOORS = {
     "trine.engine": 10,  # config, errors, env, log
     "trine.engine.model": 20,
     "trine.engine.text": 20,
+    "trine.engine.convert": 30,
     "trine.engine.data": 30,
     "trine.engine.generate": 40,
     "trine.engine.evaluate": 50,

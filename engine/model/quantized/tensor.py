@@ -73,10 +73,10 @@ class QuantizedTensor:
 
     def split(self, name: str, parts: Sequence[Tensor]) -> list[QuantizedTensor]:
         """Several weights, each of the outputs with these numbers. Raises `CheckpointError` where that cuts a block."""
-        return [self] if len(parts) == 1 else [self._rows(name, rows) for rows in parts]
+        return [self] if len(parts) == 1 else [self.outputs(name, rows) for rows in parts]
 
-    def _rows(self, name: str, rows: Tensor) -> QuantizedTensor:
-        """The weight of some of its outputs."""
+    def outputs(self, name: str, rows: Tensor) -> QuantizedTensor:
+        """The weight of the outputs with these numbers. Raises `CheckpointError` where that cuts a block."""
         of_scales = rows
         if self.scheme.strategy == "block":
             first, count = int(rows[0]), len(rows)

@@ -125,6 +125,6 @@ def test_a_damaged_gptq_folder_is_named(checkpoint: Path, tmp_path: Path) -> Non
     save_file(tensors, folder / "model.safetensors")
     found = check_folder(folder)
     assert found == [
-        "model.layers.0.mlp.up_proj.scales has 1 scales that are not positive numbers",
+        "model.layers.0.mlp.up_proj.scales has 1 scales that are not finite numbers",
         "model.layers.1.mlp.down_proj has columns in the order of activations, which vLLM does not read",
     ]

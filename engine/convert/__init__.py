@@ -1,0 +1,1 @@
+"""Checkpoints of other programs made into Hugging Face folders."""
