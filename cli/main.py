@@ -19,6 +19,7 @@ from trine.cli import (
     generate,
     import_gguf,
     merge,
+    prune,
     quantize,
     quickstart,
     report,
@@ -68,6 +69,7 @@ app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)
 app.command("import")(import_gguf.import_gguf)
 app.command("quantize")(quantize.quantize)
+app.command("prune")(prune.prune)
 app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.add_typer(bench.app, name="bench")

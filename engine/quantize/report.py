@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trine.engine.log import format_bytes, format_duration
@@ -79,9 +80,23 @@ class Report:
 def measure(
     path: str, w_NK: Tensor, quantized: QuantizedTensor, inputs: InputStatistics | None, bytes_before: int
 ) -> LayerReport:
-    """The report of one layer."""
+    """The report of one layer that was quantized."""
+    kept_NK, scheme = quantized.dequantize(torch.float32), quantized.scheme.describe()
+    return layer_report(path, w_NK, kept_NK, scheme, inputs, bytes_before, quantized.num_bytes)
+
+
+def layer_report(
+    path: str,
+    w_NK: Tensor,
+    kept_NK: Tensor,
+    scheme: str,
+    inputs: InputStatistics | None,
+    bytes_before: int,
+    bytes_after: int,
+) -> LayerReport:
+    """The report of one layer whose weight is now `kept_NK`."""
     exact = w_NK.float()
-    difference = quantized.dequantize(exact.dtype).sub_(exact)
+    difference = kept_NK.float() - exact
     num_features, width = w_NK.shape
     output_error = None
     if inputs is not None:
@@ -90,9 +105,9 @@ def measure(
     return LayerReport(
         path=path,
         shape=(num_features, width),
-        scheme=quantized.scheme.describe(),
+        scheme=scheme,
         bytes_before=bytes_before,
-        bytes_after=quantized.num_bytes,
+        bytes_after=bytes_after,
         relative_error=_ratio(difference, exact),
         largest_error=float(difference.abs().max()),
         output_error=output_error,
@@ -129,7 +144,7 @@ def page(report: Report) -> str:
         if about
     ]
     return make_page(
-        title=f"{Path(report.checkpoint).name}, quantized to {report.scheme} by {report.method}",
+        title=f"{Path(report.checkpoint).name}: {report.scheme} by {report.method}",
         facts=summary(report),
         errors=by_kind((kind_of(layer.path), _error(layer)) for layer in report.layers),
         what="Relative error of outputs" if outputs else "Relative error of weights",

@@ -33,7 +33,7 @@ from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.weight_files import StoredTensor, read_json, write_weights
 from trine.engine.quantize.calibration import Samples
-from trine.engine.quantize.choices import HEAD, Override, choose_layers, quantization_of
+from trine.engine.quantize.choices import Override, choose_layers, quantization_of
 from trine.engine.quantize.layer import LayerWork, check_finite
 from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.methods import Choice
@@ -91,11 +91,7 @@ def quantize_checkpoint(checkpoint: Path, out: Path, settings: Settings) -> Repo
     is not finite, `StorageError` where the disk is too small.
     """
     started = time.monotonic()
-    if out.exists():
-        raise UsageError(f"{out} exists already; give --out a folder that does not")
-    hf = read_hf_config(checkpoint)
-    if any(hf.get(key) is not None for key in CONFIG_KEYS):
-        raise CheckpointError(f"{checkpoint} is quantized already; give the checkpoint it was made from")
+    check_folders(checkpoint, out)
     _check_calibration(settings)
     with open_checkpoint(checkpoint) as opened:
         run = _Run(checkpoint, opened, settings)
@@ -103,6 +99,23 @@ def quantize_checkpoint(checkpoint: Path, out: Path, settings: Settings) -> Repo
             check_room(work.folder, run.expected_bytes())
             quality = run.quantize_layers(work)
             return run.write(work, quality, started)
+
+
+def check_folders(checkpoint: Path, out: Path) -> None:
+    """Raises where `out` exists (`UsageError`), or the checkpoint is none or quantized (`CheckpointError`)."""
+    if out.exists():
+        raise UsageError(f"{out} exists already; give --out a folder that does not")
+    hf = read_hf_config(checkpoint)
+    if any(hf.get(key) is not None for key in CONFIG_KEYS):
+        raise CheckpointError(f"{checkpoint} is quantized already; give the checkpoint it was made from")
+
+
+def copy_companions(checkpoint: Path, folder: Path) -> None:
+    """Copy what a checkpoint holds beside weights and config.json."""
+    for pattern in _COMPANIONS:
+        for path in checkpoint.glob(pattern):
+            if path.is_file():
+                shutil.copy(path, folder)
 
 
 def _check_calibration(settings: Settings) -> None:
@@ -120,15 +133,12 @@ class _Run:
 
     def __init__(self, checkpoint: Path, opened: Opened, settings: Settings) -> None:
         self.checkpoint, self.opened, self.settings = checkpoint, opened, settings
-        paths = [
-            name.removesuffix(".weight")
-            for name, (rule, _, _) in linear_rules(opened.model, opened.rules).items()
-            if rule.ours != (HEAD,)
-        ]
+        linear = linear_rules(opened.model, opened.rules).values()
+        paths = [rule.stored.removesuffix(".weight") for rule, _, _ in linear]
         self.layers = choose_layers(opened, settings.scheme, settings.overrides, transposes=settings.writer.transposes)
         for layer in self.layers.values():
             settings.writer.check(layer.scheme)
-        self.quantization = quantization_of(self.layers.values(), [*paths, _HEAD], settings.scheme)
+        self.quantization = quantization_of(self.layers.values(), dict.fromkeys([*paths, _HEAD]), settings.scheme)
         widest = max((opened.stored[rule.stored].dtype for rule in opened.rules), key=lambda dtype: dtype.itemsize)
         assert widest is not None
         self.dtype = settings.dtype or inference_dtype(widest, torch.device("cpu"))[0]
@@ -191,10 +201,7 @@ class _Run:
                 max_shard_bytes=shard_bytes,
                 num_parameters=parameters,
             )
-        for pattern in _COMPANIONS:
-            for path in self.checkpoint.glob(pattern):
-                if path.is_file():
-                    shutil.copy(path, work.folder)
+        copy_companions(self.checkpoint, work.folder)
         settings.writer.write_config(work.folder, read_json(self.checkpoint / "config.json"), self.quantization)
         before, after = sum(tensor.num_bytes for tensor in self.opened.stored.values()), sum(sizes.values())
         speed, why_no_speed = self._speed(work.folder, before + after)

@@ -1,0 +1,91 @@
+"""`trine prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trine.cli.options import Dtype
+
+
+def prune(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="An unquantized Hugging Face folder, or a run folder.")
+    ],
+    more_data: Annotated[
+        list[Path] | None, typer.Argument(metavar="--calibration FILE or --eval FILE", hidden=True)
+    ] = None,
+    sparsity: Annotated[
+        str,
+        typer.Option(metavar="SHARE", help="How many weights become 0, such as 0.5; or 2:4, two of four stay."),
+    ] = "0.5",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="magnitude; with --calibration wanda, which looks at inputs too.")
+    ] = "magnitude",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to write; it must not exist.  [required]")
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE...", help="Text, .jsonl lines or conversations, for wanda."),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128")
+    ] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of a sample.", show_default="512, or the model's context")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE...",
+            help="Text to measure on, before and after.",
+            show_default="a part of the calibration data that is held out",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind the layers that an interrupted run finished.")
+    ] = False,
+    dtype: Dtype = "auto",
+    json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on one line.")] = False,
+) -> None:
+    """Set the weights that matter least to 0, and report what that costs.
+
+    The result is a dense checkpoint of the same size. It can be trained on, and quantized.
+    """
+    import json as json_format
+
+    from trine.cli.calibration import files_of, read_samples
+    from trine.engine.env import DTYPES, set_threads
+    from trine.engine.errors import UsageError
+    from trine.engine.log import format_duration, say
+    from trine.engine.model.checkpoint import resolve_checkpoint
+    from trine.engine.model.quantized.scheme import choose
+    from trine.engine.quantize.prune import METHODS, parse_sparsity
+    from trine.engine.quantize.prune_run import PruneSettings, prune_checkpoint
+    from trine.engine.quantize.report import table
+
+    if out is None:
+        raise UsageError("--out DIR is missing; see trine prune --help")
+    wanted = parse_sparsity(sparsity)
+    choose("method", method, METHODS)
+    if dtype != "auto":
+        choose("dtype", dtype, DTYPES)
+    set_threads(0)
+    folder = resolve_checkpoint(checkpoint)
+    texts = files_of(calibration, evaluation, more_data)
+    samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length)
+    settings = PruneSettings(
+        method=method,
+        sparsity=wanted,
+        calibration=samples,
+        evaluation=held_out,
+        dtype=DTYPES.get(dtype),
+        resume=resume,
+    )
+    report = prune_checkpoint(folder, out, settings)
+    print(json_format.dumps(report.to_json()) if json else table(report))
+    say(f"{out} in {format_duration(report.seconds)}")
