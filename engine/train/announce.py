@@ -10,6 +10,7 @@ from trine.engine.env import load_average, physical_cores
 from trine.engine.log import format_bytes, format_duration, say, warn
 from trine.engine.model.cost import count_parameters
 from trine.engine.train.energy import EnergyMeter
+from trine.engine.train.evaluation import who_decides
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.mixing import source_lines
@@ -108,6 +109,8 @@ def announce(setup: Setup, meter: Meter, *, peak_source: str) -> None:
     train = setup.recipe.train
     for line in source_lines(setup.stream, num_samples=train.steps * train.batch_size, batch_size=train.batch_size):
         say(line)
+    if decides := who_decides(setup.recipe):
+        say(decides)
     if meter.peak_flops:
         say(f"MFU is the share of a {peak_source} peak of {meter.peak_flops / 1e12:.3g} TFLOP/s")
     load, cores = load_average()[0], physical_cores()

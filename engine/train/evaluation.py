@@ -17,7 +17,7 @@ from trine.engine.train.ema import Ema
 from trine.engine.train.meters import Meter
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.progress import Progress
-from trine.engine.train.recipe import OWN_SET
+from trine.engine.train.recipe import OWN_SET, Recipe
 from trine.engine.train.resolve import Setup
 from trine.engine.train.subject import Subject
 from trine.engine.train.validation import ValidationResult, sample, validate
@@ -60,8 +60,7 @@ class Evaluator:
     @property
     def judge(self) -> str:
         """What decides, in words: the set, and the weights where they are not the trained ones as they are."""
-        average = ", averaged weights" if self.setup.recipe.export.weights == "ema" else ""
-        return f"{self.setup.recipe.eval.main}{average}"
+        return judge_of(self.setup.recipe)
 
     def why_finished(self) -> str:
         """Why it is time to stop early."""
@@ -134,6 +133,19 @@ class Evaluator:
                 seed=recipe.train.seed,
                 compute_dtype=self.setup.compute_dtype,
             )
+
+
+def judge_of(recipe: Recipe) -> str:
+    """See `Evaluator.judge`."""
+    average = ", averaged weights" if recipe.export.weights == "ema" else ""
+    return f"{recipe.eval.main}{average}"
+
+
+def who_decides(recipe: Recipe) -> str | None:
+    """A line that names the loss by which a run decides, where it decides anything."""
+    by_it = {"early stopping": recipe.eval.patience, "checkpoint.keep_best": recipe.checkpoint.keep_best}
+    used = [name for name, count in by_it.items() if count]
+    return f"{' and '.join(used)} by the loss of: {judge_of(recipe)}" if used else None
 
 
 def _described(name: str, entries: list[Evaluation]) -> str:

@@ -202,6 +202,8 @@ def _speed_tiles(log: RunLog) -> Iterator[Tile]:
         yield Tile("Energy", format_energy(energy["joules"]), remark)
     elif joules:
         yield Tile("Energy", format_energy(joules[-1]), "so far")
+    elif energy:
+        yield Tile("Energy", "unknown", "; ".join(energy["uncounted"]))
 
 
 def _evaluations(log: RunLog) -> dict[str, list[Any]]:

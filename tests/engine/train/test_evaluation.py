@@ -81,7 +81,9 @@ def test_the_set_named_by_the_recipe_decides(
     judged = {"every": 2, "patience": 2, "sets": {"whole": str(sets["whole"])}, "main": "whole"}
     result = train(make_recipe(**settings, eval=judged))
     assert (result.reason, result.step, result.validation_loss) == ("stopped-early", 8, 2.6)
-    assert "the validation loss (whole) has not fallen for 2 evaluations since step 4 (2.0" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "early stopping and checkpoint.keep_best by the loss of: whole\n" in err
+    assert "the validation loss (whole) has not fallen for 2 evaluations since step 4 (2.0" in err
     kept = sorted((tmp_path / "run").glob("step-*"))
     assert [folder.name for folder in kept] == ["step-00000004", "step-00000008"]
     assert (read_state(kept[0]).judge, read_state(kept[0]).validation_loss) == ("whole", 2.0)
