@@ -81,9 +81,8 @@ class Engine:
         self._model = model.eval()
         self._intake = Intake(tokenizer, end_ids(model, tokenizer), model.config.max_positions)
         parts = assemble(model, tokenizer.vocab_size, config, draft)
-        self._pool, self._scheduler, self._runner, self._drafter = (
-            parts.pool, parts.scheduler, parts.runner, parts.drafter,
-        )  # fmt: skip
+        self._pool, self._scheduler = parts.pool, parts.scheduler
+        self._runner, self._drafter = parts.runner, parts.drafter
         self._overlaps = model.device.type == "cuda" if config.overlap is None else config.overlap
         self._entries: dict[str, Entry] = {}
         self._drafts: dict[Sequence, Draft] = {}  # for the step that verifies them
@@ -144,9 +143,8 @@ class Engine:
             reads_cache=params.prompt_logprobs is None,
         )
         self._scheduler.add(sequence)
-        self._entries[request.id] = Entry(
-            request, {0: sequence}, {0: completion}, matcher=matcher, forked=params.n == 1
-        )
+        forked = params.n == 1
+        self._entries[request.id] = Entry(request, {0: sequence}, {0: completion}, matcher=matcher, forked=forked)
 
     def abort(self, request_id: str) -> None:
         """Forget a request: nothing of it is computed or returned any more. Unknown ids are passed over."""

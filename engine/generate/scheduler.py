@@ -31,7 +31,7 @@ from trine.engine.generate.blocks import BlockPool
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.prefix import better_waits, catch_up, find, promise
 from trine.engine.generate.sequence import Sequence, State
-from trine.engine.generate.tables import grow, lacking, share
+from trine.engine.generate.tables import add_draft, grow, lacking, share
 from trine.engine.generate.waiting import WaitingQueue, work
 
 # So many of the queue are passed over in one step because they wait for what others compute.
@@ -359,24 +359,12 @@ class Scheduler:
         return True
 
     def _add_drafts(self, decoding: list[Chunk], budget: int) -> None:
-        """Lengthen decoding chunks by their drafts, as far as budget, blocks and the sequence's limit allow."""
+        """Lengthen decoding chunks by their drafts, as far as they fit."""
         for chunk in decoding:
-            sequence = chunk.sequence
-            if not sequence.draft:
-                continue
-            # One token is chosen after the last draft token, so the draft must leave room for it.
-            limit = min(budget, sequence.max_total_tokens - len(sequence.tokens) - 1)
-            room = len(sequence.blocks) + self.pool.num_free - self._num_running
-            limit = min(limit, max(room, len(sequence.blocks)) * self.pool.block_size - chunk.start - 1)
+            limit, sequence = budget, chunk.sequence
             if self.longer_beyond is not None and not sequence.longer:
                 limit = min(limit, self.longer_beyond - len(sequence.tokens))
-            del sequence.draft[max(limit, 0) :]
-            chunk.num_draft = len(sequence.draft)
-            chunk.count += chunk.num_draft
-            budget -= chunk.num_draft
-            missing = self.pool.blocks_for(chunk.start + chunk.count) - len(sequence.blocks)
-            if missing > 0:
-                sequence.blocks += self.pool.allocate(missing)
+            budget -= add_draft(self.pool, chunk, limit, spare=self._num_running)
 
     def _grew_longer(self, sequence: Sequence) -> bool:
         return self.longer_beyond is not None and not sequence.longer and len(sequence.tokens) > self.longer_beyond

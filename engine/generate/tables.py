@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trine.engine.generate.blocks import BlockPool
-from trine.engine.generate.plan import Plan
+from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.sequence import Sequence
 
 
@@ -24,6 +24,28 @@ def grow(pool: BlockPool, sequence: Sequence, plan: Plan) -> None:
         plan.copies.append((shared, block))
         pool.release([shared])
         sequence.blocks[index] = block
+
+
+def add_draft(pool: BlockPool, chunk: Chunk, limit: int, *, spare: int) -> int:
+    """Lengthen a decoding chunk by its sequence's draft; returns the tokens taken.
+
+    What goes beyond `limit` tokens, the end of the sequence, or the blocks there are is cut off the draft. `spare`
+    blocks stay free.
+    """
+    sequence = chunk.sequence
+    if not sequence.draft:
+        return 0
+    # One token is chosen after the last draft token, so the draft must leave room for it.
+    limit = min(limit, sequence.max_total_tokens - len(sequence.tokens) - 1)
+    room = len(sequence.blocks) + max(pool.num_free - spare, 0)
+    limit = min(limit, room * pool.block_size - chunk.start - 1)
+    del sequence.draft[max(limit, 0) :]
+    chunk.num_draft = len(sequence.draft)
+    chunk.count += chunk.num_draft
+    missing = pool.blocks_for(chunk.start + chunk.count) - len(sequence.blocks)
+    if missing > 0:
+        sequence.blocks += pool.allocate(missing)
+    return chunk.num_draft
 
 
 def share(pool: BlockPool, sequence: Sequence) -> None:
