@@ -24,7 +24,9 @@ from trine.engine.errors import DataError
 from trine.engine.text.token_bytes import token_bytes
 
 # Text files that belong to a tokenizer and travel with it unchanged.
-COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
+COMPANIONS = ("special_tokens_map.json", CHAT_TEMPLATE)
 
 
 class Tokenizer:
@@ -63,8 +65,10 @@ class Tokenizer:
                 # Older folders name the special tokens only here; tokenizer_config.json wins where it speaks.
                 extra = {key: value for key, value in _read_json(folder / name).items() if key.startswith(_ROLES)}
                 settings = {**extra, **settings}
+            templates = (path for path in folder.glob(f"{MORE_CHAT_TEMPLATES}/*.jinja"))
+            names = [*COMPANIONS, *sorted(path.relative_to(folder).as_posix() for path in templates)]
             companions = {
-                name: (folder / name).read_text(encoding="utf-8") for name in COMPANIONS if (folder / name).is_file()
+                name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()
             }
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read the tokenizer in {folder}: {error}") from None
@@ -80,7 +84,8 @@ class Tokenizer:
         settings = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
         files = {"tokenizer.json": self._definition, "tokenizer_config.json": settings, **self._companions}
         for name, text in files.items():
-            aside = folder / f".{name}.partial"
+            aside = (folder / name).with_name(f".{Path(name).name}.partial")
+            aside.parent.mkdir(exist_ok=True)
             aside.write_text(text, encoding="utf-8")
             aside.replace(folder / name)
 
@@ -96,6 +101,11 @@ class Tokenizer:
         tokenizer = self._parsing if parse_special else self._verbatim
         encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text`, special tokens in it parsed, and the stretch of characters that each stands for."""
+        encoding = self._parsing.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary are a `DataError`."""
@@ -163,15 +173,23 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates that came with the tokenizer, by name; see `trine.engine.text.chat`."""
+        files = {name: text for name, text in self._companions.items() if name.endswith(".jinja")}
+        if files:  # files of their own win over the settings
+            return {"default" if name == CHAT_TEMPLATE else Path(name).stem: text for name, text in files.items()}
+        found = self._settings.get("chat_template")
+        entries = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        return {
+            str(entry["name"]): entry["template"]
+            for entry in entries
+            if isinstance(entry, dict) and "name" in entry and isinstance(entry.get("template"), str)
+        }
+
+    @property
     def chat_template(self) -> str | None:
-        """The text of the chat template that came with the tokenizer, if any; see `trine.engine.text.chat`."""
-        if "chat_template.jinja" in self._companions:
-            return self._companions["chat_template.jinja"]
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        """The default one of `chat_templates`, if there is any."""
+        return self.chat_templates.get("default")
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
@@ -201,7 +219,7 @@ class Tokenizer:
         return by_id if isinstance(by_id, int) else None
 
 
-_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 def _build(definition: str) -> tokenizers.Tokenizer:
