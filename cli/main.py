@@ -23,6 +23,7 @@ from trine.cli import (
     quantize,
     quickstart,
     report,
+    rotate,
     serve,
     tokenizer,
     train,
@@ -70,6 +71,7 @@ app.command("merge")(merge.merge)
 app.command("import")(import_gguf.import_gguf)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
+app.command("rotate")(rotate.rotate)
 app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.add_typer(bench.app, name="bench")
