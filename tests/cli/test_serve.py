@@ -27,12 +27,20 @@ def settings_of(trine: Trine, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: 
     return settings
 
 
-def test_a_draft_model_guesses_four_tokens_unless_told_otherwise(settings_of: Callable[..., ServerSettings]) -> None:
-    asked = [((), 0, None), (("--speculate", 2), 2, None)]
-    asked += [(("--draft", "small"), 4, "small"), (("--draft", "small", "--speculate", 7), 7, "small")]
-    for options, speculate, draft in asked:
-        start = settings_of(*options).start
-        assert (start.speculate, start.draft) == (speculate, draft)
+@pytest.mark.parametrize(
+    ("options", "speculate", "draft"),
+    [
+        ([], 0, None),
+        (["--speculate", "2"], 2, None),
+        (["--draft", "small"], 4, "small"),
+        (["--draft", "small", "--speculate", "7"], 7, "small"),
+    ],
+)
+def test_a_draft_model_guesses_four_tokens_unless_told_otherwise(
+    settings_of: Callable[..., ServerSettings], options: list[str], speculate: int, draft: str | None
+) -> None:
+    start = settings_of(*options).start
+    assert (start.speculate, start.draft) == (speculate, draft)
 
 
 def test_adapters_become_names_and_folders(settings_of: Callable[..., ServerSettings]) -> None:
