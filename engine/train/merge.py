@@ -24,7 +24,7 @@ from trine.engine.errors import StorageError, UsageError
 from trine.engine.log import format_bytes, progress
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.families import TensorRule
-from trine.engine.model.lora import Adapter, read_adapter
+from trine.engine.model.lora import Adapter, LowRank, read_adapter
 from trine.engine.model.lora_base import check_base
 from trine.engine.model.quantized.plan import read_weight
 from trine.engine.model.quantized.registry import CONFIG_KEYS
@@ -93,14 +93,9 @@ class _Sums:
     def __init__(self, opened: Opened, adapter: Adapter) -> None:
         self._opened, self._adapter = opened, adapter
         self._rules = {rule.stored: rule for rule in opened.rules}
-        parameters = dict(opened.model.named_parameters())
-        self._rows = {rule.stored: [len(parameters[name]) for name in rule.ours] for rule in opened.rules}
         plain = [opened.stored[rule.stored].dtype for rule in opened.rules if rule.stored not in opened.quantized]
         self._dtype = reduce(torch.promote_types, [dtype for dtype in plain if dtype is not None])
-        self.shapes = {
-            rule.stored: _shape(rule, sum(self._rows[rule.stored]), tuple(parameters[rule.ours[0]].shape))
-            for rule in opened.rules
-        }
+        self.shapes = {name: self._shape(name) for name in self._rules}
         self._squares = {"weights": 0.0, "change": 0.0, "lost": 0.0}
         self._layers = 0
         self._ticks = progress(range(len(self._rules)), total=len(self._rules), what="merging")
@@ -117,23 +112,30 @@ class _Sums:
     def make(self, name: str) -> Tensor:
         """The tensor of that name in the result."""
         next(self._ticks, None)
-        rule = self._rules[name]
+        rule, quantized = self._rules[name], self._opened.quantized.get(name)
         parts = [self._adapter.parts.get(each.removesuffix(".weight")) for each in rule.ours]
-        if name in self._opened.quantized:
-            read = read_weight(self._opened.quantized[name], self._opened.stored)
-            weight = read.dequantize(torch.float32) if isinstance(read, QuantizedTensor) else read
+        changed = any(part is not None for part in parts)
+        if quantized is None:
+            stored = self._opened.stored[name].read()
+            if not changed:
+                return stored
+            weight_NK = stored.T if rule.transpose else stored
         else:
-            weight = self._opened.stored[name].read()
-            weight = weight.T if rule.transpose else weight
-        if any(part is not None for part in parts):
-            changes = [
-                torch.zeros(rows, weight.shape[1])
-                if part is None
-                else part.scale * (part.b_FR.float() @ part.a_RC.float())
-                for part, rows in zip(parts, self._rows[name], strict=True)
+            codes = read_weight(quantized, self._opened.stored)
+            weight_NK = codes.dequantize(torch.float32) if isinstance(codes, QuantizedTensor) else codes
+        if changed:
+            weight_NK = self._add(name, weight_NK.float(), self._change(rule, parts, weight_NK.shape[1]))
+        return (weight_NK.T if rule.transpose else weight_NK).to(self._dtype_of(name)).contiguous()
+
+    def _change(self, rule: TensorRule, parts: list[LowRank | None], width: int) -> Tensor:
+        """scale B A of every layer in a tensor, joined as the tensor is: [N, K] in fp32."""
+        rows = [len(self._opened.model.get_parameter(name)) for name in rule.ours]
+        return rule.join(
+            [
+                torch.zeros(count, width) if part is None else part.scale * (part.b_FR.float() @ part.a_RC.float())
+                for part, count in zip(parts, rows, strict=True)
             ]
-            weight = self._add(name, weight.float(), rule.join(changes))
-        return (weight.T if rule.transpose else weight).to(self._dtype_of(name)).contiguous()
+        )
 
     def _add(self, name: str, weight_NK: Tensor, change_NK: Tensor) -> Tensor:
         total_NK = weight_NK + change_NK
@@ -146,10 +148,15 @@ class _Sums:
         return rounded_NK
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        stored = self._opened.stored.get(name)
-        if name in self._opened.quantized or stored is None or stored.dtype is None:
-            return self._dtype
-        return stored.dtype
+        stored = None if name in self._opened.quantized else self._opened.stored[name].dtype
+        return self._dtype if stored is None else stored
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        quantized = self._opened.quantized.get(name)
+        if quantized is None:
+            return self._opened.stored[name].shape
+        shape = quantized.num_features, quantized.width
+        return shape[::-1] if self._rules[name].transpose else shape
 
     def result(self) -> Merged:
         """Once all are made."""
@@ -162,11 +169,6 @@ class _Sums:
             quantized=bool(self._opened.quantized),
             num_bytes=self.num_bytes,
         )
-
-
-def _shape(rule: TensorRule, rows: int, ours: tuple[int, ...]) -> tuple[int, ...]:
-    shape = (rows, *ours[1:])
-    return shape[::-1] if rule.transpose else shape
 
 
 def _existing(folder: Path) -> Path:

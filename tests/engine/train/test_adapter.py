@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import load_model
+from trine.engine.model.quantized.scheme import make_scheme
+from trine.engine.quantize.methods import METHODS
+from trine.engine.quantize.run import Settings, quantize_checkpoint
 from trine.engine.train import loop
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe
@@ -83,6 +86,7 @@ def test_resume_is_bit_identical(make_lora: MakeRecipe, tmp_path: Path, monkeypa
     settings: dict[str, Any] = {
         "adapter": {"rank": 4, "dropout": 0.3}, "model": {"dropout": 0.1}, "checkpoint": {"every": 2},
         "train": {"micro_batch_size": 2, "checkpoint_activations": True}, "eval": {"every": 3},
+        "ema": {"decay": 0.9}, "export": {"weights": "ema"},
     }  # fmt: skip
     assert train(make_lora(run="whole", **settings)).reason == "finished"
     original = loop.Trainer._one_step
@@ -110,6 +114,23 @@ def test_resume_is_bit_identical(make_lora: MakeRecipe, tmp_path: Path, monkeypa
     names = {file.name for file in (whole / "step-00000006").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "state"} <= names
     assert "model.safetensors" not in names
+
+
+def test_on_a_quantized_base_it_is_an_adapter_for_the_original_too(
+    make_lora: MakeRecipe, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("w4a16", "w8a8"):
+        scheme = make_scheme(name, group_size="32" if name == "w4a16" else None)
+        settings = Settings(scheme_name=name, scheme=scheme, method_name="rtn", method=METHODS["rtn"])
+        quantize_checkpoint(bases["llama"], tmp_path / name, settings)
+    train(make_lora(tmp_path / "w4a16", train={"steps": 8}, eval={"every": 4}))
+    first, last = losses(tmp_path / "lora", "eval")
+    assert last < first
+    with_peft(bases["llama"], tmp_path / "lora" / "final", torch.arange(8)[None])
+    adapter = {"init_from": str(tmp_path / "lora")}
+    train(make_lora(run="original", adapter=adapter))
+    with pytest.raises(UsageError, match=r"w8a8 quantizes activations too .* and so has no gradients"):
+        train(make_lora(tmp_path / "w8a8", run="refused", adapter=adapter))
 
 
 def test_only_the_adapter_is_trained_and_kept(make_lora: MakeRecipe, tmp_path: Path) -> None:
