@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 # Floor of the bound in roundings (half a unit in the last place) of the largest exact value. In fp32 the plain
 # computation's own error is down to luck, so more are allowed.
 FLOOR_ROUNDINGS = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 8.0}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases in fp16, whose kernels are those of bf16, are slow tests: a third of the time of all."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and isinstance(item, pytest.Function):
+            callspec = getattr(item, "callspec", None)
+            if callspec is not None and torch.float16 in callspec.params.values():
+                item.add_marker(pytest.mark.slow)
 
 
 class Compare:
