@@ -153,7 +153,7 @@ def draw(
             axes.legend(title=legend, frameon=False, labelcolor=text, alignment="left").get_title().set_color(text)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    readout = {
+    readout: dict[str, object] = {
         "area": [left, above, 1 - right, 1 - bottom],
         "x": list(x_range),
         "name": x_name,

@@ -33,7 +33,7 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """The weights have made `step` steps."""
-        averages, weights = list(self._averages.values()), list(self._parameters.values())
+        averages, weights = self._lists()
         if step <= self.settings.warmup_steps:
             torch._foreach_copy_(averages, weights)
             return
@@ -53,6 +53,10 @@ class Ema:
             for name, parameter in self._parameters.items():
                 parameter.data = weights[name]
 
+    def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and weights in one order."""
+        return list(self._averages.values()), [parameter.data for parameter in self._parameters.values()]
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name (not copies)."""
         return dict(self._averages)
@@ -65,7 +69,7 @@ class Ema:
         """
         self.updates = updates
         if not tensors:
-            torch._foreach_copy_(list(self._averages.values()), list(self._parameters.values()))
+            torch._foreach_copy_(*self._lists())
             return
         odd = sorted(tensors.keys() ^ self._averages.keys()) + [
             name for name, tensor in self._averages.items() if name in tensors and tensors[name].shape != tensor.shape

@@ -131,7 +131,7 @@ def _usage(recipe: Recipe) -> str:
 
 def _evaluation(log: RunLog) -> str:
     """The last evaluation of every set and kind of weights."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (set_name(key), f"{records[-1]['step']:,}", _number(records[-1], "loss"), _number(records[-1], "bits_per_byte"))
         for key, records in log.evaluations_by().items()
     ]
@@ -144,7 +144,7 @@ def _evaluation(log: RunLog) -> str:
 
 
 def _data(recipe: Recipe) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for source in recipe.data.mixed:
         split = read_manifest(source.path)["splits"]["train"]
         counts = format_count(split["num_tokens"]), format_count(split["num_documents"])

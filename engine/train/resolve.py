@@ -184,8 +184,8 @@ def _open_stream(recipe: Recipe) -> SampleStream:
     wanted = recipe.train.steps * recipe.train.batch_size
     if stream.num_samples is not None and wanted > stream.num_samples:
         raise UsageError(
-            f"train.steps = {recipe.train.steps} of train.batch_size = {recipe.train.batch_size} take {wanted} samples, "
-            f"but max_epochs and max_tokens of the sources allow {stream.num_samples} in all, enough for "
+            f"train.steps = {recipe.train.steps} of train.batch_size = {recipe.train.batch_size} take {wanted} "
+            f"samples, but max_epochs and max_tokens of the sources allow {stream.num_samples} in all, enough for "
             f"{stream.num_samples // recipe.train.batch_size} steps; train for fewer, or raise a limit"
         )
     return stream

@@ -148,6 +148,7 @@ def load_ema(ema: Ema | None, folder: Path, *, updates: int) -> None:
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
+    return tensors

@@ -25,6 +25,15 @@ def test_report_is_written_where_asked_and_its_path_printed(trine: Trine, tmp_pa
     assert trine("report", run) == (0, f"{run / 'report.html'}\n", "")
 
 
+def test_several_runs_are_written_side_by_side(trine: Trine, tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    page = tmp_path / "page.html"
+    assert trine("report", *runs, "--out", page) == (0, f"{page}\n", "")
+    assert "2 runs compared" in page.read_text()
+    status, shown, complaints = trine("report", runs[0], tmp_path / "nowhere", "--out", page)
+    assert (status, shown, complaints.count("\n")) == (2, "", 1)
+
+
 def test_missing_run_is_wrong_usage(trine: Trine, tmp_path: Path) -> None:
     status, shown, complaints = trine("report", tmp_path / "nowhere")
     assert (status, shown) == (2, "")

@@ -68,6 +68,13 @@ BAD = [
     (["run.dir=recipe.toml"], 2, "is a file"),
     (["run.dir=prepared"], 2, "not empty"),
     (["--resume", "nowhere"], 2, "--resume nowhere"),
+    (["export.weights=ema"], 2, 'export.weights = "ema" needs an average of the weights; set ema.decay'),
+    (["eval.every=1", "eval.sets.code=nowhere"], 1, "no prepared data in nowhere"),
+    (["eval.every=1", "eval.main=code"], 2, "eval.main = 'code' is no set of this run; there are validation"),
+    (["--profile", "3:2"], 2, "--profile '3:2' should be FIRST:LAST"),
+    (["--profile", "4:9"], 2, "--profile 4:9: no such step is left to train, only 1 to 3"),
+    (["--lr-range", "1:0.1"], 2, "--lr-range '1:0.1' should be MIN:MAX"),
+    (["--lr-range", "1e-6:1", "--dry-run"], 2, "--dry-run has no effect beside --lr-range"),
 ]
 
 
@@ -89,6 +96,17 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert lines[0].startswith("trine: ")
     assert message in lines[0]
     assert sorted(workplace.rglob("*")) == before
+
+
+def test_a_range_test_prints_where_its_curve_is_and_leaves_no_run(
+    trine: Trine, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    run = tmp_path / "run"
+    status, out, err = trine("train", "recipe.toml", f"run.dir={run}", "--lr-range", "1e-4:1:20")
+    assert (status, out) == (0, f"{tmp_path / 'run.lr-range.json'}\n")
+    assert "optim.lr = " in err or "no suggestion: " in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lr-range.json", "run.lr-range.svg"]
 
 
 def test_a_missing_recipe_is_wrong_usage(trine: Trine) -> None:

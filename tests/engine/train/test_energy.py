@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from trine.engine.train import energy_counters
 from trine.engine.train.energy import EnergyMeter, co2e_grams, energy_line, format_energy, format_mass
 from trine.engine.train.energy_counters import Counters, NvmlBoard, find_counters
 
@@ -155,7 +154,7 @@ def test_a_gpu_is_counted_by_its_driver(machine: Path, monkeypatch: pytest.Monke
     driver, gpu = FalseDriver(), torch.device("cuda", 0)
     properties = SimpleNamespace(name="Some GPU", uuid="1234-ab")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(energy_counters.ctypes, "CDLL", lambda _: driver)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: driver)
     driver.millijoules = 10_000
     board = NvmlBoard(gpu)
     assert driver.asked == b"GPU-1234-ab"

@@ -20,6 +20,8 @@ from trine.engine.train.loop import train
 from trine.engine.train.meters import Meter
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.resolve import resolve
+from trine.engine.train.saver import Saver
+from trine.engine.train.validation import validate
 
 MakeRecipe = Callable[..., Recipe]
 STEP_SECONDS, PAUSE_SECONDS = 0.5, 100.0
@@ -52,8 +54,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(loop, "Meter", functools.partial(Meter, clock=lambda: now[0]))
     monkeypatch.setattr(steps, "accumulate_gradients", slow(steps.accumulate_gradients, STEP_SECONDS))
-    monkeypatch.setattr(loop.Saver, "save", slow(loop.Saver.save, PAUSE_SECONDS))
-    monkeypatch.setattr(evaluation, "validate", slow(evaluation.validate, PAUSE_SECONDS))
+    monkeypatch.setattr(Saver, "save", slow(Saver.save, PAUSE_SECONDS))
+    monkeypatch.setattr(evaluation, "validate", slow(validate, PAUSE_SECONDS))
     return now
 
 
