@@ -147,7 +147,7 @@ def _form(weights: Mapping[str, Any], inputs: Any, stored: Any) -> Form | None:
     """The form of a group; None where Trine does not read it."""
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
     symmetric, size, order = weights.get("symmetric", True), weights.get("group_size"), weights.get("actorder")
-    packing: Packing | None = "float-quantized" if kind == "float" else "int-quantized"
+    packing: Packing = "float-quantized" if kind == "float" else "int-quantized"
     if stored == "pack-quantized":
         packing = "pack-quantized"
     elif stored not in (packing, "naive-quantized"):

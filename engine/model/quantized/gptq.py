@@ -160,7 +160,8 @@ def _decode(
 def _wrapped(codes: Tensor, bits: int) -> Tensor:
     """Signed codes modulo 2^bits."""
     half = 2 ** (bits - 1)
-    return (((codes + half) & (2**bits - 1)) - half).to(torch.int8)
+    wrapped: Tensor = (((codes + half) & (2**bits - 1)) - half).to(torch.int8)
+    return wrapped
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

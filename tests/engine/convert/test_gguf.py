@@ -208,7 +208,7 @@ def test_a_byte_level_tokenizer_gives_the_same_ids(pre: str, begin: bool, tmp_pa
     original = _bpe({"gpt-2": _ALPHABET, "smollm": _DIGITS}[pre])
     vocabulary = sorted(original.get_vocab(), key=original.token_to_id)
     merges = [" ".join(pair) for pair in json.loads(original.to_str())["model"]["merges"]]
-    metadata = {
+    metadata: dict[str, Any] = {
         "model": "gpt2", "pre": pre, "tokens": vocabulary, "token_type": [3, 3, *[1] * (len(vocabulary) - 2)],
         "merges": merges, "bos_token_id": 0, "eos_token_id": 1, "add_bos_token": begin,
     }  # fmt: skip
@@ -243,7 +243,7 @@ def test_a_tokenizer_with_scores_merges_the_best_first(tmp_path: Path) -> None:
     words = ["th", "\u2581t", "he", "the", "\u2581the", "ca", "an", "\u2581c", "\u2581ca", "nd", "and", "on", "\u2581s"]
     tokens = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *letters, *words]
     scores = [0.0] * 259 + [-100.0 - i for i in range(len(letters))] + [-float(i) for i in range(len(words))]
-    metadata = {
+    metadata: dict[str, Any] = {
         "model": "llama", "tokens": tokens, "scores": scores, "bos_token_id": 1, "eos_token_id": 2,
         "token_type": [2, 3, 3, *[6] * 256, *[1] * (len(letters) + len(words))],
     }  # fmt: skip
