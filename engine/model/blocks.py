@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from trine.engine.model.cache import Step
 from trine.engine.model.config import ModelConfig, RopeConfig
 from trine.engine.model.layers import Linear, Norm, RMSNorm, joined_linear, make_norm, records_gradients
+from trine.engine.model.moe import MixtureOfExperts
 from trine.engine.model.rotary import Tables
 from trine.kernels.attention.op import Mask, attention
 from trine.kernels.invariant.attention import Sequences, invariant_attention
@@ -61,6 +63,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.width, kv_width, bias=config.qkv_bias, device=device, dtype=dtype)
         self.v_proj = Linear(config.width, kv_width, bias=config.qkv_bias, device=device, dtype=dtype)
         self.o_proj = Linear(q_width, config.width, bias=config.o_bias, device=device, dtype=dtype)
+        self.sinks = (
+            nn.Parameter(torch.empty(config.num_heads, device=device, dtype=dtype)) if config.attention_sinks else None
+        )
         self.qk_norm = config.qk_norm
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
@@ -74,24 +79,20 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         tables = context.rope_tables.get(self.rope)
         q_BHTD, k_BKTD, v_BKTD = self._heads(x_BTC, tables, context.deterministic)
+        extras: Any = {"scale": self.scale, "softcap": self.softcap, "sinks_H": self.sinks}
         if context.step is not None:
-            o_BHTD = context.step.attend(
-                self.layer, q_BHTD, k_BKTD, v_BKTD, window=self.window, scale=self.scale, softcap=self.softcap
-            )
+            o_BHTD = context.step.attend(self.layer, q_BHTD, k_BKTD, v_BKTD, window=self.window, **extras)
         elif context.sequences is not None:
             sequences = context.sequences[self.window]
-            o_BHTD = invariant_attention(
-                q_BHTD, k_BKTD, v_BKTD, sequences=sequences, scale=self.scale, softcap=self.softcap
-            )
+            o_BHTD = invariant_attention(q_BHTD, k_BKTD, v_BKTD, sequences=sequences, **extras)
         else:
             o_BHTD = attention(
                 q_BHTD,
                 k_BKTD,
                 v_BKTD,
                 mask=context.masks[self.window],
-                scale=self.scale,
-                softcap=self.softcap,
                 dropout_p=self.dropout if self.training else 0.0,
+                **extras,
             )
         return self.o_proj(o_BHTD.transpose(1, 2).flatten(2), deterministic=context.deterministic)  # type: ignore[no-any-return]
 
@@ -134,10 +135,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) when gated, else down(act(up(x)))."""
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | str | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        ffn_width: int | None = None,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.activation = config.activation
-        width, ffn_width, bias = config.width, config.ffn_width, config.mlp_bias
+        width, ffn_width, bias = config.width, ffn_width or config.ffn_width, config.mlp_bias
         self.gate_proj = (
             Linear(width, ffn_width, bias=bias, device=device, dtype=dtype) if config.mlp == "gated" else None
         )
@@ -188,7 +196,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm("pre", "post", "both", "parallel_two")
         self.pre_feedforward_layernorm = norm("both")
         self.post_feedforward_layernorm = norm("post", "both")
-        self.mlp = MLP(config, device=device, dtype=dtype)
+        self.mlp: MLP | MixtureOfExperts = (
+            MixtureOfExperts(
+                config, lambda width: MLP(config, width, device=device, dtype=dtype), device=device, dtype=dtype
+            )
+            if config.has_experts(layer)
+            else MLP(config, device=device, dtype=dtype)
+        )
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         return self._parallel(x_BTC, context) if "parallel" in self.placement else self._sequential(x_BTC, context)

@@ -59,6 +59,7 @@ class Step(Protocol):
         window: int | None,
         scale: float | None,
         softcap: float | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         """Store the new keys and values of a layer; returns o_BHTD over all that is visible to the queries.
 
@@ -120,12 +121,13 @@ class CacheStep:
         window: int | None,
         scale: float | None,
         softcap: float | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         """See `Step`."""
         k_BKSD, v_BKSD = self.cache.update(layer, k_BKTD, v_BKTD, self)
         if window not in self.masks:
             self.masks[window] = self._mask(window)
-        return attention(q_BHTD, k_BKSD, v_BKSD, mask=self.masks[window], scale=scale, softcap=softcap)
+        return attention(q_BHTD, k_BKSD, v_BKSD, mask=self.masks[window], scale=scale, softcap=softcap, sinks_H=sinks_H)
 
     def _mask(self, window: int | None) -> Mask:
         if window is not None:

@@ -30,6 +30,7 @@ from trine.engine.model.families.wrappers import text_settings, text_tensors
 from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized, replace_linear
+from trine.engine.model.quantized.mxfp4 import decoded, is_mxfp4, without_mxfp4
 from trine.engine.model.quantized.plan import (
     QuantizedRule,
     QuantizedRules,
@@ -119,16 +120,19 @@ def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
     """Open and check a folder. Raises `CheckpointError` naming the file, key or shape that is wrong."""
     folder = Path(folder)
     hf = read_hf_config(folder)
+    coded = is_mxfp4(hf)
+    hf = without_mxfp4(hf) if coded else hf
     form = read_format(hf)
     config = config_from_hf({key: value for key, value in hf.items() if key not in CONFIG_KEYS})
     family = FAMILIES[config.family]
     with open_weights(folder) as files:
-        stored = _normalised(files, family)
+        stored = _normalised(decoded(files) if coded else files, family)
         if form is not None:
             stored = {name: tensor for name, tensor in stored.items() if not form.is_spare(name)}
         config = replace(config, tie_embeddings=_tied(config, family, stored))
         model = Transformer(config, device="meta")
-        rules = family.rules(config)
+        stacked = {rule.stored for rule in family.rules(config, stacked=True) if rule.stacked}
+        rules = family.rules(config, stacked=not stacked.isdisjoint(stored))
         quantized = {} if form is None else quantized_rules(model, rules, form, stored)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         _check(folder, rules, shapes, stored, quantized)
@@ -152,7 +156,7 @@ def load_model(
     with open_checkpoint(folder) as opened:
         model, stored, quantized = opened.model, opened.stored, opened.quantized
         dtype = dtype or _widest(stored[rule.stored] for rule in opened.rules if rule.stored not in quantized)
-        coded = {rule.stored for rule in opened.rules if keep_codes and len(rule.ours) == 1}
+        coded = {rule.stored for rule in opened.rules if keep_codes and len(rule.ours) == 1 and rule.expert is None}
         kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
         kept = {} if dequantize else kept
         told = {name: one for name, one in quantized.items() if name not in kept or one.scheme is not None}
@@ -170,22 +174,25 @@ def load_model(
             for rule in opened.rules:
                 if rule.stored in kept:
                     continue
-                tensor = _numbers(rule, stored, quantized, dtype)
-                targets = [parameters[name] for name in rule.ours]
-                for target, part in zip(targets, rule.split(tensor, [len(t) for t in targets]), strict=True):
-                    target.copy_(part)
+                parts = [rule.part(parameters[name]) for name in rule.ours]
+                for part, numbers in zip(parts, _numbers(rule, parts, stored, quantized, dtype), strict=True):
+                    part.copy_(numbers)
         return model.requires_grad_(not kept).eval()
 
 
 def _numbers(
-    rule: TensorRule, stored: Mapping[str, StoredTensor], quantized: QuantizedRules, dtype: torch.dtype
-) -> Tensor:
-    """A tensor of the file as our parameters hold it."""
+    rule: TensorRule,
+    parts: list[Tensor],
+    stored: Mapping[str, StoredTensor],
+    quantized: QuantizedRules,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """A tensor of the file as the parts of our parameters that it fills."""
     if rule.stored not in quantized:
-        tensor = stored[rule.stored].read()
-        return tensor.T if rule.transpose else tensor
+        return rule.from_stored(stored[rule.stored].read(), parts)
     weight = read_weight(quantized[rule.stored], stored)
-    return weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight
+    numbers = weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight
+    return rule.split(numbers, [len(part) for part in parts])
 
 
 def _install(model: Transformer, rule: TensorRule, weight: QuantizedTensor | Tensor) -> None:
@@ -221,11 +228,9 @@ def save_model(
 
     def make(stored: str) -> Tensor:
         rule = rules[stored]
-        parts = [parameters[name].detach().to("cpu", dtype) for name in rule.ours]
-        tensor = rule.join(parts)
-        return (tensor.T if rule.transpose else tensor).contiguous()
+        return rule.to_stored([rule.part(parameters[name]).detach().to("cpu", dtype) for name in rule.ours])
 
-    counts = {stored: sum(parameters[name].numel() for name in rule.ours) for stored, rule in rules.items()}
+    counts = {stored: sum(rule.part(parameters[name]).numel() for name in rule.ours) for stored, rule in rules.items()}
     assert sum(counts.values()) == sum(parameter.numel() for parameter in parameters.values()), "a rule is missing"
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {stored: count * dtype.itemsize for stored, count in counts.items()}
@@ -283,12 +288,10 @@ def _check(
     """Every expected tensor is there, in its shape and of a dtype it may have, and no other."""
     expected: Layout = {}
     for rule in rules:
-        rows = sum(shapes[name][0] for name in rule.ours)
-        shape = (rows, *shapes[rule.ours[0]][1:])
         if rule.stored in quantized:
             expected.update(quantized[rule.stored].layout())
         else:
-            expected[rule.stored] = (shape[::-1] if rule.transpose else shape), FLOATS
+            expected[rule.stored] = rule.stored_shape([shapes[name] for name in rule.ours]), FLOATS
     problems = _problems(expected, stored)
     if problems:
         raise CheckpointError(f"{folder} {'; it '.join(problems)}")

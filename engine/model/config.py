@@ -22,6 +22,8 @@ Mlp = Literal["gated", "plain"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 # Over each head, or over the whole projection of q and of k.
 QkNorm = Literal["head", "full"]
+# How a router weighs the experts that it chose: by their softmax over all experts, or over themselves alone.
+RoutingOrder = Literal["softmax_top_k", "top_k_softmax"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +81,35 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MoeConfig:
+    """A mixture of experts in the place of the feed-forward layers, except in `dense_layers`.
+
+    `top_k` of `num_experts` gated layers of `ffn_width` take each token; with `renormalise` weights are divided by
+    their sum. `limit` clamps gate and up (gpt-oss's unit). `shared_width`: of one more layer, which takes every token.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_width: int
+    order: RoutingOrder = "softmax_top_k"
+    renormalise: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    limit: float | None = None
+    shared_width: int | None = None
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_experts", "top_k", "ffn_width")
+        for name in ("limit", "shared_width"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        _one_of("order", self.order, get_args(RoutingOrder))
+        if self.top_k > self.num_experts:
+            raise UsageError(f"top_k is {self.top_k}, but there are {self.num_experts} experts; choose fewer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DropoutConfig:
     """Dropout rates, applied in training mode only: after the embedding, on attention weights, before each residual."""
 
@@ -126,10 +157,12 @@ class ModelConfig:
     full_layers: tuple[int, ...] = ()  # layers without the window
     attention_scale: float | None = None  # of the scores; None for head_dim ** -0.5
     attention_softcap: float | None = None
+    attention_sinks: bool = False  # a learned logit of each head that takes weight and gives nothing
     # feed-forward
     mlp: Mlp = "gated"
     activation: Activation = "silu"
     mlp_bias: bool = False
+    moe: MoeConfig | None = None
     # input, residual stream and output
     tie_embeddings: bool = False
     head_bias: bool = False
@@ -172,6 +205,8 @@ class ModelConfig:
             raise UsageError(f'positions = "{self.positions}" with rope = {self.rope}; give rope with "rope" only')
         self._check_rope()
         self._check_layers()
+        if self.moe is not None and self.mlp != "gated":
+            raise UsageError(f'experts are gated layers; mlp = "{self.mlp}" does not go with moe')
         if self.qk_norm is not None and self.norm not in ("rms", "rms_offset"):
             raise UsageError(f'qk_norm = "{self.qk_norm}" needs norm = "rms" or "rms_offset", not "{self.norm}"')
         if self.tie_embeddings and self.head_bias:
@@ -211,8 +246,12 @@ class ModelConfig:
     def _check_layers(self) -> None:
         if self.window is None and (self.full_layers or self.window_rope is not None):
             raise UsageError("full_layers and window_rope need a window; without one every layer sees everything")
-        for name in ("unrotated_layers", "full_layers"):
-            layers = getattr(self, name)
+        dense = () if self.moe is None else self.moe.dense_layers
+        for name, layers in (
+            ("unrotated_layers", self.unrotated_layers),
+            ("full_layers", self.full_layers),
+            ("dense_layers", dense),
+        ):
             if list(layers) != sorted(set(layers)) or any(not 0 <= layer < self.num_layers for layer in layers):
                 raise UsageError(f"{name} is {layers}; give ascending numbers from 0 to {self.num_layers - 1}")
         if self.window is not None and len(self.full_layers) == self.num_layers:
@@ -223,6 +262,10 @@ class ModelConfig:
         """Tokens of a sequence beyond which longrope turns all of its tokens otherwise; None for other kinds."""
         ropes = (self.rope, self.window_rope)
         return next((rope.original_max_positions for rope in ropes if rope and rope.kind == "longrope"), None)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer has a mixture of experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a token sees in this layer, its own counted; None for all."""

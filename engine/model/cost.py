@@ -39,17 +39,23 @@ def count_parameters(config: ModelConfig) -> Parameters:
     norm = config.width * (2 if config.norm == "layer" else 1)
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     biases = config.qkv_bias * (q_width + 2 * kv_width) + config.o_bias * config.width
-    biases += config.mlp_bias * (config.width + config.ffn_width * (2 if config.mlp == "gated" else 1))
     qk_norm = {None: 0, "head": 2 * config.head_dim, "full": q_width + kv_width}[config.qk_norm]
-    layer = _layer_weights(config) + biases + qk_norm + _NORMS[config.placement] * norm
+    sinks = config.num_heads if config.attention_sinks else 0
+    each = _attention_weights(config) + biases + qk_norm + sinks + _NORMS[config.placement] * norm
+    layers = sum(each + _feed_forward_parameters(config, layer) for layer in range(config.num_layers))
     head = 0 if config.tie_embeddings else config.vocab_size * (config.width + config.head_bias)
-    return Parameters(total=embedding + config.num_layers * layer + norm + head, embedding=embedding)
+    return Parameters(total=embedding + layers + norm + head, embedding=embedding)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int:
-    """FLOPs for one token in a sequence of `seq_len`: forward, or forward and backward (convention above)."""
-    weights = config.num_layers * _layer_weights(config) + config.vocab_size * config.width
-    keys = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in range(config.num_layers))
+    """FLOPs for one token in a sequence of `seq_len`: forward, or forward and backward (convention above).
+
+    Of a mixture of experts those count that the token goes to.
+    """
+    layers = range(config.num_layers)
+    weights = sum(_attention_weights(config) + _feed_forward_weights(config, layer) for layer in layers)
+    weights += config.vocab_size * config.width
+    keys = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in layers)
     attention = 4 * config.num_heads * config.head_dim * keys
     return (2 * weights + attention) * (3 if training else 1)
 
@@ -59,8 +65,26 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def _layer_weights(config: ModelConfig) -> int:
-    """Entries of the matrices of one layer."""
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = config.width * (2 * q_width + 2 * kv_width)
-    return attention + config.width * config.ffn_width * (3 if config.mlp == "gated" else 2)
+def _attention_weights(config: ModelConfig) -> int:
+    """Entries of the matrices of attention in one layer."""
+    return config.width * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+
+
+def _feed_forward_weights(config: ModelConfig, layer: int) -> int:
+    """Entries of the matrices that a token is multiplied with in the rest of a layer."""
+    moe, width = config.moe, config.width
+    if moe is None or not config.has_experts(layer):
+        return width * config.ffn_width * (3 if config.mlp == "gated" else 2)
+    shared = 0 if moe.shared_width is None else 3 * width * moe.shared_width + width
+    return width * moe.num_experts + 3 * width * moe.ffn_width * moe.top_k + shared
+
+
+def _feed_forward_parameters(config: ModelConfig, layer: int) -> int:
+    """Parameters of the rest of a layer, all experts and biases counted."""
+    moe, width = config.moe, config.width
+    weights = _feed_forward_weights(config, layer)
+    if moe is None or not config.has_experts(layer):
+        return weights + config.mlp_bias * (width + config.ffn_width * (2 if config.mlp == "gated" else 1))
+    idle = 3 * width * moe.ffn_width * (moe.num_experts - moe.top_k)
+    biases = moe.router_bias * moe.num_experts + moe.expert_bias * moe.num_experts * (width + 2 * moe.ffn_width)
+    return weights + idle + biases

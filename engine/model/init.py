@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from trine.engine.model.blocks import Attention
 from trine.engine.model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from trine.engine.model.moe import ExpertLinear
 from trine.engine.model.transformer import Transformer
 
 
@@ -22,11 +24,13 @@ def initialize(model: Transformer, seed: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (RMSNorm, LayerNorm)):
             module.weight.fill_(0.0 if isinstance(module, RMSNorm) and module.unit_offset else 1.0)
-        elif isinstance(module, (Linear, Embedding)):
-            residual = name.endswith(("self_attn.o_proj", "mlp.down_proj"))
+        elif isinstance(module, (Linear, Embedding, ExpertLinear)):
+            residual = name.endswith(("self_attn.o_proj", "mlp.down_proj", "experts.down_proj", "expert.down_proj"))
             _normal(module.weight, residual_std if residual else model.config.init_std, generator)
-        if isinstance(module, (Linear, LayerNorm)) and module.bias is not None:
+        if isinstance(module, (Linear, LayerNorm, ExpertLinear)) and module.bias is not None:
             module.bias.zero_()
+        if isinstance(module, Attention) and module.sinks is not None:
+            _normal(module.sinks, model.config.init_std, generator)
 
 
 def _normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:

@@ -252,7 +252,8 @@ def adaptable(config: ModelConfig) -> dict[str, LinearModule]:
     modules = {}
     for rule in FAMILIES[config.family].rules(config):
         first = rule.ours[0]
-        if first.startswith("layers.") and first.endswith(".weight") and len(shapes[first]) == 2:
+        router = first.endswith((".mlp.gate.weight", ".shared_expert_gate.weight"))
+        if first.startswith("layers.") and first.endswith(".weight") and len(shapes[first]) == 2 and not router:
             layers = tuple(name.removesuffix(".weight") for name in rule.ours)
             rows = [shapes[name][0] for name in rule.ours]
             modules[rule.stored.removesuffix(".weight")] = LinearModule(layers, rows, shapes[first][1], {}, rule)

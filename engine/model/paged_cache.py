@@ -129,6 +129,7 @@ class PagedStep:
         window: int | None,
         scale: float | None,
         softcap: float | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         """See `Step`; B is 1 and T is N."""
         cache = self.cache
@@ -148,6 +149,7 @@ class PagedStep:
             scale=scale,
             window=None if window is None else window - 1,
             softcap=softcap,
+            sinks_H=sinks_H,
             k_scale_PSK=k_scale_PSK,
             v_scale_PSK=v_scale_PSK,
             split_size=SPLIT if self.deterministic else None,

@@ -105,6 +105,8 @@ class Transformer(nn.Module):
         Raises `ContextLengthError` where a token lies beyond `config.max_positions`, and ValueError for what the
         deterministic mode cannot do.
         """
+        if deterministic and self.config.moe is not None:
+            raise ValueError("deterministic=True with a mixture of experts is not supported; leave it out")
         dtype = compute_dtype or self.dtype
         T = ids_BT.shape[1]
         step = sequences = None

@@ -27,12 +27,43 @@ class TensorRule:
     """`stored` (the name on disk) holds `ours`, joined along the output dimension; `transpose`: [in, out] on disk.
 
     `groups`: joined in so many pieces, each with its share of every one of ours (GPT-NeoX: q, k, v head by head).
+    `expert`: the file holds that expert's part alone. `stacked`: it holds all experts, [E, out, in] or [E, in, out],
+    joined along their outputs.
     """
 
     stored: str
     ours: tuple[str, ...]
     transpose: bool = False
     groups: int = 1
+    expert: int | None = None
+    stacked: bool = False
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """What of one of our parameters the file holds, as a view."""
+        return parameter if self.expert is None else parameter[self.expert]
+
+    def stored_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape on disk, from those of ours."""
+        if self.expert is not None:
+            return shapes[0][1:]
+        joined = list(shapes[0])
+        joined[int(self.stacked)] = sum(shape[int(self.stacked)] for shape in shapes)
+        if self.transpose:
+            joined[-1], joined[-2] = joined[-2], joined[-1]
+        return tuple(joined)
+
+    def from_stored(self, stored: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+        """A stored tensor as ours, whose `part`s it fills."""
+        tensor = stored.transpose(-1, -2) if self.transpose else stored
+        dim = int(self.stacked)
+        found = self.split(tensor.movedim(dim, 0), [part.shape[dim] for part in parts])
+        return [one.movedim(0, dim) for one in found]
+
+    def to_stored(self, parts: Sequence[Tensor]) -> Tensor:
+        """The opposite of `from_stored`."""
+        dim = int(self.stacked)
+        joined = self.join([part.movedim(dim, 0) for part in parts]).movedim(0, dim)
+        return (joined.transpose(-1, -2) if self.transpose else joined).contiguous()
 
     def split(self, joined: Tensor, rows: Sequence[int]) -> list[Tensor]:
         """A tensor of the joined outputs, [sum of rows, ...], as ours."""
@@ -64,6 +95,11 @@ class Family:
     `ignored`: regular expressions (after the prefix) of stored tensors that carry no information.
     `names`: modules on disk and ours. `transposed`: those of them stored [in, out]. `by_head`: those that join their
     parts head by head. `head`: the output layer on disk.
+
+    Of a mixture of experts: `%` in a name stands for the number of an expert. `stacked` names hold all experts as one
+    tensor, without ".weight" at the end of its name (and "_bias" at that of its bias), gate and up one after the other
+    or, where the name is `alternating` too, row by row. `stacked_names`: the table of another layout that is read, the
+    one in which newer versions of transformers keep experts in memory.
     """
 
     name: str
@@ -78,28 +114,44 @@ class Family:
     names: Names
     transposed: frozenset[str] = field(default_factory=frozenset)
     by_head: frozenset[str] = field(default_factory=frozenset)
+    stacked: frozenset[str] = field(default_factory=frozenset)
+    alternating: frozenset[str] = field(default_factory=frozenset)
+    stacked_names: Names = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     head: str = "lm_head"
 
-    def rules(self, config: ModelConfig) -> list[TensorRule]:
-        """Every tensor that a model of this config has on disk."""
+    def rules(self, config: ModelConfig, *, stacked: bool = False) -> list[TensorRule]:
+        """Every tensor that a model of this config has on disk; `stacked`: in the layout of `stacked_names`."""
         parameters = _parameter_names(config)
-        found = []
-        for stored, ours in self.names.items():
-            for layer in range(config.num_layers) if "*" in stored else (0,):
-                for kind in ("weight", "bias"):
-                    parts = tuple(f"{module}.{kind}".replace("*", str(layer)) for module in ours)
-                    if not parameters.issuperset(parts):
-                        continue
-                    found.append(
-                        TensorRule(
-                            f"{stored}.{kind}".replace("*", str(layer)),
-                            parts,
-                            transpose=stored in self.transposed and kind == "weight",
-                            groups=config.num_heads if stored in self.by_head else 1,
-                        )
-                    )
-        return found
+        names = self.stacked_names if stacked else self.names
+        return [
+            rule
+            for stored, ours in names.items()
+            for layer in (range(config.num_layers) if "*" in stored else (0,))
+            for expert in (range(config.moe.num_experts) if "%" in stored and config.moe is not None else (None,))
+            for kind in ("weight", "bias", "")
+            if (rule := self._rule(config, stored, ours, layer, expert, kind)) and parameters.issuperset(rule.ours)
+        ]
+
+    def _rule(
+        self, config: ModelConfig, stored: str, ours: tuple[str, ...], layer: int, expert: int | None, kind: str
+    ) -> TensorRule:
+        """The rule of one kind of parameter of a module: its weight, its bias, or it is a parameter itself."""
+        stacked = stored in self.stacked
+        ending = {"weight": "", "bias": "_bias", "": ""}[kind] if stacked else f".{kind}" if kind else ""
+        groups = 1
+        if stored in self.by_head:
+            groups = config.num_heads
+        elif stored in self.alternating and config.moe is not None:
+            groups = config.moe.ffn_width
+        return TensorRule(
+            f"{stored}{ending}".replace("*", str(layer)).replace("%", str(expert)),
+            tuple((f"{module}.{kind}" if kind else module).replace("*", str(layer)) for module in ours),
+            transpose=stored in self.transposed and kind == "weight",
+            groups=groups,
+            expert=expert,
+            stacked=stacked,
+        )
 
 
 @lru_cache(maxsize=8)
@@ -115,7 +167,7 @@ LLAMA_NAMES: Names = {
         for module in (
             "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
             "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "pre_feedforward_layernorm",
-            "post_feedforward_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+            "post_feedforward_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.sinks",
         )
     },
     "model.norm": ("norm",),

@@ -20,16 +20,21 @@ from trine.engine.model.families.gemma2 import GEMMA2
 from trine.engine.model.families.gemma3 import GEMMA3
 from trine.engine.model.families.gpt2 import GPT2
 from trine.engine.model.families.gpt_neox import GPT_NEOX
+from trine.engine.model.families.gpt_oss import GPT_OSS
 from trine.engine.model.families.granite import GRANITE
 from trine.engine.model.families.llama import LLAMA
 from trine.engine.model.families.mistral import MISTRAL
+from trine.engine.model.families.mixtral import MIXTRAL
 from trine.engine.model.families.olmo2 import OLMO2
 from trine.engine.model.families.olmo3 import OLMO3
+from trine.engine.model.families.olmoe import OLMOE
 from trine.engine.model.families.opt import OPT
 from trine.engine.model.families.phi import PHI
 from trine.engine.model.families.phi3 import PHI3
 from trine.engine.model.families.qwen2 import QWEN2
+from trine.engine.model.families.qwen2_moe import QWEN2_MOE
 from trine.engine.model.families.qwen3 import QWEN3
+from trine.engine.model.families.qwen3_moe import QWEN3_MOE
 from trine.engine.model.families.smollm3 import SMOLLM3
 from trine.engine.model.families.stablelm import STABLELM
 from trine.engine.model.families.starcoder2 import STARCODER2
@@ -38,7 +43,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, PHI, SMOLLM3, OLMO2, OLMO3, STARCODER2,
-        GPT_NEOX, STABLELM, COHERE, GRANITE, OPT,
+        GPT_NEOX, STABLELM, COHERE, GRANITE, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS,
     )
 }  # fmt: skip
 

@@ -30,6 +30,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "n_inner": 48, "bos_token_id": 0,
     "eos_token_id": 0, "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "ffn_dim": 48, "sliding_window": 24,
     "use_sliding_window": True, "max_window_layers": 1, "query_pre_attn_scalar": 1,
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
 }  # fmt: skip
 # By name: rank, alpha, rank-stabilised, and the part of the model's linear layers that it changes.
 ADAPTERS: dict[str, tuple[int, int, bool, Callable[[str], bool]]] = {
@@ -65,7 +67,9 @@ def write_adapter(folder: Path, model: Transformer, name: str) -> tuple[Path, Tr
     for rule in FAMILIES[model.config.family].rules(model.config):
         ours = [weights[each] for each in rule.ours]
         path = rule.stored.removesuffix(".weight")
-        if "layers." not in rule.ours[0] or ours[0].dim() != 2 or not wants(path):
+        if rule.ours[0].endswith((".mlp.gate.weight", "shared_expert_gate.weight")):
+            continue  # routers are not adapted
+        if "layers." not in rule.ours[0] or ours[0].dim() != 2 or not wants(rule.ours[0]) or "experts" in path:
             continue
         targets.add(path.rpartition(".")[2])
         a = torch.randn(rank, ours[0].shape[1], generator=generator) * 0.3

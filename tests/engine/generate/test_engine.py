@@ -34,6 +34,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "n_inner": 48, "bos_token_id": 0,
     "eos_token_id": 0, "max_position_embeddings": CONTEXT, "n_positions": CONTEXT, "ffn_dim": 48, "sliding_window": 24,
     "use_sliding_window": True, "max_window_layers": 1, "query_pre_attn_scalar": 1,
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
 }  # fmt: skip
 
 
@@ -56,6 +58,15 @@ def make_model(family: str, vocab_size: int) -> Transformer:
 def family_model(request: pytest.FixtureRequest, tiny_tokenizer: Tokenizer) -> Transformer:
     """Each family in turn."""
     return make_model(request.param, tiny_tokenizer.vocab_size)
+
+
+def to_every_expert(model: Transformer) -> Transformer:
+    """The same weights, each token going to all experts: rounding changes no choice between them."""
+    if model.config.moe is None:
+        return model
+    changed = Transformer(replace(model.config, moe=replace(model.config.moe, top_k=model.config.moe.num_experts)))
+    changed.load_state_dict(model.state_dict())
+    return changed
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +151,11 @@ def assert_equal(results: dict[tuple[str, int], Result], expected: Sequence[Comp
         (0, {}),
         (0, {"max_batch_tokens": 8}),
         (0, {"max_batch_tokens": 2, "max_running": 2}),
-        (6, {"max_batch_tokens": 24}),
+        (6, {"max_batch_tokens": 24, "overlap": True}),
         (6, {"max_batch_tokens": 16, "prefix_caching": False}),
-        (0, {"max_batch_tokens": 512, "block_size": 32}),
+        (0, {"max_batch_tokens": 512, "block_size": 32, "overlap": True}),
     ],
-    ids=["wide", "chunks of 8", "two at a time", "preempted", "preempted, nothing cached", "large blocks"],
+    ids=["wide", "chunks of 8", "two at a time", "preempted, late", "preempted, nothing cached", "large blocks, late"],
 )
 def test_greedy_equals_the_plain_generator(
     family_model: Transformer, tiny_tokenizer: Tokenizer, blocks: int, settings: dict[str, Any]
@@ -197,27 +208,29 @@ def test_mixed_requests_equal_the_plain_generator_in_any_company(
 def test_bfloat16_is_as_near_to_float32_as_the_plain_forward_is(
     family_model: Transformer, tiny_tokenizer: Tokenizer
 ) -> None:
-    half = make_model(family_model.config.family, tiny_tokenizer.vocab_size).bfloat16()
-    exact = make_model(family_model.config.family, tiny_tokenizer.vocab_size).bfloat16().float()
+    half = to_every_expert(make_model(family_model.config.family, tiny_tokenizer.vocab_size)).bfloat16()
+    exact = to_every_expert(make_model(family_model.config.family, tiny_tokenizer.vocab_size)).bfloat16().float()
     engine = engine_for(half, tiny_tokenizer, blocks=6, max_batch_tokens=24)
     results = run(engine, requests_for(tiny_tokenizer, PROMPTS, replace(GREEDY, logprobs=0)))
     assert engine.stats().preemptions > 0
-    errors, plain_errors, margins = [], [], []
+    errors, plain_errors, margins, worst = [], [], [], 0.0
     for index, prompt in enumerate(PROMPTS):
         ids, found = tiny_tokenizer.encode(prompt), results[str(index), 0]
         text, chosen = torch.tensor([[*ids, *found.token_ids[:-1]]]), torch.tensor(found.token_ids)[:, None]
         with torch.inference_mode():
             exact_TV, plain_TV = (one.logits(one(text))[0, len(ids) - 1 :].log_softmax(-1) for one in (exact, half))
         exact_T = exact_TV.gather(1, chosen)[:, 0]
+        worst = max(worst, float((plain_TV - exact_TV).abs().max()))
         errors.append(torch.tensor([one.logprob for one in found.logprobs]) - exact_T)
         plain_errors.append(plain_TV.gather(1, chosen)[:, 0] - exact_T)
         margins.append(exact_TV.amax(1) - exact_T)  # 0 where the token is the likeliest in float32 too
     error, plain_error = (float(torch.cat(each).square().mean().sqrt()) for each in (errors, plain_errors))
     assert error < 1.25 * plain_error + 1e-3
-    assert float(torch.cat(margins).max()) < 8 * plain_error
+    assert float(torch.cat(margins).max()) < 2 * worst  # what one of two tokens gains and the other loses
 
 
 def test_int8_cache_stays_near_the_exact_one(family_model: Transformer, tiny_tokenizer: Tokenizer) -> None:
+    family_model = to_every_expert(family_model)
     engine = engine_for(family_model, tiny_tokenizer, kv_dtype=torch.int8, max_batch_tokens=24)
     params = replace(GREEDY, max_tokens=2, prompt_logprobs=0)
     results = run(engine, requests_for(tiny_tokenizer, PROMPTS, params))

@@ -21,16 +21,21 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -116,6 +121,24 @@ _granite = _sized(
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=64)
 
 
+_mixtral = _sized(MixtralConfig, num_local_experts=4, num_experts_per_tok=2)
+_qwen2_moe = _sized(
+    Qwen2MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=80
+)
+_qwen3_moe = _sized(
+    Qwen3MoeConfig, num_hidden_layers=3, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+    mlp_only_layers=[1], norm_topk_prob=True,
+)  # fmt: skip
+_olmoe = _sized(OlmoeConfig, num_experts=4, num_experts_per_tok=2)
+_gpt_oss = _sized(
+    GptOssConfig, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8, swiglu_limit=0.3,
+    rope_parameters=_rope(
+        "yarn", 150_000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=64,
+    ),
+)  # fmt: skip
+
+
 def _opt(**changes: Any) -> OPTConfig:
     sizes = {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 0}
     del sizes["intermediate_size"]
@@ -175,6 +198,16 @@ MODELS: dict[str, Callable[[], Any]] = {
     "cohere": _cohere(),
     "cohere_bias": _cohere(attention_bias=True, logit_scale=0.7, tie_word_embeddings=False),
     "granite": _granite(),
+    "mixtral": _mixtral(),
+    "mixtral_window": _mixtral(sliding_window=8, tie_word_embeddings=True),
+    "qwen2_moe": _qwen2_moe(),
+    "qwen2_moe_window": _qwen2_moe(
+        use_sliding_window=True, sliding_window=8, qkv_bias=False, norm_topk_prob=True, decoder_sparse_step=2
+    ),
+    "qwen3_moe": _qwen3_moe(),
+    "qwen3_moe_raw": _qwen3_moe(norm_topk_prob=False, attention_bias=True, tie_word_embeddings=True),
+    "olmoe": _olmoe(),
+    "gpt_oss": _gpt_oss(),
     "opt": _opt,
     "opt_unbiased": lambda: _opt(enable_bias=False, tie_word_embeddings=False),
 }
@@ -184,7 +217,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 MAIN_MODELS = {
     "gpt2", "llama31_scaled", "llama_bias", "llama_yarn", "mistral", "qwen2_tied_window", "qwen3", "gemma", "gemma2",
     "gemma3", "phi3_longrope", "phi3_partial", "smollm3", "olmo2", "olmo3_yarn", "starcoder2", "gpt_neox",
-    "stablelm_parallel", "phi", "cohere", "granite", "opt",
+    "stablelm_parallel", "phi", "cohere", "granite", "opt", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss",
 }  # fmt: skip
 
 
@@ -221,11 +254,8 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
     def make(name: str) -> Pair:
         if name not in pairs:
             torch.manual_seed(0)
-            oracle = (
-                transformers.AutoModelForCausalLM.from_config(MODELS[name](), attn_implementation="eager")
-                .float()
-                .eval()
-            )
+            options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            oracle = transformers.AutoModelForCausalLM.from_config(MODELS[name](), **options).float().eval()
             perturb(oracle)
             folder = tmp_path_factory.mktemp(name)
             oracle.save_pretrained(folder)

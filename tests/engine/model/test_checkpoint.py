@@ -410,6 +410,49 @@ def test_whoever_may_read_the_folder_may_read_its_weights(make_pair: MakePair, t
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
+# --- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_both_layouts_of_experts_are_read(
+    make_pair: MakePair, name: str, sample_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    pair = make_pair(name)
+    pair.oracle.save_pretrained(tmp_path, save_original_format=False)
+    assert any(key.endswith("mlp.experts.gate_up_proj") for key in load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(_logits(tmp_path, sample_ids), _logits(pair.folder, sample_ids))
+    save_model(load_model(tmp_path), tmp_path / "new")
+    assert set(load_file(tmp_path / "new" / "model.safetensors")) == set(load_file(pair.folder / "model.safetensors"))
+
+
+def test_mxfp4_experts_are_read_as_transformers_reads_them(
+    make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = _copy(make_pair("gpt_oss").folder, tmp_path / "coded")
+    plain = _copy(make_pair("gpt_oss").folder, tmp_path / "plain")
+    generator = torch.Generator().manual_seed(0)
+    numbers: dict[str, torch.Tensor] = {}
+
+    def code(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
+            experts, num_in, num_out = tensors.pop(name).shape
+            shape = (experts, num_out, num_in // 32)
+            blocks = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(121, 126, shape, generator=generator, dtype=torch.uint8)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+            numbers[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+
+    _edit_tensors(folder, code)
+    _edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    _edit_tensors(plain, lambda tensors: tensors.update(numbers))
+    assert torch.equal(_logits(folder, sample_ids), _logits(plain, sample_ids))
+    _edit_tensors(folder, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("_scales"))))
+    with pytest.raises(CheckpointError, match=r"stored as blocks .* and scales None"):
+        load_model(folder)
+
+
 # --- multimodal folders ----------------------------------------------------------------------------------------------
 
 

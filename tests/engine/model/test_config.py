@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trine.engine.errors import UsageError
-from trine.engine.model.config import DropoutConfig, ModelConfig, RopeConfig, default_ffn_width
+from trine.engine.model.config import DropoutConfig, ModelConfig, MoeConfig, RopeConfig, default_ffn_width
 
 SIZES: dict[str, Any] = {
     "family": "llama",
@@ -41,6 +41,8 @@ SIZES: dict[str, Any] = {
         ({"rope": RopeConfig(partial=0.25)}, "turns no pair of the 4 channels"),
         ({"rope": RopeConfig(kind="longrope", short_factors=(1.0,), long_factors=(2.0,))}, "1 factors for 2 pairs"),
         ({"head_bias": True, "tie_embeddings": True}, "head_bias with tie_embeddings"),
+        ({"moe": MoeConfig(num_experts=2, top_k=1, ffn_width=8, dense_layers=(3,))}, r"dense_layers is \(3,\)"),
+        ({"moe": MoeConfig(num_experts=2, top_k=1, ffn_width=8), "mlp": "plain"}, "experts are gated layers"),
         ({"logit_softcap": -1.0}, "logit_softcap is -1"),
         ({"activation": "mish"}, "activation is 'mish'; known: silu"),
         ({"mlp": "wide"}, "mlp is 'wide'"),
@@ -63,6 +65,8 @@ def test_impossible_parts_are_refused() -> None:
         RopeConfig(theta=0)
     with pytest.raises(UsageError, match=r"high_freq_factor 1.0 must be above"):
         RopeConfig(kind="llama3", high_freq_factor=1.0)
+    with pytest.raises(UsageError, match=r"top_k is 3, but there are 2 experts"):
+        MoeConfig(num_experts=2, top_k=3, ffn_width=8)
     with pytest.raises(UsageError, match=r"rope partial is 1.5"):
         RopeConfig(partial=1.5)
     with pytest.raises(UsageError, match=r"longrope needs short_factors and long_factors"):

@@ -89,6 +89,25 @@ def _switch(**changes: Any) -> Mutation:
     return _with_config(lambda config: replace(config, **changes))
 
 
+def _with_moe(**changes: Any) -> Mutation:
+    def change(config: ModelConfig) -> ModelConfig:
+        assert config.moe is not None
+        return replace(config, moe=replace(config.moe, **changes))
+
+    return _with_config(change)
+
+
+def _gate_up_as_halves(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    """The alternating columns of the file cut in the middle."""
+    for block in model.layers:
+        gate, up = (block.get_submodule(f"mlp.experts.{name}_proj").weight.data for name in ("gate", "up"))
+        file = torch.stack((gate, up), dim=2).flatten(1, 2)
+        first, second = file.chunk(2, dim=1)
+        gate.copy_(first)
+        up.copy_(second)
+    return model
+
+
 def _norms_per_head(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """Each head of q and k by itself, under its part of the weight."""
 
@@ -230,6 +249,22 @@ MUTATIONS: list[tuple[str, str, Mutation]] = [
     ("residual multiplier ignored", "granite", _switch(residual_scale=1.0)),
     ("attention multiplier ignored", "granite", _switch(attention_scale=None)),
     ("logit divisor ignored", "granite", _switch(logit_scale=1.0)),
+    ("weights of experts not renormalised", "mixtral", _with_moe(order="softmax_top_k")),
+    ("weights of experts not renormalised, as a flag", "qwen3_moe", _with_moe(renormalise=False)),
+    ("weights of experts renormalised", "qwen3_moe_raw", _with_moe(renormalise=True)),
+    ("weights of experts renormalised, OLMoE", "olmoe", _with_moe(renormalise=True)),
+    ("one expert fewer", "mixtral", _with_moe(top_k=1)),
+    ("gate of the shared expert dropped", "qwen2_moe", _fill("shared_expert_gate.weight", 0.0)),
+    ("norms of q and k by head, OLMoE", "olmoe", _norms_per_head),
+    ("sinks ignored", "gpt_oss", _fill("sinks", -float("inf"))),
+    ("sinks zero", "gpt_oss", _fill("sinks", 0.0)),
+    ("clamp ignored", "gpt_oss", _with_moe(limit=7.0)),
+    ("biases of experts dropped", "gpt_oss", _fill("experts.gate_proj.bias", 0.0)),
+    ("bias of the last layer of experts dropped", "gpt_oss", _fill("experts.down_proj.bias", 0.0)),
+    ("router bias dropped", "gpt_oss", _fill("mlp.gate.bias", 0.0)),
+    ("gate and up as halves", "gpt_oss", _gate_up_as_halves),
+    ("yarn attention factor of gpt-oss ignored", "gpt_oss", _with_rope(attention_factor=1.0)),
+    ("window of gpt-oss on the odd layers", "gpt_oss", _switch(full_layers=(0,))),
     ("position offset ignored", "opt", _without_offset),
     ("gelu for relu", "opt", _switch(activation="gelu")),
     ("exact gelu", "gpt2", _switch(activation="gelu")),

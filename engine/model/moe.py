@@ -1,0 +1,95 @@
+"""A mixture of experts in the place of a feed-forward layer: every token goes to K of E gated layers.
+
+    ids, weights = route(x gate^T)        y = sum over slots of weight * expert(x)  (+ sigmoid(x s^T) * shared(x))
+
+Experts are stacked: one parameter holds a matrix of each, so that a few products compute all of them.
+
+Shapes: N tokens (any leading dimensions), E experts, K slots, C width, F feed-forward width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from trine.engine.model.config import ModelConfig, MoeConfig
+from trine.engine.model.layers import Linear
+from trine.kernels.mlp.op import CLAMPED
+from trine.kernels.moe.op import moe_mlp
+from trine.kernels.moe.routing import route
+
+
+class ExpertLinear(nn.Module):
+    """A linear layer of every expert: `weight` [E, out, in], `bias` [E, out]."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, num_out, num_in, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, num_out, device=device, dtype=dtype)) if bias else None
+
+
+class Experts(nn.Module):
+    """The three layers of all experts."""
+
+    def __init__(self, width: int, moe: MoeConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        E, F, bias = moe.num_experts, moe.ffn_width, moe.expert_bias
+        self.gate_proj = ExpertLinear(E, width, F, bias=bias, device=device, dtype=dtype)
+        self.up_proj = ExpertLinear(E, width, F, bias=bias, device=device, dtype=dtype)
+        self.down_proj = ExpertLinear(E, F, width, bias=bias, device=device, dtype=dtype)
+
+
+class MixtureOfExperts(nn.Module):
+    """See the module's text. `make_shared` makes the layer that every token goes to, where there is one."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        make_shared: Callable[[int], nn.Module],
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.moe: MoeConfig = config.moe
+        self.activation = config.activation if config.moe.limit is None else CLAMPED
+        E, C, bias = config.moe.num_experts, config.width, config.moe.router_bias
+        self.gate = Linear(C, E, bias=bias, device=device, dtype=dtype)
+        self.experts = Experts(C, config.moe, device=device, dtype=dtype)
+        shared = config.moe.shared_width
+        self.shared_expert = None if shared is None else make_shared(shared)
+        self.shared_expert_gate = None if shared is None else Linear(C, 1, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
+        """Never deterministic: how many tokens an expert has decides how they are summed. The model refuses it."""
+        assert not deterministic
+        ids, weights = route(self.gate(x), self.moe.top_k, order=self.moe.order, renormalise=self.moe.renormalise)
+        gate, up, down = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
+        y = moe_mlp(
+            x,
+            ids,
+            weights,
+            gate.weight,
+            up.weight,
+            down.weight,
+            activation=self.activation,
+            gate_bias=gate.bias,
+            up_bias=up.bias,
+            down_bias=down.bias,
+            limit=self.moe.limit,
+        )
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return y
+        return y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
