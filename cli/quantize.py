@@ -92,10 +92,12 @@ def quantize(
 
     from trine.engine.errors import CheckpointError, UsageError
 
-    given = (checkpoint, scheme, out, group_size, asymmetric, override, calibration, calibration_samples)
-    given += (calibration_length, evaluation, max_memory, resume, json, more_data)
+    given = any(
+        (checkpoint, scheme, out, group_size, asymmetric, override, calibration, calibration_samples, more_data)
+    )
+    given |= any((calibration_samples, calibration_length, evaluation, max_memory, resume, json))
     if check is not None:
-        if any(given) or (method, form, dtype, speed) != ("rtn", "compressed-tensors", "auto", True):
+        if given or (method, form, dtype, speed) != ("rtn", "compressed-tensors", "auto", True):
             raise UsageError("--check DIR stands alone; leave out CHECKPOINT and every other option")
         from trine.engine.quantize.check import check_folder
 

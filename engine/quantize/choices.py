@@ -22,6 +22,7 @@ from trine.engine.model.quantized.scheme import Scheme, make_scheme
 from trine.engine.quantize.check import FUSED
 
 HEAD = "lm_head.weight"
+_ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ def parse_override(text: str) -> Override:
     return Override(text, pattern, scheme)
 
 
+def is_left(rule: TensorRule) -> bool:
+    """Whether a linear layer is never quantized: the output layer, and what decides which experts a token goes to."""
+    return rule.ours == (HEAD,) or rule.ours[0].endswith(_ROUTERS)
+
+
 @dataclass(frozen=True)
 class Layer:
     """A weight [N, K] to quantize; `rule` says which layers of the model it is."""
@@ -85,9 +91,9 @@ def choose_layers(
     found: dict[str, Layer] = {}
     used: set[Override] = set()
     kept: dict[str, Scheme | None] = {}
-    for name, (rule, num_features, width) in linear_rules(opened.model, opened.rules).items():
+    for name, (rule, num_features, width) in linear_rules(opened.model, opened.rules, experts=True).items():
         path = name.removesuffix(".weight")
-        if rule.ours == (HEAD,):
+        if is_left(rule):
             continue
         override = next((one for one in overrides if one.matches(path)), None)
         used.update([] if override is None else [override])

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from trine.engine.errors import NonFiniteError
+from trine.engine.log import warn
 from trine.engine.model.checkpoint import Opened
 from trine.engine.model.families import TensorRule
 from trine.engine.model.quantized.format import Format
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.quantize.choices import Layer
 from trine.engine.quantize.equivalent import places, rescale
+from trine.engine.quantize.gptq import HessianError
 from trine.engine.quantize.hidden import HiddenStates
 from trine.engine.quantize.kept_statistics import KeptStatistics
 from trine.engine.quantize.memory import Budget, batch_bytes, method_bytes, parameter_bytes, statistics_bytes
 from trine.engine.quantize.quality import Quality, compare
 from trine.engine.quantize.report import LayerReport, measure
+from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.quantize.statistics import InputStatistics
 from trine.engine.quantize.walk import BATCH_TOKENS, Walk
 from trine.engine.quantize.work import Work
@@ -33,6 +36,8 @@ from trine.engine.quantize.work import Work
 if TYPE_CHECKING:
     from trine.engine.quantize.run import Settings
 
+# An expert that fewer tokens went to is quantized by its weights alone.
+FEWEST_TOKENS = 32
 _PART = re.compile(r"(.*?layers\.\d+)\.")
 
 
@@ -73,7 +78,7 @@ class LayerWork:
     def _start(self, walk: Walk) -> None:
         """Hidden states before the first layer, in memory or not as the budget says."""
         settings, config = self._settings, walk.model.config
-        # A layer that is left as it is is passed through all the same.
+        # Layers of which nothing is quantized are passed through all the same.
         self.parts = {f"layers.{number}": self.parts.get(f"layers.{number}", []) for number in range(walk.num_layers)}
         streams: list[Tensor] = []
         if settings.calibration is not None:
@@ -189,16 +194,24 @@ class LayerWork:
     ) -> list[QuantizedTensor]:
         scheme, stored = self._layers[names[0]].scheme, self._opened.stored[names[0]].dtype
         scale_dtype = self._settings.writer.scale_dtype or (torch.float32 if stored == torch.float64 else stored)
-        found = self._settings.method.quantize(
-            weights[0] if len(weights) == 1 else torch.cat(list(weights)), scheme, inputs, scale_dtype=scale_dtype
-        )
-        return found.split(names[0], torch.arange(len(found.codes_NK)).split([len(w_NK) for w_NK in weights]))
+        w_NK = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        if inputs is not None and inputs.tokens < FEWEST_TOKENS:
+            found = quantize_rtn(w_NK, scheme, scale_dtype=scale_dtype, search="weights")
+        else:
+            try:
+                found = self._settings.method.quantize(w_NK, scheme, inputs, scale_dtype=scale_dtype)
+            except HessianError as error:
+                paths = ", ".join(self._layers[name].path for name in names)
+                warn(f"{paths}: {error}; rounded to nearest (rtn-mse) instead")
+                found = quantize_rtn(w_NK, scheme, scale_dtype=scale_dtype, search="weights")
+        return found.split(names[0], torch.split(torch.arange(len(found.codes_NK)), [len(w_NK) for w_NK in weights]))
 
     def _weight(self, layer: Layer, rescaled: bool) -> Tensor:
         """[N, K], as stored or as it was rescaled, at least in fp32."""
         if rescaled:
             assert self._walk is not None
-            return layer.rule.join([self._walk.model.get_parameter(name).data for name in layer.rule.ours])
+            model, rule = self._walk.model, layer.rule
+            return rule.join([rule.part(model.get_parameter(name).data) for name in rule.ours])
         tensor = self._opened.stored[layer.rule.stored].read_copy()
         check_finite(layer.rule.stored, tensor)
         w_NK = tensor.T.contiguous() if layer.rule.transpose else tensor
@@ -219,7 +232,7 @@ class LayerWork:
         walk, states = self._walk, self._inputs
         assert walk is not None
         assert states is not None
-        wanted = {_module(name) for stored in self.parts[part] for name in self._layers[stored].rule.ours}
+        wanted = {name for stored in self.parts[part] for name in _modules(self._layers[stored].rule)}
         groups = [group for group in walk.shared_inputs(number, states) if wanted.intersection(group)]
         widths = [walk.width(group[0]) for group in groups]
         passes = self._budget.passes(groups, widths, self._beside_statistics(walk, part))
@@ -237,11 +250,12 @@ class LayerWork:
         walk.load(part, torch.float32)
         block: Any = walk.model.get_submodule(part)
         schemes = {
-            _module(name).removeprefix(f"{part}."): self._layers[stored].scheme
+            name.removeprefix(f"{part}."): self._layers[stored].scheme
             for stored in self.parts[part]
-            for name in self._layers[stored].rule.ours
+            for name in _modules(self._layers[stored].rule)
         }
         stored_dtype = self._opened.stored[self.parts[part][0]].dtype
+        assert stored_dtype is not None
         for place in places(block):
             name = f"{part}.{place.layers[0]}"
             if statistics.group_of(name) is not None:
@@ -250,8 +264,8 @@ class LayerWork:
         tensors = {}
         for rule in walk.rules_of(part):
             if rule.stored not in self._layers:
-                tensor = rule.join([walk.model.get_parameter(name).data for name in rule.ours])
-                tensors[rule.stored] = (tensor.T if rule.transpose else tensor).contiguous().to(stored_dtype)
+                parts = [rule.part(walk.model.get_parameter(name).data) for name in rule.ours]
+                tensors[rule.stored] = rule.to_stored(parts).to(stored_dtype)
                 check_finite(rule.stored, tensors[rule.stored])
         return tensors
 
@@ -283,8 +297,10 @@ def _part_of(rule: TensorRule) -> str:
 
 
 def _first(rule: TensorRule) -> str:
-    return _module(rule.ours[0])
+    return _modules(rule)[0]
 
 
-def _module(weight: str) -> str:
-    return weight.removesuffix(".weight")
+def _modules(rule: TensorRule) -> list[str]:
+    """Our linear layers whose weight a tensor holds; those of an expert are named as in `experts.py`."""
+    expert = "" if rule.expert is None else f":{rule.expert}"
+    return [name.removesuffix(".weight") + expert for name in rule.ours]

@@ -31,7 +31,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem
   background: #fff }
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem } svg { width: 100%; height: auto }
 table { border-collapse: collapse; font-size: .9rem } td, th { padding: .2rem .8rem .2rem 0; text-align: right }
-td:first-child, th:first-child, .facts td { text-align: left } th { font-weight: 600 } tr { border-bottom: 1px solid #8884 }
+td:first-child, th:first-child, .facts td { text-align: left }
+th { font-weight: 600 } tr { border-bottom: 1px solid #8884 }
 .note { color: #626b78 }
 @media (prefers-color-scheme: dark) { body { color: #e4e8ee; background: #14181d } .note { color: #9aa4b2 } }
 """

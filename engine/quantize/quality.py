@@ -60,8 +60,8 @@ def compare(
     rows = max(1, _LOGITS // vocab_size)
     sums = torch.zeros(4, dtype=torch.float64)
     for sample, ids_T in enumerate(ids_ST):
-        hidden = [states.read(sample, sample + 1)[0, :-1].split(rows) for states in (before, after)]
-        for targets_R, *parts in zip(ids_T[1:].split(rows), *hidden, strict=True):
+        hidden = [torch.split(states.read(sample, sample + 1)[0, :-1], rows) for states in (before, after)]
+        for targets_R, *parts in zip(torch.split(ids_T[1:], rows), *hidden, strict=True):
             log_p, log_q = (torch.log_softmax(to_logits(part).float(), -1) for part in parts)
             nats = [one.gather(1, targets_R[:, None]).sum(dtype=torch.float64) for one in (log_p, log_q)]
             divergence = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ NAME, PAGE = "quantize_report.json", "quantize_report.html"
 class LayerReport:
     """One weight [N, K]: `relative_error` is |w - w'| / |w| (Frobenius norms), `largest_error` the largest |w - w'|.
 
-    `output_error` is |X (w - w')^T| / |X w^T| for a sample X of its inputs; None where none were looked at. Of a weight
+    `output_error` is |X (w - w')^T| / |X w^T| for a sample X of its inputs, `tokens` how many tokens of the data came
+    through it (an expert sees its own alone); None where none were looked at. Of a weight
     that was rescaled, all this is of the weight as it was then, and of inputs that fit it.
     """
 
@@ -37,6 +39,7 @@ class LayerReport:
     relative_error: float
     largest_error: float
     output_error: float | None = None
+    tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,6 +114,7 @@ def layer_report(
         relative_error=_ratio(difference, exact),
         largest_error=float(difference.abs().max()),
         output_error=output_error,
+        tokens=None if inputs is None else inputs.tokens,
     )
 
 
@@ -176,6 +180,11 @@ def summary(report: Report) -> list[tuple[str, str]]:
         ("weights", f"{report.scheme} ({report.stored_as}) by {report.method}, {bits:.2f} bits each"),
         ("size", f"{format_bytes(report.bytes_before)} to {format_bytes(report.bytes_after)}, {share:.0%} of it"),
     ]
+    few = _with_few_tokens(report.layers)
+    if few:
+        least = min(few, key=lambda layer: layer.tokens or 0)
+        words = f"{len(few)} weights saw less than a tenth of the others' tokens, {least.path} {least.tokens} of them"
+        lines.append(("experts", f"{words}; give more calibration data"))
     if report.quality is not None:
         one = report.quality
         change = one.perplexity_after / one.perplexity_before - 1
@@ -194,6 +203,12 @@ def summary(report: Report) -> list[tuple[str, str]]:
     elif report.why_no_speed:
         lines.append(("speed", f"not measured: {report.why_no_speed}"))
     return lines
+
+
+def _with_few_tokens(layers: Sequence[LayerReport]) -> list[LayerReport]:
+    """Weights through which much less of the data came than through others: experts that are seldom chosen."""
+    counts = [layer.tokens for layer in layers if layer.tokens is not None]
+    return [layer for layer in layers if layer.tokens is not None and 10 * layer.tokens < statistics.median(counts)]
 
 
 def _error(layer: LayerReport) -> float:

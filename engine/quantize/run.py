@@ -12,6 +12,7 @@ layer is kept on the disk as soon as it is finished (`work.py`); a limit on memo
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,14 +134,15 @@ class _Run:
 
     def __init__(self, checkpoint: Path, opened: Opened, settings: Settings) -> None:
         self.checkpoint, self.opened, self.settings = checkpoint, opened, settings
-        linear = linear_rules(opened.model, opened.rules).values()
+        linear = linear_rules(opened.model, opened.rules, experts=True).values()
         paths = [rule.stored.removesuffix(".weight") for rule, _, _ in linear]
+        paths += [f"re:{re.escape(rule.stored)}" for rule in opened.rules if rule.stacked]
         self.layers = choose_layers(opened, settings.scheme, settings.overrides, transposes=settings.writer.transposes)
         for layer in self.layers.values():
             settings.writer.check(layer.scheme)
         self.quantization = quantization_of(self.layers.values(), dict.fromkeys([*paths, _HEAD]), settings.scheme)
-        widest = max((opened.stored[rule.stored].dtype for rule in opened.rules), key=lambda dtype: dtype.itemsize)
-        assert widest is not None
+        stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
+        widest = max(stored, key=lambda dtype: dtype.itemsize)
         self.dtype = settings.dtype or inference_dtype(widest, torch.device("cpu"))[0]
 
     def identity(self) -> dict[str, Any]:

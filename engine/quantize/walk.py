@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,17 @@ from trine.engine.model.blocks import MLP
 from trine.engine.model.checkpoint import Opened
 from trine.engine.model.families import TensorRule
 from trine.engine.model.layers import Linear
+from trine.engine.model.moe import MixtureOfExperts
 from trine.engine.model.quantized.layers import QuantizedMLP, install
 from trine.engine.model.quantized.plan import split_weight
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
+from trine.engine.quantize.experts import expert_groups, expert_inputs
 from trine.engine.quantize.hidden import HiddenStates
 from trine.engine.quantize.statistics import InputStatistics
 
 BATCH_TOKENS = 1024
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Walk:
@@ -97,11 +100,13 @@ class Walk:
         missing = sorted(set(self._linears(layer)) - {name for _, names in seen.values() for name in names})
         if missing:
             raise CheckpointError(f"{missing[0]} got no input from the calibration data; give more, or method rtn")
-        return [names for _, names in seen.values()]
+        mixtures = (f"{name}.experts" for name in self._parts(layer, MixtureOfExperts))
+        experts = [group for name in mixtures for group in expert_groups(name, self.model.config)]
+        return [*(names for _, names in seen.values()), *experts]
 
     @torch.no_grad()
     def statistics(self, layer: int, states: HiddenStates, names: Sequence[str]) -> dict[str, InputStatistics]:
-        """Those of the inputs of the linear layers of these names."""
+        """Those of the inputs of the linear layers of these names, as `shared_inputs` has them."""
         found = {name: InputStatistics.empty(self.width(name)) for name in names}
         with self._hooks(layer, names, lambda name, x: found[name].update(x)):
             for _, x_BTC in self._inputs(states):
@@ -110,6 +115,9 @@ class Walk:
 
     def install(self, rule: TensorRule, weight: QuantizedTensor) -> None:
         """Put codes in the place of the layers that a tensor on disk stands for."""
+        if rule.expert is not None:
+            rule.part(self.model.get_parameter(rule.ours[0]).data).copy_(weight.dequantize(self.dtype))
+            return
         rows = [len(self.model.get_parameter(name)) for name in rule.ours]
         for name, part in zip(rule.ours, split_weight(rule, weight, rows), strict=True):
             install(self.model, name.removesuffix(".weight"), part.weight(), part.order_K)
@@ -132,45 +140,46 @@ class Walk:
 
     def width(self, name: str) -> int:
         """The number of inputs of a linear layer."""
-        return self.model.get_parameter(f"{name}.weight").shape[1]
+        return self.model.get_parameter(f"{name.partition(':')[0]}.weight").shape[-1]
 
     def finish(self, layer: int) -> None:
         """Take the layer's memory; it is not used again."""
         self.model.layers[layer] = nn.Identity()
 
     def _copy(self, rule: TensorRule, tensor: Tensor) -> None:
-        targets = [self.model.get_parameter(name) for name in rule.ours]
-        parts = rule.split(tensor.T if rule.transpose else tensor, [len(target) for target in targets])
-        for target, values in zip(targets, parts, strict=True):
-            target.data.copy_(values)
+        parts = [rule.part(self.model.get_parameter(name).data) for name in rule.ours]
+        for part, values in zip(parts, rule.from_stored(tensor, parts), strict=True):
+            part.copy_(values)
 
     def _linears(self, layer: int) -> list[str]:
+        return list(self._parts(layer, Linear))
+
+    def _parts(self, layer: int, kind: type[Module]) -> dict[str, Module]:
+        """What a layer holds of a kind of module, by name."""
         part = f"layers.{layer}"
-        return [
-            f"{part}.{name}"
-            for name, module in self.model.get_submodule(part).named_modules()
-            if isinstance(module, Linear)
-        ]
+        modules = self.model.get_submodule(part).named_modules()
+        return {f"{part}.{name}": module for name, module in modules if isinstance(module, kind)}
 
     @contextmanager
     def _hooks(self, layer: int, names: Sequence[str], do: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Meanwhile, `do(name, x)` is called before each of these linear layers of a layer is."""
-        part = f"layers.{layer}"
         # `MLP` multiplies with its layers' weights itself; then no hook of theirs would be called.
-        whole = [
-            (f"{part}.{name}", module)
-            for name, module in self.model.get_submodule(part).named_modules()
-            if isinstance(module, MLP)
-        ]
-        for name, module in whole:
+        whole = self._parts(layer, MLP)
+        for name, module in whole.items():
             self.model.set_submodule(name, QuantizedMLP(module))
+        of_experts = {name for name in names if ":" in name}
         hooks = [
-            self.model.get_submodule(name).register_forward_pre_hook(partial(_first_input, do, name)) for name in names
+            self.model.get_submodule(name).register_forward_pre_hook(partial(_first_input, do, name))
+            for name in names
+            if name not in of_experts
         ]
+        for name, mixture in self._parts(layer, MixtureOfExperts).items():
+            watched = {one for one in of_experts if one.startswith(f"{name}.")}
+            hooks.append(mixture.register_forward_pre_hook(partial(expert_inputs, do, f"{name}.experts", watched)))
         yield
         for hook in hooks:
             hook.remove()
-        for name, module in whole:
+        for name, module in whole.items():
             self.model.set_submodule(name, module)
 
     def _inputs(self, states: HiddenStates) -> Iterator[tuple[int, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trine.engine.errors import CheckpointError
 from trine.engine.model.families import TensorRule
 from trine.engine.model.layers import Linear
+from trine.engine.model.moe import ExpertLinear
 from trine.engine.model.quantized.format import Encoding, Format, Layout
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
@@ -41,14 +42,19 @@ class QuantizedRule:
 QuantizedRules = dict[str, QuantizedRule]
 
 
-def linear_rules(model: nn.Module, rules: Iterable[TensorRule]) -> dict[str, tuple[TensorRule, int, int]]:
-    """The weights of linear layers, with their [N, K], by their names on disk."""
+def linear_rules(
+    model: nn.Module, rules: Iterable[TensorRule], *, experts: bool = False
+) -> dict[str, tuple[TensorRule, int, int]]:
+    """The weights of linear layers, with their [N, K], by their names on disk; on request those of each expert too."""
+    kinds = (Linear, ExpertLinear) if experts else (Linear,)
     widths = {
-        f"{name}.weight": tuple(part.weight.shape) for name, part in model.named_modules() if isinstance(part, Linear)
+        f"{name}.weight": tuple(part.weight.shape[-2:])
+        for name, part in model.named_modules()
+        if isinstance(part, kinds)
     }
     found = {}
     for rule in rules:
-        if all(name in widths for name in rule.ours):
+        if all(name in widths for name in rule.ours) and not rule.stacked:
             rows = sum(widths[name][0] for name in rule.ours)
             found[rule.stored] = (rule, rows, widths[rule.ours[0]][1])
     return found
@@ -62,11 +68,13 @@ def quantized_rules(
     Raises `CheckpointError` where that is nothing, or for layers that the format does not hold.
     """
     found: QuantizedRules = {}
-    for name, (rule, num_features, width) in linear_rules(model, rules).items():
+    for name, (rule, num_features, width) in linear_rules(model, rules, experts=True).items():
         path = name.removesuffix(".weight")
         encoding = form.encoding(path, num_features, width, stored)
         if encoding is None:
             continue
+        if rule.expert is not None:  # no kernel multiplies codes of many experts
+            encoding = replace(encoding, scheme=None, note="weights of experts become numbers")
         if rule.transpose and not form.transposes:
             raise CheckpointError(f"{path} is stored [in, out], which {form.name} does not hold quantized")
         found[name] = QuantizedRule(path, encoding, num_features, width)
