@@ -78,6 +78,8 @@ def _print_statistics(found: SplitStatistics) -> None:
 
 
 def _print_sample(sample: InspectedSample, num_tokens: int) -> None:
+    from trine.engine.log import printable
+
     last = (sample.first_token + len(sample.ids) - 1) % num_tokens
     print(
         f"\nsample {sample.number}: tokens {sample.first_token:,} to {last:,}, loss at {sum(sample.loss)} of "
@@ -90,9 +92,4 @@ def _print_sample(sample: InspectedSample, num_tokens: int) -> None:
             f"{segment.first_position + segment.length - 1}, loss at {segment.targets}"
         )
         text = "".join(part if taken else f"⟦{part}⟧" for part, taken in segment.runs)
-        print("".join(f"     | {line}\n" for line in _printable(text).split("\n")), end="")
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer a terminal: control characters as escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+        print("".join(f"     | {line}\n" for line in printable(text).split("\n")), end="")

@@ -13,6 +13,7 @@ import typer
 
 from trine.cli import (
     bench,
+    chat,
     data,
     data_inspect,
     doctor,
@@ -67,6 +68,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("import")(import_gguf.import_gguf)
 app.command("quantize")(quantize.quantize)

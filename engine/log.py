@@ -62,6 +62,11 @@ def format_bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters, but for line ends and tabs, as escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
     """Yield `items` while showing a bar (terminal) or a line every tenth (file), with the time left."""
     if is_terminal():
