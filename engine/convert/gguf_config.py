@@ -35,6 +35,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_OF_LAYER = re.compile(r"blk\.(\d+)\.")
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 FREQUENCIES = "rope_freqs.weight"
 # Keys that say what `config` asks for, or nothing of what is computed.
@@ -77,9 +78,10 @@ def architecture_of(file: GgufFile) -> tuple[str, Architecture]:
 def name_of(file: GgufFile, name: str) -> str:
     """The name of a tensor in a Hugging Face folder. Raises `CheckpointError` for one that has none."""
     module, _, kind = name.rpartition(".")
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
-    if layer is not None and layer[2] in _LAYER:
-        return f"model.layers.{layer[1]}.{_LAYER[layer[2]]}.{kind}"
+    layer = _OF_LAYER.match(name)
+    part = module.partition(".")[2].partition(".")[2]
+    if layer is not None and part in _LAYER:
+        return f"model.layers.{layer[1]}.{_LAYER[part]}.{kind}"
     if module not in _TOP:
         raise CheckpointError(f"{file.path} holds a tensor {name!r} that trine import does not know")
     return f"{_TOP[module]}.{kind}"
@@ -99,6 +101,12 @@ def config_of(file: GgufFile, dtype: str) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} has no token_embd.weight; it is not a whole model")
+    layers = {found[1] for found in map(_OF_LAYER.match, file.tensors) if found is not None}
+    if read.whole("block_count") != len(layers):
+        raise CheckpointError(
+            f"{file.path} has {name}.block_count {read.whole('block_count')} but tensors of {len(layers)} layers; "
+            "copy it again"
+        )
     return {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from trine.engine.convert.gguf import import_gguf
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import load_model
+from trine.engine.model.gguf import read_gguf
 from trine.engine.model.quantized.layers import QuantizedLinear
 from trine.engine.quantize.check import check_folder
 from trine.engine.text.tokenizer import Tokenizer
@@ -66,7 +67,15 @@ def _neighbours(weight: Any, heads: int) -> Any:
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
 
 
-def _write(path: Path, model: Any, kind: str = "F32", **metadata: Any) -> None:
+def _add(writer: Any, key: str, value: Any) -> None:
+    """A value of the metadata, in the type that it has here."""
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    (writer.add_bool if isinstance(value, bool) else add[type(value)])(key, value)
+
+
+def _write(
+    path: Path, model: Any, kind: str = "F32", *, changed: dict[str, Any] | None = None, **metadata: Any
+) -> None:
     """The model as llama.cpp's converter lays it out, linear layers and embeddings in `kind`."""
     config, architecture = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, architecture)
@@ -82,9 +91,10 @@ def _write(path: Path, model: Any, kind: str = "F32", **metadata: Any) -> None:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     for key, value in metadata.items():
-        name = key.replace("__", ".")
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
-        (writer.add_bool if isinstance(value, bool) else add[type(value)])(name, value)
+        _add(writer, key.replace("__", "."), value)
+    for key, value in (changed or {}).items():
+        writer.kv_data[0].pop(key)
+        _add(writer, key, value)
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -179,6 +189,30 @@ def test_other_architectures_and_wrong_options_are_refused(tmp_path: Path) -> No
         import_gguf(tmp_path / "b.gguf", tmp_path / "out", dtype="int8")
     with pytest.raises(UsageError, match="exists already"):
         import_gguf(tmp_path / "b.gguf", tmp_path)
+
+
+def _odd(rng: np.random.Generator) -> Any:
+    odd: list[Any] = [0, 1, 3, 2**31, 2**32 - 1, "", "llama", True, 0.0, 1e30, float("nan"), [1, 2], ["a"]]
+    return odd[int(rng.integers(0, len(odd)))]
+
+
+@pytest.mark.slow
+def test_files_whose_metadata_lies_are_refused_or_read(tmp_path: Path) -> None:
+    """One value of the metadata after the other becomes one of another type or size."""
+    model, rng = _model("llama"), np.random.default_rng(0)
+    _write(tmp_path / "a.gguf", model)
+    keys = [key for key in read_gguf(tmp_path / "a.gguf").metadata if key != "general.architecture"]
+    errors = []
+    for number in range(150):
+        key = keys[number % len(keys)]
+        (tmp_path / "a.gguf").unlink()
+        _write(tmp_path / "a.gguf", model, changed={key: _odd(rng)})
+        try:
+            import_gguf(tmp_path / "a.gguf", tmp_path / str(number))
+        except CheckpointError as error:
+            errors.append(str(error))
+    assert len(errors) > 50
+    assert all(error.isprintable() for error in errors)
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
