@@ -23,6 +23,7 @@ import torch
 from trine.engine.env import environment
 from trine.engine.errors import NonFiniteError, StorageError, UsageError
 from trine.engine.log import progress, say
+from trine.engine.train import out_of_memory
 from trine.engine.train import step as steps
 from trine.engine.train.charts import Line, draw, smooth, standalone
 from trine.engine.train.durable import write_file
@@ -156,16 +157,22 @@ def _ramp(setup: Setup, wanted: LrRange) -> tuple[list[tuple[float, float]], str
             batch_size=recipe.train.batch_size,
             micro_batch_size=setup.micro_batch_size,
         )
-        loss = steps.accumulate_gradients(
-            subject.model,
-            subject.objective,
-            pieces,
-            num_valid=steps.count_valid(pieces),
-            seed=recipe.train.seed,
-            compute_dtype=setup.compute_dtype,
-            checkpoint_activations=recipe.train.checkpoint_activations,
-        )
         rate = wanted.rate(step)
+        try:
+            with subject.computing():
+                loss = steps.accumulate_gradients(
+                    subject.model,
+                    subject.objective,
+                    pieces,
+                    num_valid=steps.count_valid(pieces),
+                    seed=recipe.train.seed,
+                    compute_dtype=setup.compute_dtype,
+                    checkpoint_activations=recipe.train.checkpoint_activations,
+                )
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory.found_in(error):
+                raise out_of_memory.in_a_step(error, setup, step=step + 1) from None
+            raise
         try:
             result = steps.check_and_clip(subject.trained, loss, max_norm=recipe.optim.grad_clip, step=step + 1)
         except NonFiniteError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from trine.engine.errors import OutOfMemoryError
@@ -21,14 +19,13 @@ def found_in(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def in_a_step(error: BaseException, setup: Setup, *, step: int, latest: Path | None) -> OutOfMemoryError:
-    """The error for a run that ran out of memory at `step`; `latest` is its last checkpoint."""
+def in_a_step(error: BaseException, setup: Setup, *, step: int, kept: str = "") -> OutOfMemoryError:
+    """The error for training that ran out of memory at `step`; `kept` says what is left of it and how to go on."""
     train, tokens = setup.recipe.train, setup.recipe.data.seq_len
-    kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written yet"
     return OutOfMemoryError(
         f"step {step} ran out of memory on {setup.device} with train.micro_batch_size = {setup.micro_batch_size} "
-        f"sequences of {tokens} tokens ({_first_sentence(error)}); {_remedy(train, setup.micro_batch_size)}; {kept}, "
-        "continue with --resume auto"
+        f"sequences of {tokens} tokens ({_first_sentence(error)}); {_remedy(train, setup.micro_batch_size)}"
+        f"{'; ' if kept else ''}{kept}"
     )
 
 

@@ -38,9 +38,10 @@ def explain(error: BaseException, setup: Setup, *, step: int, latest: Path | Non
 
     `latest` is the last checkpoint.
     """
-    if not isinstance(error, NonFiniteError | LossSpikeError):
-        return "out-of-memory", out_of_memory.in_a_step(error, setup, step=step, latest=latest)
     kept = f"the last checkpoint is {latest}" if latest else "no checkpoint was written yet"
+    if not isinstance(error, NonFiniteError | LossSpikeError):
+        kept += ", continue with --resume auto"
+        return "out-of-memory", out_of_memory.in_a_step(error, setup, step=step, kept=kept)
     told = type(error)(
         f"{error}; {kept}; lower the learning rate, warm up longer, or pass the data by: --on-spike rollback"
     )

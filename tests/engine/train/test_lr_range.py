@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from trine.engine.errors import UsageError
+from trine.engine.errors import OutOfMemoryError, UsageError
+from trine.engine.train import step as steps
 from trine.engine.train.lr_range import LrRange, Point, lr_range_test, parse_range, suggest
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.run_folder import RunFolder
@@ -52,6 +54,15 @@ def test_a_curve_and_a_suggestion_and_no_run(
     RunFolder(recipe.run.dir).check_free(recipe)  # nothing in the way of the run itself
     again = json.loads(lr_range_test(recipe, LrRange(low=1e-4, high=10.0, steps=50)).read_text())
     assert again["curve"] == points
+
+
+def test_memory_that_runs_out_names_the_piece(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "accumulate_gradients", lambda *_, **__: torch.empty(2**58, dtype=torch.uint8))
+    with pytest.raises(OutOfMemoryError, match=r"step 1 ran out of memory .*train\.micro_batch_size=2: .* pieces$"):
+        lr_range_test(make_recipe(), LrRange(low=1e-4, high=10.0, steps=50))
+    assert not list(tmp_path.iterdir())
 
 
 def test_suggestions_and_their_reasons() -> None:
