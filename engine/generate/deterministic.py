@@ -20,6 +20,11 @@ def check_deterministic(model: Transformer, compute_dtype: torch.dtype, kv_dtype
             "they are computed, so the two must agree: leave kv_dtype out"
         )
     config = model.config
+    if config.moe is not None:
+        raise UsageError(
+            "deterministic=True with a mixture of experts: how many tokens an expert has decides how they are summed; "
+            "leave it out"
+        )
     sizes = Sizes(
         config.width, config.ffn_width, config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -124,3 +125,22 @@ def test_the_check_catches_what_it_is_for(line: str, wrong: str | None) -> None:
 def test_no_document_holds_a_placeholder() -> None:
     for path in documents():
         assert not re.search(r"\{\{[A-Z_]+\}\}", path.read_text(encoding="utf-8")), path
+
+
+def test_readme_lists_the_families_of_the_registry() -> None:
+    from trine.engine.model.families.registry import FAMILIES
+
+    [line] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("- **Models**")]
+    assert "; ".join(family.title for family in FAMILIES.values()) in line
+
+
+def test_numerics_lists_the_mistakes_that_the_parity_tests_see() -> None:
+    tree = ast.parse((ROOT / "tests/engine/model/test_mutations.py").read_text())
+    [table] = [
+        node for node in tree.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "MUTATIONS"
+    ]
+    assert isinstance(table.value, ast.List)
+    listed = (ROOT / "docs/numerics.md").read_text()
+    entries = [ast.literal_eval(part) for entry in table.value.elts for part in getattr(entry, "elts", [])[:1]]
+    assert len(entries) > 80
+    assert [name for name in entries if name not in listed] == []

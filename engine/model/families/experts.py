@@ -53,7 +53,6 @@ def read_experts(hf: HfConfig, width_key: str = "moe_intermediate_size") -> MoeC
         top_k=require(hf, "num_experts_per_tok"),
         ffn_width=require(hf, width_key),
         renormalise=bool(hf.get("norm_topk_prob")),
-        shared_width=hf.get("shared_expert_intermediate_size"),
         dense_layers=dense,
     )
 

@@ -51,7 +51,6 @@ OLMOE = Family(
         "clip_qkv": None,
         "partial_rotary_factor": 1.0,
         "mlp_bias": False,
-        "shared_expert_intermediate_size": None,
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
     },

@@ -5,6 +5,7 @@ Class defaults are those of transformers 5.23 `Qwen2MoeConfig`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from trine.engine.model.config import ModelConfig
@@ -19,9 +20,8 @@ def to_config(hf: HfConfig) -> ModelConfig:
     windows: dict[str, Any] = {}
     if hf.get("use_sliding_window"):
         windows = read_windows(hf, is_full=lambda layer: layer % 2 == 1 or layer >= hf["max_window_layers"])
-    return read_decoder(
-        {**hf, "head_dim": None}, "qwen2_moe", qkv_bias=bool(hf["qkv_bias"]), moe=read_experts(hf), **windows
-    )
+    moe = replace(read_experts(hf), shared_width=hf["shared_expert_intermediate_size"])
+    return read_decoder({**hf, "head_dim": None}, "qwen2_moe", qkv_bias=bool(hf["qkv_bias"]), moe=moe, **windows)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -55,7 +55,7 @@ QWEN3_MOE = Family(
         "moe_intermediate_size": 768,
         "intermediate_size": 6144,
     },
-    neutral={"partial_rotary_factor": 1.0, "mlp_bias": False, "shared_expert_intermediate_size": None},
+    neutral={"partial_rotary_factor": 1.0, "mlp_bias": False},
     ignored=FREQUENCIES,
     to_config=to_config,
     to_hf=to_hf,

@@ -127,5 +127,10 @@ def test_what_cannot_be_kept_is_refused_at_the_start(
     with pytest.raises(UsageError, match=r"deterministic=True with kv_dtype torch.int8 .* leave kv_dtype out"):
         engine_for(model, tiny_tokenizer, torch.float32, kv_dtype=torch.int8)
     monkeypatch.setattr(module, "probe", lambda *_: ("linear layers: a row's bits depend on the rows beside it",))
+    experts = config_from_hf(
+        {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 9, **SIZES}
+    )
+    with pytest.raises(UsageError, match="deterministic=True with a mixture of experts"):
+        module.check_deterministic(Transformer(experts, device="meta"), torch.float32, torch.float32)
     with pytest.raises(UsageError, match=r"does not hold on this machine \(linear layers: .*\); leave it out"):
         engine_for(model, tiny_tokenizer, torch.float32)
