@@ -31,8 +31,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in SCHEMES), ("w4a16", "float32")])
 def test_the_quantized_folder_holds_what_was_trained(
     name: str, dtype: str, continued: MakeRecipe, tmp_path: Path
 ) -> None:

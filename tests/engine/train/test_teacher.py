@@ -37,6 +37,7 @@ def divergence(teacher: Transformer, student: Transformer, recipe: Recipe) -> fl
     return total / count
 
 
+@pytest.mark.slow
 def test_a_student_nears_its_teacher_which_may_be_quantized(
     make_recipe: MakeRecipe, bases: dict[str, Path], tmp_path: Path
 ) -> None:
