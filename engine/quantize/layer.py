@@ -86,6 +86,7 @@ class LayerWork:
         if settings.evaluation is not None:
             streams += [settings.evaluation.ids_ST] * 2
         self._reckon(walk)
+        self._warn_of_few_tokens()
         shapes = [(*ids_ST.shape, config.width) for ids_ST in streams]
         total = sum(torch.Size(shape).numel() for shape in shapes) * walk.dtype.itemsize
         kept = self._budget.keeps(total)
@@ -96,6 +97,17 @@ class LayerWork:
             self._inputs = states.pop(0)
         if settings.evaluation is not None:
             self._original, self._quantized = states
+
+    def _warn_of_few_tokens(self) -> None:
+        """A Hessian [K, K] of fewer than K tokens says nothing of most directions."""
+        if self._settings.calibration is None:
+            return
+        widest = max(self._layers.values(), key=lambda layer: layer.width)
+        tokens = self._settings.calibration.ids_ST.numel()
+        if tokens < widest.width:
+            warn(
+                f"calibration data is {tokens} tokens, less than the {widest.width} inputs of {widest.path}; give more"
+            )
 
     def _reckon(self, walk: Walk) -> None:
         """What memory the work will need beside hidden states; refuses what cannot fit, naming it."""

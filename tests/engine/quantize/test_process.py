@@ -410,3 +410,33 @@ def test_sizes(text: str, number: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
         parse_bytes(text)
+
+
+def test_the_quality_table_reads_its_cases() -> None:
+    from trine.benchmarks import quantization_quality
+
+    for case in quantization_quality.CASES:
+        quantization_quality.parse_case(case)
+    scheme, name, method = quantization_quality.parse_case("w4a16:32a/gptq")
+    assert (scheme, name, method) == (make_scheme("w4a16", group_size="32", symmetric=False), "w4a16", "gptq")
+    for case, words in (("w4a16", "is not SCHEME/METHOD"), ("w4a16:7/rtn", "must be 32"), ("w8a8/awq", "does not fit")):
+        with pytest.raises(UsageError, match=words):
+            quantization_quality.parse_case(case)
+
+
+@pytest.mark.slow
+def test_the_quality_table_is_filled_and_continued(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trine.benchmarks import quantization_quality
+
+    arguments = [str(checkpoint), "--calibration", str(text), "--eval", str(text), "--out", str(tmp_path / "table")]
+    arguments += ["--samples", "8", "--eval-samples", "4", "--no-speed", "--cases", "w8a8/rtn"]
+    quantization_quality.run(quantization_quality.parse_options(arguments))
+    quantization_quality.run(quantization_quality.parse_options([*arguments, "w4a16:32/gptq"]))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["case"] for row in result["rows"]] == ["w8a8/rtn", "w4a16:32/gptq"]
+    assert result["rows"][0]["bytes"] > result["rows"][1]["bytes"]
+    table = (tmp_path / "table/quality.md").read_text().splitlines()
+    assert len(table) == 5
+    assert {line.count("|") for line in table} == {12}
