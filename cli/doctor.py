@@ -22,6 +22,7 @@ def examine(device_name: str) -> dict[str, Any]:
     import torch
 
     from trine.engine import env
+    from trine.engine.train.energy_counters import find_counters
     from trine.kernels.hardware import peak_flops
     from trine.kernels.implementations import implementations, products_on_cpu
 
@@ -29,6 +30,7 @@ def examine(device_name: str) -> dict[str, Any]:
     dtype, dtype_reason = env.choose_dtype(device)
     threads, threads_reason = env.set_threads(0), env.why_threads()
     measured_on, products = products_on_cpu() if device.type == "cpu" else ("", ())
+    counters = find_counters(device)
     peaks = []
     for peak_dtype in (torch.bfloat16, torch.float32):
         peak, source = peak_flops(device, peak_dtype)
@@ -38,6 +40,7 @@ def examine(device_name: str) -> dict[str, Any]:
         "load": env.load_average(),
         "memory_available_bytes": env.available_memory(),
         "gpus": env.gpus(),
+        "energy": {"counted": [counter.name for counter in counters.found], "uncounted": counters.uncounted},
         "device": {"value": str(device), "reason": device_reason},
         "compute_dtype": {"value": _name(dtype), "reason": dtype_reason},
         "threads": {"value": threads, "reason": threads_reason},
@@ -69,10 +72,13 @@ def render(findings: dict[str, Any]) -> str:
     load = ", ".join(f"{number:.2f}" for number in findings["load"])
     busy = "; busy: timings taken now will be low" if findings["load"][0] > 0.5 * about["cpu_cores"] else ""
     memory = f"{format_bytes(about['memory_bytes'])}, {format_bytes(findings['memory_available_bytes'])} available"
+    energy = findings["energy"]
+    counters = f"counted of {', '.join(energy['counted'])}" if energy["counted"] else "unknown"
     hardware = [
         ("cpu", f"{about['cpu_name']}, {about['cpu_cores']} cores"),
         ("memory", memory),
         ("load", f"{load} (1, 5, 15 minutes){busy}"),
+        ("energy", "; ".join([counters, *energy["uncounted"]])),
         *((gpu["device"], f"{gpu['name']}, {format_bytes(gpu['memory_bytes'])}") for gpu in findings["gpus"]),
     ]
     versions = [

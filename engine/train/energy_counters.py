@@ -129,7 +129,7 @@ def find_counters(device: torch.device, powercap: Path = POWERCAP) -> Counters:
 def _rapl_zones(powercap: Path) -> tuple[list[RaplZone], str | None]:
     """Packages and their memory, and why there are none."""
     if not powercap.is_dir():
-        return [], f"there is no {powercap} (virtual machines seldom have it), so no counter of the processor"
+        return [], f"there is no {powercap} (virtual machines seldom have it)"
     zones, refused = [], None
     for folder in sorted(powercap.glob("*-rapl:*")):
         try:

@@ -36,6 +36,7 @@ def test_doctor_says_each_choice_with_its_reason() -> None:
     for line in (r"^  device +\S+  \(.+\)$", r"^  compute dtype +\S+  \(.+\)$", r"^  threads +\d+  \(.+\)$"):
         assert re.search(line, result.stdout, re.MULTILINE), line
     assert "1.5 TFLOP/s  (known)" in result.stdout
+    assert re.search(r"^  energy +(counted of .+|unknown; .+)$", result.stdout, re.MULTILINE)
     assert max(len(line) for line in result.stdout.splitlines()) <= 120
 
 
@@ -52,7 +53,9 @@ def test_doctor_shows_gpus_and_a_busy_machine() -> None:
     findings = doctor.examine("cpu")
     findings["gpus"] = [{"device": "cuda:0", "name": "NVIDIA H200", "memory_bytes": 141 * 2**30}]
     findings["load"] = (findings["environment"]["cpu_cores"] * 2.0, 0.0, 0.0)
+    findings["energy"] = {"counted": ["NVIDIA H200", "package-0"], "uncounted": ["dram has no counter"]}
     text = doctor.render(findings)
+    assert "energy                counted of NVIDIA H200, package-0; dram has no counter" in text
     assert re.search(r"cuda:0 +NVIDIA H200, 141.0 GiB", text)
     assert "busy" in text
 
