@@ -101,7 +101,8 @@ def _some_rows(stored: StoredTensor, count: int) -> bytes:
         tensor = part[:]
     else:
         tensor = torch.cat([part[row : row + 1] for row in sorted({i * rows // count for i in range(count)})])
-    return f"{stored.shape}".encode() + tensor.bfloat16().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    numbers: bytes = tensor.bfloat16().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{stored.shape}".encode() + numbers
 
 
 def _marks(base: Base) -> str:

@@ -65,6 +65,7 @@ def test_gradients_are_those_of_the_rounded_weights(continued: MakeRecipe, bases
     CausalLM().loss(plain, batch)[0].backward()
     for (key, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert ours.grad is not None
+        assert theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad), key
 
 
@@ -101,7 +102,7 @@ def test_at_4_bits_it_loses_less_than_rounding_after_training(
                 parameter[:, ::12] *= 16
     save_model(base, tmp_path / "base")
     Tokenizer.load(bases["llama"]).save(tmp_path / "base")
-    settings = {"scheme": "w4a16", "group_size": "channel"}
+    settings: dict[str, Any] = {"scheme": "w4a16", "group_size": "channel"}
     steps: dict[str, Any] = {"train": {"steps": 12}, "optim": {"lr": 3e-3}}
     train(continued(tmp_path / "base", "plain", **steps))
     train(continued(tmp_path / "base", "aware", quantization=settings, **steps))
