@@ -143,7 +143,7 @@ class Transformer(nn.Module):
                 x_BTC = layer(x_BTC, context)
         if step is not None:
             step.finish()
-        hidden_BTC = self.norm(x_BTC)
+        hidden_BTC: Tensor = self.norm(x_BTC)
         return hidden_BTC if self.config.logit_scale == 1.0 else hidden_BTC * self.config.logit_scale
 
     def embed(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ The update of a matrix W [rows, cols] with gradient G is, with momentum m and le
     W <- (1 - lr * decay) W - lr * sqrt(max(1, rows / cols)) * O
 
 NewtonSchulz is `trine.kernels.newton_schulz`; its singular values land in about [0.7, 1.2], which serves as well as 1.
-It runs in `dtype` (bfloat16 where training does). Every logical matrix (q, k, v, o, gate, up, down of each layer) is
-orthogonalised by itself; equal shapes are only batched for speed.
+It runs in `dtype` (bfloat16 where training does). Every logical matrix (q, k, v, o, gate, up, down of each layer, and
+of each expert) is orthogonalised by itself; equal shapes are only batched for speed.
 
 Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (scale).
 """
@@ -37,7 +37,8 @@ def update_scale(rows: int, cols: int) -> float:
 class Muon:
     """Muon over a fixed list of matrices; holds one momentum buffer in each parameter's dtype (fp32).
 
-    `parameters` are [rows, cols] with `.grad` set at each `step`. `dtype` is what Newton-Schulz computes in.
+    `parameters` are [rows, cols], or stacks of such [E, rows, cols], with `.grad` set at each `step`. `dtype` is what
+    Newton-Schulz computes in.
     """
 
     def __init__(
@@ -59,11 +60,18 @@ class Muon:
             grads = _gradients(weights)
             torch._foreach_lerp_(buffers, grads, 1.0 - self.momentum)
             ahead = torch._foreach_lerp(grads, buffers, self.momentum)
-            batch_BRC = torch.stack([update.to(self.dtype) for update in ahead])
-            orthogonal = [update.to(weights[0].dtype) for update in newton_schulz(batch_BRC).unbind()]
+            orthogonal = self._orthogonal(ahead)
             if self.weight_decay:
                 torch._foreach_mul_(weights, 1.0 - lr * self.weight_decay)
-            torch._foreach_add_(weights, orthogonal, alpha=-lr * update_scale(*weights[0].shape))
+            torch._foreach_add_(weights, orthogonal, alpha=-lr * update_scale(*weights[0].shape[-2:]))
+
+    def _orthogonal(self, updates: Sequence[Tensor]) -> list[Tensor]:
+        """Of updates of one shape, some matrices at a time."""
+        shape, dtype = updates[0].shape, updates[0].dtype
+        batch_BRC = torch.cat([update.to(self.dtype).reshape(-1, *shape[-2:]) for update in updates])
+        at_once = max(1, BATCH_ELEMENTS // math.prod(shape[-2:]))
+        done_BRC = torch.cat([newton_schulz(some_BRC) for some_BRC in batch_BRC.split(at_once)]).to(dtype)
+        return list(done_BRC.view(len(updates), *shape).unbind())
 
 
 def _batches_of_equal_shape(parameters: Sequence[Tensor]) -> list[list[int]]:

@@ -25,6 +25,7 @@ from trine.engine.train.recipe import OptimSettings
 
 DEFAULT_MUON_LR = 0.02
 DEFAULT_MUON_MOMENTUM = 0.95
+_ROUTERS = (".mlp.gate.weight", ".shared_expert_gate.weight")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class ParameterGroups:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, muon: bool) -> ParameterGroups:
-    """Sort parameters into groups by name and number of dimensions."""
+    """Sort parameters into groups by name and number of dimensions.
+
+    Muon takes the matrices of the layers, those of every expert too, but not routers, whose rows are independent.
+    """
     groups = ParameterGroups()
     for name, parameter in named:
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or name.endswith(".bias"):
             groups.no_decay[name] = parameter
-        elif muon and parameter.dim() == 2 and name.startswith("layers."):
+        elif muon and name.startswith("layers.") and not name.endswith(_ROUTERS):
             groups.muon[name] = parameter
         else:
             groups.decay[name] = parameter

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.cost import count_parameters
+from trine.engine.model.transformer import Transformer
 from trine.engine.train.mixing import source_lines
+from trine.engine.train.optim import parameter_groups
 from trine.engine.train.recipe import recipe_toml
 from trine.engine.train.resolve import Setup
 from trine.engine.train.subject_cost import frozen_bytes, trained_parameters, training_flops_per_token
@@ -127,17 +129,23 @@ def _kind(setup: Setup) -> str:
 
 
 def _muon_parameters(config: ModelConfig) -> int:
-    """Entries of the matrices inside the layers."""
-    attention = 2 * config.width * config.head_dim * (config.num_heads + config.num_kv_heads)
-    mlp = config.width * config.ffn_width * (3 if config.mlp == "gated" else 2)
-    return config.num_layers * (attention + mlp)
+    """Entries of the matrices that Muon updates."""
+    groups = parameter_groups(Transformer(config, device="meta").named_parameters(), muon=True)
+    return sum(parameter.numel() for parameter in groups.muon.values())
 
 
 def _activations_per_token(config: ModelConfig, checkpointed: bool) -> int:
     """Numbers kept for the backward pass, per token: residual and normed inputs, q k v, attention, MLP inside."""
     heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    layer = 4 * config.width + heads + config.ffn_width * (3 if config.mlp == "gated" else 2)
-    return config.num_layers * config.width + layer if checkpointed else config.num_layers * layer
+    layers = [4 * config.width + heads + _inside_per_token(config, layer) for layer in range(config.num_layers)]
+    return config.num_layers * config.width + max(layers) if checkpointed else sum(layers)
+
+
+def _inside_per_token(config: ModelConfig, layer: int) -> int:
+    """Numbers inside a feed-forward layer or the experts of a token."""
+    if config.moe is None or not config.has_experts(layer):
+        return config.ffn_width * (3 if config.mlp == "gated" else 2)
+    return 3 * (config.moe.top_k * config.moe.ffn_width + (config.moe.shared_width or 0))
 
 
 def _available(setup: Setup) -> int:

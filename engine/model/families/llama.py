@@ -16,7 +16,7 @@ from trine.engine.model.families.settings import read_decoder, write_decoder
 FREQUENCIES = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 
 
-def biases(hf: HfConfig) -> dict[str, bool]:
+def biases(hf: HfConfig) -> dict[str, Any]:
     """`attention_bias` and `mlp_bias`, where a family has them, as switches."""
     attention = bool(hf.get("attention_bias"))
     return {"qkv_bias": attention, "o_bias": attention, "mlp_bias": bool(hf.get("mlp_bias"))}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.config import ModelConfig, RopeConfig
+from trine.engine.model.config import ModelConfig, MoeConfig, RopeConfig
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.muon import Muon, update_scale
@@ -70,6 +70,25 @@ def test_every_parameter_is_in_exactly_one_group_and_decay_is_for_matrices(tied:
     else:
         assert not groups.muon
         assert len(groups.decay) == len(outside) + 2 * 7
+
+
+def test_muon_takes_each_expert_by_itself_and_no_router() -> None:
+    moe = MoeConfig(num_experts=3, top_k=2, ffn_width=20, expert_bias=True, router_bias=True, shared_width=24)
+    model = tiny_model(moe=moe)
+    groups = parameter_groups(model.named_parameters(), muon=True)
+    assert all(name.endswith("bias") or "norm" in name for name in groups.no_decay)
+    assert {name.removesuffix(".weight").rpartition(".")[2] for name in groups.decay} == {
+        "embed_tokens", "lm_head", "gate", "shared_expert_gate",
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(3, 20, 12, generator=generator))
+    apart = [torch.nn.Parameter(matrix.detach().clone()) for matrix in stack]
+    stack.grad = torch.randn(stack.shape, generator=generator)
+    for matrix, gradient in zip(apart, stack.grad, strict=True):
+        matrix.grad = gradient.clone()
+    for parameters in ([stack], apart):
+        Muon(parameters, momentum=0.9, weight_decay=0.1, dtype=torch.float32).step(0.02)
+    torch.testing.assert_close(stack.detach(), torch.stack([matrix.detach() for matrix in apart]))
 
 
 def test_learned_positions_belong_to_adamw() -> None:
