@@ -30,7 +30,6 @@ from trine.engine.model.families.wrappers import text_settings, text_tensors
 from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized, replace_linear
-from trine.engine.model.quantized.mxfp4 import decoded, is_mxfp4, without_mxfp4
 from trine.engine.model.quantized.plan import (
     QuantizedRule,
     QuantizedRules,
@@ -120,15 +119,11 @@ def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
     """Open and check a folder. Raises `CheckpointError` naming the file, key or shape that is wrong."""
     folder = Path(folder)
     hf = read_hf_config(folder)
-    coded = is_mxfp4(hf)
-    hf = without_mxfp4(hf) if coded else hf
     form = read_format(hf)
     config = config_from_hf({key: value for key, value in hf.items() if key not in CONFIG_KEYS})
     family = FAMILIES[config.family]
     with open_weights(folder) as files:
-        stored = _normalised(decoded(files) if coded else files, family)
-        if form is not None:
-            stored = {name: tensor for name, tensor in stored.items() if not form.is_spare(name)}
+        stored = _normalised(files if form is None else form.tensors(files), family)
         config = replace(config, tie_embeddings=_tied(config, family, stored))
         model = Transformer(config, device="meta")
         stacked = {rule.stored for rule in family.rules(config, stacked=True) if rule.stacked}

@@ -13,9 +13,9 @@ The layouts "gemv", "gemv_fast" and "marlin" are others, and not read. Source: t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from trine.engine.model.quantized.format import (
     FLOAT_KINDS,
     WORD_KINDS,
     Encoding,
+    Format,
     Headers,
     Layout,
     Stored,
@@ -44,13 +45,12 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Format):
     """A quantization_config of method "awq"."""
 
     group_size: int
     symmetric: bool
-    name: str = field(default=METHOD, init=False)
-    transposes: bool = field(default=False, init=False)
+    name: ClassVar[str] = METHOD
 
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
         """See `Format`. A layer is quantized where no plain weight of it is stored."""
@@ -67,10 +67,6 @@ class Awq:
         if not self.symmetric or f"{path}.qzeros" in headers:
             layout["qzeros"] = (groups, num_features // _PER_WORD), WORD_KINDS
         return encoding_of(scheme, width, layout, partial(_decode, scheme, num_features))
-
-    def is_spare(self, name: str) -> bool:
-        """None are."""
-        return False
 
 
 def read_config(config: Mapping[str, Any]) -> Awq:

@@ -23,15 +23,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.quantized.format import Encoding, Headers, Layout, Stored
+from trine.engine.model.quantized.format import Encoding, Format, Headers, Layout, Stored
 from trine.engine.model.quantized.scheme import SCHEMES
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
@@ -46,11 +46,10 @@ _STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
-class Bitsandbytes:
+class Bitsandbytes(Format):
     """A quantization_config of method "bitsandbytes", whose tensors say all that is needed."""
 
-    name: str = field(default=METHOD, init=False)
-    transposes: bool = field(default=False, init=False)
+    name: ClassVar[str] = METHOD
 
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
         """See `Format`. A layer is quantized where it has scales."""
@@ -67,10 +66,6 @@ class Bitsandbytes:
         if f"{path}.weight_format" in headers:
             layout["weight_format"] = (), _U8
         return Encoding(layout, partial(_decode_int8, path), SCHEMES["w8a16"])
-
-    def is_spare(self, name: str) -> bool:
-        """None are."""
-        return False
 
 
 def read_config(config: Mapping[str, Any]) -> Bitsandbytes:

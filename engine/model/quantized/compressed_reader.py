@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from trine.engine.model.quantized.format import (
     FLOAT_KINDS,
     WORD_KINDS,
     Encoding,
+    Format,
     Headers,
     Layout,
     Stored,
@@ -36,6 +37,7 @@ from trine.engine.model.quantized.ordered import group_order
 from trine.engine.model.quantized.scheme import BLOCK, Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.quantized.words import num_words, unpack_words
+from trine.engine.model.weight_files import StoredTensor
 
 Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
@@ -64,13 +66,12 @@ class Form:
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Format):
     """A quantization_config of method "compressed-tensors"; see `Targets` for which layers are meant."""
 
     targets: Targets[Form]
     note: str
-    name: str = field(default=METHOD, init=False)
-    transposes: bool = field(default=False, init=False)
+    name: ClassVar[str] = METHOD
 
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
         """See `Format`."""
@@ -85,9 +86,9 @@ class CompressedTensors:
             return Encoding(layout, decode, None, "fp8 weights without fp8 activations are held as numbers")
         return encoding_of(scheme, width, layout, decode, form.note or self.note)
 
-    def is_spare(self, name: str) -> bool:
-        """Scales of activations and caches."""
-        return _SPARE.fullmatch(name) is not None
+    def tensors(self, files: Headers) -> dict[str, StoredTensor]:
+        """Without scales of activations and caches."""
+        return {name: tensor for name, tensor in files.items() if _SPARE.fullmatch(name) is None}
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

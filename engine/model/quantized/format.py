@@ -10,9 +10,10 @@ held like those of an unquantized checkpoint.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,29 +46,27 @@ class Encoding:
     note: str = ""
 
 
-class Format(Protocol):
-    """A quantization_config that was read, in one format."""
+class Format(ABC):
+    """A quantization_config that was read, in one format.
 
-    @property
-    def name(self) -> str:
-        """As in config.json's `quant_method`."""
-        ...
+    `name`: as in config.json's `quant_method`. `transposes`: layers that an unquantized file stores [in, out] (GPT-2's)
+    may be quantized. `by_layer`: `encoding` says what is quantized; else `tensors` gives numbers for all of it.
+    """
 
-    @property
-    def transposes(self) -> bool:
-        """Whether layers that an unquantized file stores [in, out] (GPT-2's) may be quantized in this format."""
-        ...
+    name: ClassVar[str]
+    transposes: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = True
 
+    @abstractmethod
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
         """How the weight [N, K] of that path is stored, `headers` being all tensors there are; None: not quantized.
 
         Raises `CheckpointError` for what is not read.
         """
-        ...
 
-    def is_spare(self, name: str) -> bool:
-        """Whether a tensor of that name says nothing that Trine needs (scales of caches, for instance)."""
-        ...
+    def tensors(self, files: Headers) -> dict[str, StoredTensor]:
+        """The tensors to read of those there are: without such as say nothing that Trine needs (scales of caches)."""
+        return dict(files)
 
 
 def fitting_scheme(scheme: Scheme, width: int) -> Scheme | None:

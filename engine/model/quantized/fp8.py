@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.quantized.format import FLOAT_KINDS, Encoding, Headers, Layout, Stored
+from trine.engine.model.quantized.format import FLOAT_KINDS, Encoding, Format, Headers, Layout, Stored
 from trine.engine.model.quantized.scheme import BLOCK, SCHEMES
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.model.weight_files import StoredTensor
 
 METHOD = "fp8"
 _SCALE_KINDS = FLOAT_KINDS | {"F8_E8M0"}
@@ -33,13 +34,12 @@ _MEASURED = "scales of activations in the checkpoint are not used: each token ge
 
 
 @dataclass(frozen=True)
-class Fp8:
+class Fp8(Format):
     """A quantization_config of method "fp8". `block`: rows and columns that share a scale, or None."""
 
     block: tuple[int, int] | None
     note: str
-    name: str = field(default=METHOD, init=False)
-    transposes: bool = field(default=False, init=False)
+    name: ClassVar[str] = METHOD
 
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
         """See `Format`. A layer is quantized where its weight is not one of plain floats."""
@@ -57,9 +57,9 @@ class Fp8:
         note = f"blocks of {rows} x {columns} have no product of codes: weights are held as numbers"
         return Encoding(layout, partial(_numbers, self.block), None, note)
 
-    def is_spare(self, name: str) -> bool:
-        """Scales of activations and caches."""
-        return _SPARE.fullmatch(name) is not None
+    def tensors(self, files: Headers) -> dict[str, StoredTensor]:
+        """Without scales of activations and caches."""
+        return {name: tensor for name, tensor in files.items() if _SPARE.fullmatch(name) is None}
 
 
 def read_config(config: Mapping[str, Any]) -> Fp8:

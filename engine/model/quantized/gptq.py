@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from trine.engine.model.quantized.format import (
     FLOAT_KINDS,
     WORD_KINDS,
     Encoding,
+    Format,
     Headers,
     Layout,
     Stored,
@@ -56,7 +57,7 @@ _LINEAR = "Linear"
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Format):
     """A quantization_config of method "gptq". `overrides`: patterns of layers with other settings, None: none."""
 
     bits: int
@@ -64,8 +65,8 @@ class Gptq:
     symmetric: bool
     version: str
     overrides: tuple[tuple[str, Mapping[str, Any] | None], ...] = ()
-    name: str = field(default=METHOD, init=False)
-    transposes: bool = field(default=True, init=False)
+    name: ClassVar[str] = METHOD
+    transposes: ClassVar[bool] = True
 
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
         """See `Format`. A layer is quantized where no plain weight of it is stored."""
@@ -81,10 +82,6 @@ class Gptq:
                 del parts[name]
         decode = partial(_decode, path, settings.version, stored, num_features, width)
         return encoding_of(stored, width, parts, decode)
-
-    def is_spare(self, name: str) -> bool:
-        """None are."""
-        return False
 
     def _settings(self, path: str) -> Gptq | None:
         for pattern, changes in self.overrides:

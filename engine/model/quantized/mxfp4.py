@@ -7,18 +7,19 @@ unquantized file holds, bfloat16 [E, in, out]; it is decoded when it is read. Fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trine.engine.errors import CheckpointError
+from trine.engine.model.quantized.format import Encoding, Format, Headers
 from trine.engine.model.weight_files import StoredTensor
 from trine.kernels.quantized_moe.reference import mxfp4_reference
 
 METHOD = "mxfp4"
-_KEY, _BLOCKS, _SCALES = "quantization_config", "_blocks", "_scales"
+_BLOCKS, _SCALES = "_blocks", "_scales"
 
 
 class Mxfp4Tensor(StoredTensor):
@@ -37,15 +38,25 @@ class Mxfp4Tensor(StoredTensor):
         return torch.stack(decoded).transpose(1, 2)
 
 
-def is_mxfp4(hf: Mapping[str, Any]) -> bool:
-    """Whether config.json says that experts are stored so."""
-    settings = hf.get(_KEY)
-    return isinstance(settings, Mapping) and settings.get("quant_method") == METHOD
+@dataclass(frozen=True)
+class Mxfp4(Format):
+    """A quantization_config of method "mxfp4", whose tensors say all that is needed."""
+
+    name: ClassVar[str] = METHOD
+    by_layer: ClassVar[bool] = False
+
+    def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
+        """None: what is quantized are experts, which `tensors` gives."""
+        return None
+
+    def tensors(self, files: Headers) -> dict[str, StoredTensor]:
+        """Pairs of blocks and scales as the tensors that they stand for."""
+        return decoded(files)
 
 
-def without_mxfp4(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the model whose tensors `decoded` gives."""
-    return {key: value for key, value in hf.items() if key != _KEY}
+def read_config(config: Mapping[str, Any]) -> Mxfp4:
+    """The quantization_config, of which nothing but its method matters."""
+    return Mxfp4()
 
 
 def decoded(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -56,11 +67,12 @@ def decoded(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
             continue
         plain = name.removesuffix(_BLOCKS)
         scales = tensors.get(plain + _SCALES)
-        if scales is None or len(blocks.shape) != 4 or blocks.shape[:3] != scales.shape or blocks.shape[3] != 16:
-            shape = None if scales is None else scales.shape
+        fits = scales is not None and len(blocks.shape) == 4 and blocks.shape == (*scales.shape, 16)
+        if scales is None or not fits or blocks.kind != "U8" or scales.kind != "U8":
+            there = "none" if scales is None else f"{scales.kind} {scales.shape}"
             raise CheckpointError(
-                f"{plain} is stored as blocks {blocks.shape} and scales {shape}; expected uint8 [E, out, in / 32, 16] "
-                "and [E, out, in / 32]"
+                f"{plain} is stored as blocks {blocks.kind} {blocks.shape} and scales {there}; expected U8 "
+                "[E, out, in / 32, 16] and [E, out, in / 32]"
             )
         E, num_out, groups, _ = blocks.shape
         shape = (E, groups * 32, num_out)

@@ -78,7 +78,7 @@ def quantized_rules(
         if rule.transpose and not form.transposes:
             raise CheckpointError(f"{path} is stored [in, out], which {form.name} does not hold quantized")
         found[name] = QuantizedRule(path, encoding, num_features, width)
-    if not found:
+    if not found and form.by_layer:
         raise CheckpointError("config.json has a quantization_config, but it names no layer of the model")
     return found
 

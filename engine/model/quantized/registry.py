@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.quantized import awq, bitsandbytes, compressed_reader, compressed_tensors, fp8, gptq
+from trine.engine.model.quantized import awq, bitsandbytes, compressed_reader, compressed_tensors, fp8, gptq, mxfp4
 from trine.engine.model.quantized.format import Format
 
 # Names under which config.json holds the settings; the second is an old one of compressed-tensors.
@@ -17,6 +17,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     awq.METHOD: awq.read_config,
     fp8.METHOD: fp8.read_config,
     bitsandbytes.METHOD: bitsandbytes.read_config,
+    mxfp4.METHOD: mxfp4.read_config,
 }
 
 

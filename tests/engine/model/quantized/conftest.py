@@ -35,7 +35,7 @@ def read_layer(tmp_path: Path) -> ReadLayer:
         form = read_format({"quantization_config": config})
         assert form is not None
         with open_weights(tmp_path) as stored:
-            kept = {name: tensor for name, tensor in stored.items() if not form.is_spare(name)}
+            kept = form.tensors(stored)
             encoding = form.encoding("layer", num_features, width, kept)
             assert encoding is not None
             assert {f"layer.{name}" for name in encoding.layout} == kept.keys()
