@@ -119,10 +119,12 @@ def _summary(setup: Setup) -> str:
 
 
 def _usage(recipe: Recipe) -> str:
+    by_trine = '```sh\ntrine generate THIS_FOLDER --prompt "..."\n```'
     if recipe.adapter is not None:
-        return '```sh\ntrine generate BASE --adapter name=THIS_FOLDER --prompt "..."\n```'
+        elsewhere = "trine generate BASE --adapter NAME=THIS_FOLDER"
+        return f"{by_trine}\n\ncomputes it on the base that it names, `{elsewhere}` on one that lies elsewhere."
     return (
-        '```sh\ntrine generate THIS_FOLDER --prompt "..."\n```\n\n'
+        f"{by_trine}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```'
