@@ -1,7 +1,7 @@
 """Which model an adapter was trained on: its name, and marks of its weights that another model does not have.
 
     embeddings    SHA-256 of rows of the token embedding
-    layers        SHA-256 of rows of everything within the layers; none where the layers are quantized
+    layers        SHA-256 of rows of everything within the layers but experts; none where they are quantized
 
 Both are of numbers rounded to bfloat16, so that a checkpoint in float32 and its copy in bfloat16 have the same marks,
 and of a few rows of each tensor, so that a large model takes no longer than a small one. Two models are held to be one
@@ -77,7 +77,9 @@ def check_base(base: Base | None, adapter: Path | str, checkpoint: Path | str) -
 
 def _identify(name: str, opened: Opened) -> Base:
     embedding = next(rule.stored for rule in opened.rules if rule.ours == ("embed_tokens.weight",))
-    within = [rule for rule in opened.rules if rule.ours[0].startswith("layers.")]
+    # Experts, which no adapter changes, lie in several layouts.
+    plain = [rule for rule in opened.rules if rule.expert is None and not rule.stacked]
+    within = [rule for rule in plain if rule.ours[0].startswith("layers.")]
     layers = None
     if not opened.quantized:
         digest = hashlib.sha256()
