@@ -139,7 +139,7 @@ class _Run:
         paths += [f"re:{re.escape(rule.stored)}" for rule in opened.rules if rule.stacked]
         self.layers = choose_layers(opened, settings.scheme, settings.overrides, transposes=settings.writer.transposes)
         for layer in self.layers.values():
-            settings.writer.check(layer.scheme)
+            settings.writer.check(layer.path, layer.scheme, layer.num_features, layer.width)
         self.quantization = quantization_of(self.layers.values(), dict.fromkeys([*paths, _HEAD]), settings.scheme)
         stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
         widest = max(stored, key=lambda dtype: dtype.itemsize)

@@ -20,9 +20,9 @@ from trine.engine.model.weight_files import write_json
 
 @dataclass(frozen=True)
 class Writer:
-    """`check` raises `UsageError` for a scheme that the format does not hold. `scale_dtype` None: that of the weight.
+    """`check` raises `UsageError` for a layer [N, K] that the format does not hold in a scheme.
 
-    `transposes`: layers that an unquantized file stores [in, out] may be written. `copy`: another file of the settings.
+    `scale_dtype` None: that of the weight. `transposes`: layers that an unquantized file stores [in, out] may be written. `copy`: another file of the settings.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Writer:
     layout: Callable[[Scheme, int, int], Layout]
     to_stored: Callable[[QuantizedTensor], dict[str, Tensor]]
     config: Callable[[Quantization], dict[str, Any]]
-    check: Callable[[Scheme], None] = lambda scheme: None
+    check: Callable[[str, Scheme, int, int], None] = lambda path, scheme, num_features, width: None
     scale_dtype: torch.dtype | None = None
     transposes: bool = False
     copy: str | None = None
@@ -56,7 +56,7 @@ GPTQ = Writer(
     layout=gptq.layout,
     to_stored=gptq.to_stored,
     config=gptq.write_config,
-    check=gptq.check_scheme,
+    check=gptq.check_layer,
     scale_dtype=torch.float16,
     transposes=True,
     copy=gptq.COPY_NAME,

@@ -164,24 +164,23 @@ def _wrapped(codes: Tensor, bits: int) -> Tensor:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def check_scheme(scheme: Scheme, shapes: Mapping[str, tuple[int, int]] | None = None) -> None:
-    """Raises `UsageError` for a scheme that the written form does not hold, or a weight [N, K] that fills no words."""
+def check_layer(path: str, scheme: Scheme, num_features: int, width: int) -> None:
+    """Raises `UsageError` for a weight [N, K] that the written form does not hold in this scheme."""
     if scheme.kind != "int" or scheme.activations != "none" or not scheme.symmetric:
         raise UsageError(
             f"--format gptq does not hold {scheme.describe()}; it holds symmetric w4a16 and w8a16, so leave out "
             "--format, or choose one of these"
         )
     per_word = 32 // scheme.bits
-    for path, (num_features, width) in (shapes or {}).items():
-        if num_features % per_word or width % per_word:
-            raise UsageError(
-                f"--format gptq packs {per_word} codes into a word, which {path} [{num_features}, {width}] does not "
-                "fill; leave out --format"
-            )
+    if num_features % per_word or width % per_word:
+        raise UsageError(
+            f"--format gptq packs {per_word} codes into a word, which {path} [{num_features}, {width}] does not fill; "
+            "leave out --format"
+        )
 
 
 def layout(scheme: Scheme, num_features: int, width: int) -> Layout:
-    """What is stored of a weight [N, K], which `check_scheme` has let through."""
+    """What is stored of a weight [N, K], which `check_layer` has let through."""
     num_groups = scheme.scales_shape(num_features, width)[1]
     return {
         "qweight": ((num_words(width, scheme.bits), num_features), WORD_KINDS),

@@ -281,8 +281,8 @@ def test_leftovers_of_a_killed_run_are_replaced(checkpoint: Path, tmp_path: Path
     [
         (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale"), "lacks 1 tensor: model.layers.0.mlp.up_proj"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_g_idx": torch.zeros(128)}), "does not explain"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(256, 2)}), "has shape"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_packed": torch.ones(256, 16)}), "not stored in I32"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.ones(256, 2)}), "another shape"),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_packed": torch.ones(256, 16)}), "in F32, not I32"),
         (lambda t: t["model.layers.0.mlp.up_proj.weight_shape"].fill_(3), "weight_shape holds"),
     ],
     ids=["missing", "unexpected", "shape", "dtype", "content"],

@@ -207,9 +207,12 @@ def test_the_written_config_is_one_that_transformers_takes() -> None:
 @pytest.mark.parametrize("name", ["w8a8", "fp8", "fp8-block"])
 def test_schemes_that_it_does_not_hold_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="--format gptq does not hold 8-bit"):
-        gptq.check_scheme(SCHEMES[name])
+        gptq.check_layer("a", SCHEMES[name], 128, 128)
+
+
+def test_weights_that_it_does_not_hold_are_refused() -> None:
+    gptq.check_layer("a", SCHEMES["w4a16"], 24, 128)
     with pytest.raises(UsageError, match="asymmetric"):
-        gptq.check_scheme(make_scheme("w4a16", symmetric=False))
-    gptq.check_scheme(SCHEMES["w4a16"], {"a": (24, 64)})
-    with pytest.raises(UsageError, match=r"b \[20, 64\]"):
-        gptq.check_scheme(SCHEMES["w4a16"], {"a": (24, 64), "b": (20, 64)})
+        gptq.check_layer("a", make_scheme("w4a16", symmetric=False), 24, 128)
+    with pytest.raises(UsageError, match=r"a \[20, 128\]"):
+        gptq.check_layer("a", SCHEMES["w4a16"], 20, 128)
