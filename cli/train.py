@@ -58,6 +58,8 @@ def train(
 
     changes = [*(overrides or ()), *([] if on_spike is None else [f"spike.action={on_spike}"])]
     steps = None if profile is None else parse_steps(profile)
+    if dry_run and profile is not None:
+        raise UsageError("--profile has no effect beside --dry-run, which trains nothing; give one of them")
     if lr_range is None:
         run(load_recipe(recipe, changes), resume=resume, dry_run=dry_run, profile=steps)
         return

@@ -138,7 +138,7 @@ class Evaluator:
 def judge_of(recipe: Recipe) -> str:
     """See `Evaluator.judge`."""
     average = ", averaged weights" if recipe.export.weights == "ema" else ""
-    return f"{recipe.eval.main}{average}"
+    return f"{recipe.eval.main or 'nothing'}{average}"
 
 
 def who_decides(recipe: Recipe) -> str | None:

@@ -73,6 +73,7 @@ BAD = [
     (["eval.every=1", "eval.main=code"], 2, "eval.main = 'code' is no set of this run; there are validation"),
     (["--profile", "3:2"], 2, "--profile '3:2' should be FIRST:LAST"),
     (["--profile", "4:9"], 2, "--profile 4:9: no such step is left to train, only 1 to 3"),
+    (["--profile", "1:2", "--dry-run"], 2, "--profile has no effect beside --dry-run"),
     (["--lr-range", "1:0.1"], 2, "--lr-range '1:0.1' should be MIN:MAX"),
     (["--lr-range", "1e-6:1", "--dry-run"], 2, "--dry-run has no effect beside --lr-range"),
 ]
