@@ -17,6 +17,8 @@ class Kind(StrEnum):
     """What the ids stand for."""
 
     BPE = "bpe"
+    UNIGRAM = "unigram"
+    WORDPIECE = "wordpiece"
     CHAR = "char"
 
 
@@ -30,14 +32,20 @@ def train(
     files: TextFiles,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tokenizer.json and tokenizer_config.json.")],
     vocab_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of ids, special tokens included; for --kind bpe.")
+        int | None, typer.Option(metavar="N", help="Number of ids, special tokens included; not for --kind char.")
     ] = None,
     kind: Annotated[
-        Kind, typer.Option(metavar="bpe|char", help="Byte-level BPE, or one id per character of the text.")
+        Kind,
+        typer.Option(
+            metavar="bpe|unigram|wordpiece|char",
+            help="Byte-level BPE; unigram pieces and bytes for the rest; BERT's WordPiece; one id per character.",
+        ),
     ] = Kind.BPE,
     special_token: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="A special token beside <|endoftext|>, for --kind bpe (repeatable)."),
+        typer.Option(
+            metavar="TEXT", help="A special token beside those of the kind, not for --kind char (repeatable)."
+        ),
     ] = None,
     text_field: TextField = "text",
     suffix: Suffixes = None,
@@ -49,17 +57,28 @@ def train(
     from trine.engine.data.sources import read_texts
     from trine.engine.errors import UsageError
     from trine.engine.log import say, warn
-    from trine.engine.text.train_tokenizer import END_OF_TEXT, train_bpe, train_characters
+    from trine.engine.text.train_tokenizer import (
+        END_OF_TEXT,
+        train_bpe,
+        train_characters,
+        train_unigram,
+        train_wordpiece,
+    )
 
-    if kind is Kind.BPE and vocab_size is None:
-        raise UsageError("--vocab-size is needed for a BPE tokenizer, such as --vocab-size 4096")
+    if kind is not Kind.CHAR and vocab_size is None:
+        raise UsageError(f"--vocab-size is needed with --kind {kind.value}, such as --vocab-size 4096")
     if kind is Kind.CHAR and (vocab_size is not None or special_token):
         raise UsageError("--vocab-size and --special-token have no effect with --kind char; leave them out")
     if out.is_file() or ((out / "tokenizer.json").exists() and not overwrite):
         raise UsageError(f"{out} exists already; use --overwrite or another --out")
     texts = read_texts(find_sources(files, suffixes=suffix or ()), text_field=text_field, skip_bad=skip_bad)
     if vocab_size is not None:
-        tokenizer = train_bpe(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT, *(special_token or ())])
+        more = special_token or []
+        if kind is Kind.WORDPIECE:
+            tokenizer = train_wordpiece(texts, vocab_size=vocab_size, special_tokens=more)
+        else:
+            learn = train_unigram if kind is Kind.UNIGRAM else train_bpe
+            tokenizer = learn(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT, *more])
         if tokenizer.vocab_size < vocab_size:
             warn(f"the text is too small for {vocab_size} ids: the vocabulary has {tokenizer.vocab_size}")
     else:

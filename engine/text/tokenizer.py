@@ -142,7 +142,14 @@ class Tokenizer:
     @property
     def unk_id(self) -> int | None:
         """Id that stands for text the vocabulary cannot spell; None where it can spell everything (byte level)."""
-        return self._special("unk_token") if self._model.get("unk_token") else None
+        by_id = self._model.get("unk_id")  # how a unigram model says it
+        return (
+            int(by_id)
+            if isinstance(by_id, int)
+            else self._special("unk_token")
+            if self._model.get("unk_token")
+            else None
+        )
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -81,3 +81,12 @@ def test_an_existing_tokenizer_is_replaced_only_when_asked(
     assert Tokenizer.load(out).vocab_size == 270
     succeeds("tokenizer", "train", text, "--vocab-size", 275, "--out", out, "--overwrite")
     assert Tokenizer.load(out).vocab_size == 275
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_other_kinds_are_learned_and_prepare_text(succeeds: Succeeds, text: Path, tmp_path: Path, kind: str) -> None:
+    arguments = ("--kind", kind, "--vocab-size", 350, "--special-token", "<|user|>", "--out", tmp_path / "tok")
+    assert f"wrote {tmp_path / 'tok'}" in succeeds("tokenizer", "train", text, *arguments)
+    tokenizer = Tokenizer.load(tmp_path / "tok")
+    assert len(tokenizer.encode("<|user|>")) <= 2  # itself, after the space that unigram puts in front
+    succeeds("data", "prepare", text, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "data")

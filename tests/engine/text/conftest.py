@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from trine.engine.text.tokenizer import Tokenizer
-from trine.engine.text.train_tokenizer import train_bpe, train_characters
+from trine.engine.text.train_tokenizer import train_bpe, train_characters, train_unigram, train_wordpiece
 
 TEXT = """def total(values):
     \"\"\"Sum of the values, naïve: 1024 + 77.\"\"\"
@@ -34,6 +34,16 @@ def bpe() -> Tokenizer:
 @pytest.fixture(scope="session")
 def characters() -> Tokenizer:
     return train_characters([TEXT])
+
+
+@pytest.fixture(scope="session")
+def wordpiece() -> Tokenizer:
+    return train_wordpiece([TEXT] * 4, vocab_size=200, special_tokens=("<|user|>",))
+
+
+@pytest.fixture(scope="session")
+def unigram() -> Tokenizer:
+    return train_unigram([TEXT] * 4, vocab_size=400, special_tokens=("<|endoftext|>", "<|user|>"))
 
 
 @pytest.fixture(scope="session")

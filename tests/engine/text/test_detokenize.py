@@ -21,7 +21,7 @@ def stream(tokenizer: Tokenizer, ids: list[int], *, skip_special_tokens: bool = 
     return [*(decoder.push(token_id) for token_id in ids), decoder.flush()]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "characters", "byte_fallback"])
+@pytest.mark.parametrize("kind", ["bpe", "characters", "byte_fallback", "wordpiece", "unigram"])
 @PROFILE
 @given(sample=text)
 def test_text_arrives_whole_and_never_half_a_character(request: pytest.FixtureRequest, kind: str, sample: str) -> None:
@@ -43,11 +43,13 @@ def test_any_ids_give_the_text_of_decode(bpe: Tokenizer, data: st.DataObject) ->
     assert shown == bpe.decode(ids, skip_special_tokens=False)
 
 
+@pytest.mark.parametrize("kind", ["byte_fallback", "unigram", "wordpiece"])
 @PROFILE
 @given(data=st.data())
-def test_any_ids_with_byte_fallback(byte_fallback: Tokenizer, data: st.DataObject) -> None:
-    ids = data.draw(st.lists(st.integers(0, byte_fallback.vocab_size - 1), max_size=30))
-    whole, streamed = byte_fallback.decode(ids), "".join(stream(byte_fallback, ids))
+def test_any_ids_with_bytes_or_pieces(request: pytest.FixtureRequest, kind: str, data: st.DataObject) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    whole, streamed = tokenizer.decode(ids), "".join(stream(tokenizer, ids))
     if REPLACEMENT not in whole:  # the library spoils the good bytes of a run with a bad one; a stream cannot know
         assert streamed == whole
 

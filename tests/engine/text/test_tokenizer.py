@@ -36,11 +36,61 @@ text = st.one_of(
 )
 
 
+KINDS = ("bpe", "wordpiece", "unigram", "characters")
+
+
 @pytest.fixture(scope="module")
 def reference(bpe: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTokenizerBase:
     folder = tmp_path_factory.mktemp("saved")
     bpe.save(folder)
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, transformers.PreTrainedTokenizerBase]:
+    """A tokenizer of each kind, saved and loaded again by us and by transformers."""
+    folder = tmp_path_factory.mktemp("pair")
+    request.getfixturevalue(request.param).save(folder)
+    return Tokenizer.load(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def characters_of_unicode(step: int) -> list[str]:
+    """Every `step`-th stretch of 64 successive code points, surrogates left out, and each character between letters."""
+    stretches = range(0, 0x110000, 64 * step)
+    texts = ["".join(map(chr, range(first, first + 64))) for first in stretches if not 0xD800 <= first < 0xE000]
+    return texts + ["".join(f"a{character}b " for character in text[::16]) for text in texts]
+
+
+def assert_equal_ids(pair: tuple[Tokenizer, transformers.PreTrainedTokenizerBase], texts: list[str]) -> None:
+    ours, theirs = pair
+    assert ours.encode_batch(texts) == theirs(texts, add_special_tokens=False)["input_ids"]
+    assert ours.encode_batch(texts, add_special_tokens=True) == theirs(texts)["input_ids"]
+
+
+def test_ids_of_every_kind_equal_transformers_across_unicode(
+    pair: tuple[Tokenizer, transformers.PreTrainedTokenizerBase],
+) -> None:
+    assert_equal_ids(pair, [*AWKWARD, *characters_of_unicode(29)])
+
+
+@pytest.mark.slow
+def test_ids_of_every_kind_equal_transformers_on_all_of_unicode(
+    pair: tuple[Tokenizer, transformers.PreTrainedTokenizerBase],
+) -> None:
+    assert_equal_ids(pair, characters_of_unicode(1))
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(sample=text)
+def test_ids_and_text_of_every_kind_equal_transformers_on_any_text(
+    pair: tuple[Tokenizer, transformers.PreTrainedTokenizerBase], sample: str
+) -> None:
+    ours, theirs = pair
+    ids = ours.encode(sample)
+    assert ids == theirs(sample, add_special_tokens=False)["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 @pytest.mark.parametrize("sample", AWKWARD)

@@ -7,7 +7,13 @@ from tokenizers import Regex, pre_tokenizers
 
 from trine.engine.errors import DataError, UsageError
 from trine.engine.text.tokenizer import Tokenizer
-from trine.engine.text.train_tokenizer import PRETOKENS, train_bpe, train_characters
+from trine.engine.text.train_tokenizer import (
+    PRETOKENS,
+    train_bpe,
+    train_characters,
+    train_unigram,
+    train_wordpiece,
+)
 
 TEXT = "def f(self, x):\n    return self.x + 10\n\nfor i in range(10):\n    print(i)\n" * 5
 
@@ -84,3 +90,43 @@ def test_character_ids_do_not_depend_on_the_order_of_the_text() -> None:
     one, other = train_characters(["abc", "xyz"]), train_characters(["zyx", "cba"])
     assert isinstance(one, Tokenizer)
     assert one.fingerprint == other.fingerprint
+
+
+def test_wordpiece_spells_words_by_pieces_and_marks_what_it_never_saw() -> None:
+    tokenizer = train_wordpiece([TEXT], vocab_size=120, special_tokens=("<a>",))
+    assert [tokenizer.encode(name)[0] for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<a>")] == [*range(6)]
+    assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 3, None)
+    ids = tokenizer.encode("returnself 値")
+    assert tokenizer.decode(ids) == "returnself"
+    assert ids[-1] == tokenizer.unk_id
+    assert tokenizer.encode("self", add_special_tokens=True) == [2, *tokenizer.encode("self"), 3]
+    lowered = train_wordpiece(["Ab Éb ab eb"] * 3, vocab_size=30, lowercase=True)
+    assert lowered.encode("ÉB AB") == lowered.encode("eb ab")
+    with pytest.raises(UsageError, match=r"vocabulary size 4 is too small; its special tokens needs at least 5"):
+        train_wordpiece([TEXT], vocab_size=4)
+    with pytest.raises(DataError, match="no text"):
+        train_wordpiece([], vocab_size=90)
+
+
+def test_unigram_spells_everything_exactly_with_bytes_for_the_rest() -> None:
+    tokenizer = train_unigram([TEXT], vocab_size=330, special_tokens=("<eos>", "<a>"))
+    assert tokenizer.vocab_size <= 330
+    assert (tokenizer.eos_id, tokenizer.encode("<a>")[-1], tokenizer.unk_id) == (0, 1, 2)
+    for text in ("return self.x", "  値 😀\n\t🦊 é", "\u2581 \x00\ufffd", TEXT):
+        ids = tokenizer.encode(text)
+        assert tokenizer.unk_id not in ids
+        if "\u2581" not in text:  # the mark of a space is itself no text of its own
+            assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes is not None
+    with pytest.raises(UsageError, match="needs at least 258"):
+        train_unigram([TEXT], vocab_size=257)
+    with pytest.raises(UsageError, match="vocabulary size 258 is too small for this text"):
+        train_unigram([TEXT], vocab_size=258)
+    with pytest.raises(DataError, match="no text"):
+        train_unigram([], vocab_size=400)
+
+
+def test_learning_wordpieces_is_deterministic_and_fills_the_vocabulary() -> None:
+    first, second = (train_wordpiece([TEXT, TEXT[::-1]], vocab_size=100) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 100
