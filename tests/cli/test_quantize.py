@@ -18,7 +18,7 @@ Trine = Callable[..., tuple[int, str, str]]
 def test_the_result_is_checked_generates_and_is_evaluated(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "w4a16", tmp_path / "text.txt"
     text.write_text("the cat sat on the mat")
-    options = ("--scheme", "w4a16", "--group-size", "32", "--method", "rtn-mse", "--out", out)
+    options = ("--scheme", "w4a16", "--group-size", "32", "--method", "rtn-mse", "--no-speed", "--out", out)
     status, printed, said = trine("quantize", tiny_checkpoint, *options)
     assert status == 0
     assert "w4a16 (pack-quantized, 4-bit int in groups of 32) by rtn-mse" in printed
@@ -89,14 +89,14 @@ def test_training_does_not_start_from_codes(trine: Trine, tiny_checkpoint: Path,
     from trine.engine.errors import CheckpointError
     from trine.engine.model.checkpoint import read_config
 
-    trine("quantize", tiny_checkpoint, "--scheme", "w8a8", "--out", tmp_path / "out")
+    trine("quantize", tiny_checkpoint, "--scheme", "w8a8", "--no-speed", "--out", tmp_path / "out")
     with pytest.raises(CheckpointError, match="quantization_config"):
         read_config(tmp_path / "out")
 
 
 def test_a_run_folder_is_resolved(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "run/final")
-    assert trine("quantize", tmp_path / "run", "--scheme", "w8a8", "--out", tmp_path / "out")[0] == 0
+    assert trine("quantize", tmp_path / "run", "--scheme", "w8a8", "--no-speed", "--out", tmp_path / "out")[0] == 0
     assert trine("quantize", "--check", tmp_path / "out")[0] == 0
 
 
