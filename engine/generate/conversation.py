@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeGuard
 
 from trine.engine.errors import ContextLengthError, DataError, StorageError, TrineError, UsageError
 from trine.engine.generate.engine import Engine
@@ -151,7 +152,7 @@ class Conversation:
         return (*self.params.stop_ids, *(i for i in after if i in self.engine.tokenizer.special_ids))
 
 
-def _well_formed(messages: object) -> bool:
+def _well_formed(messages: object) -> TypeGuard[list[dict[str, str]]]:
     return (
         isinstance(messages, list)
         and len(messages) % 2 == 0

@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
@@ -109,6 +110,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+            assert isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock))
             written = sum(len(data.data) for part in node.body for data in _template_data(part))
             tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [nodes.Const(written)], [], None, None)
             node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno).set_environment(self))
@@ -116,7 +118,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         """An attribute that leads into Python: refused at once, whatever the template would do with it."""
-        raise jinja2.sandbox.SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format` and `format_map`, which the sandbox replaces by its own."""
@@ -237,7 +239,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"access to {name!r} of a namespace is unsafe")
+        raise SecurityError(f"access to {name!r} of a namespace is unsafe")
 
 
 def _plain_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:

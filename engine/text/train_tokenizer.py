@@ -194,7 +194,7 @@ def _check_size(vocab_size: int, special_tokens: Sequence[str], *, bytes_too: bo
     return smallest
 
 
-def _train(tokenizer: tokenizers.Tokenizer, texts: Iterable[str], trainer: object, what: str) -> float:
+def _train(tokenizer: tokenizers.Tokenizer, texts: Iterable[str], trainer: trainers.Trainer, what: str) -> float:
     """Train, and return the seconds it took after the last text was read."""
     began = time.monotonic()
 

@@ -146,7 +146,7 @@ def test_a_url_prepares_to_the_tokens_of_the_file(
     (tmp_path / "lines.jsonl").write_bytes(lines)
     memory.pipe("/lines.jsonl", lines)
     site.files["/lines.jsonl"] = lines
-    places = [tmp_path / "lines.jsonl", f"file://{tmp_path}/lines.jsonl", "memory://lines.jsonl"]
+    places: list[Path | str] = [tmp_path / "lines.jsonl", f"file://{tmp_path}/lines.jsonl", "memory://lines.jsonl"]
     places.append(f"{site.url}/lines.jsonl")
     fingerprints = set()
     for number, place in enumerate(places):
