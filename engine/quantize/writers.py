@@ -22,7 +22,8 @@ from trine.engine.model.weight_files import write_json
 class Writer:
     """`check` raises `UsageError` for a layer [N, K] that the format does not hold in a scheme.
 
-    `scale_dtype` None: that of the weight. `transposes`: layers that an unquantized file stores [in, out] may be written. `copy`: another file of the settings.
+    `scale_dtype` None: that of the weight. `transposes`: layers that an unquantized file stores [in, out] may be
+    written. `copy`: another file of the settings.
     """
 
     name: str

@@ -76,25 +76,32 @@ def test_configs_that_are_not_read_are_refused_by_name(change: dict[str, Any], w
         read_format({"quantization_config": {**DYNAMIC, **change}})
 
 
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+MODELS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES)),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**_SIZES, **_EXPERTS)),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_folder_holds_the_weights_that_transformers_reads(tmp_path: Path) -> None:
-    """transformers dequantizes such a folder on a CPU: equal weights, to the bit.
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_folder_holds_the_weights_that_transformers_reads(name: str, tmp_path: Path, capsys: Any) -> None:
+    """transformers dequantizes such a folder on a CPU: equal logits of equal weights.
 
     Blocks are full here: of others transformers 5.23 takes the size from the shapes, which is another one.
     """
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
+    MODELS[name]().to(torch.bfloat16).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        rows, columns = tensors[name].shape
-        scales = torch.rand(-(-rows // 128), -(-columns // 128)) * 0.01 + 0.001
-        tensors[name.replace(".weight", ".weight_scale_inv")] = scales
-        tensors[name] = torch.randn(rows, columns).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        rows, columns = tensors[key].shape
+        scales = torch.rand(-(-rows // 128), -(-columns // 128)) * 0.001 + 0.0001
+        tensors[key.replace(".weight", ".weight_scale_inv")] = scales
+        tensors[key] = torch.randn(rows, columns).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     hf = json.loads((tmp_path / "config.json").read_text())
     hf["quantization_config"] = {**DYNAMIC, "weight_block_size": [128, 128]}
@@ -105,9 +112,17 @@ def test_a_folder_holds_the_weights_that_transformers_reads(tmp_path: Path) -> N
         dtype=torch.bfloat16,
         quantization_config=transformers.FineGrainedFP8Config(weight_block_size=(128, 128), dequantize=True),
     )
+    capsys.readouterr()
     quantized = load_model(tmp_path)
-    assert sum(isinstance(part, QuantizedLinear) for part in quantized.modules()) == 14
-    ours = dict(load_model(tmp_path, dequantize=True).named_parameters())
-    for name, parameter in theirs.named_parameters():
-        if name != "lm_head.weight":
-            assert torch.equal(ours[name.removeprefix("model.")], parameter), name
+    said = capsys.readouterr().err
+    layers = sum(isinstance(part, QuantizedLinear) for part in quantized.modules())
+    experts = "weights of experts become numbers (24 layers)" in said
+    assert (layers, experts) == ((14, False) if name == "llama" else (8, True))
+    ours = load_model(tmp_path, dequantize=True)
+    ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.float().logits(ours(ids)), theirs.float()(ids).logits, rtol=1e-4, atol=1e-4)
+    parameters = dict(ours.named_parameters())
+    for key, parameter in theirs.named_parameters():
+        if key.endswith("_proj.weight"):
+            assert torch.equal(parameters[key.removeprefix("model.")], parameter), key
