@@ -131,6 +131,26 @@ def test_every_request_gets_the_same(
     assert late.engine.stats().generated_tokens == waits.engine.stats().generated_tokens
 
 
+@pytest.mark.slow
+def test_every_request_gets_the_same_under_any_settings(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
+    for seed in range(30):
+        rng = random.Random(seed)
+        requests = requests_for(tiny_tokenizer, rng, rng.choice([FREE, FREE + BOUND]))
+        settings: dict[str, Any] = {
+            "blocks": rng.choice([0, 5, 6, 9]),
+            "max_batch_tokens": rng.choice([8, 9, 17, 64]),
+            "max_running": rng.choice([2, 3, 6, 8]),
+            "decode_steps": rng.random() < 0.5,
+            "prefix_caching": rng.random() < 0.7,
+            "speculate": rng.choice([0, 0, 3]),
+            "speculate_max_running": rng.choice([1, 3]),
+        }
+        arrivals = [rng.randrange(25) for _ in requests]
+        waits = run(engine_for(model, tiny_tokenizer, overlap=False, **settings), requests, arrivals)
+        late = run(engine_for(model, tiny_tokenizer, overlap=True, **settings), requests, arrivals)
+        assert late.found == waits.found, seed
+
+
 def test_texts_that_end_cost_a_step_and_not_a_token(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
     """The length is known before it is reached, an end-of-text token only when it is read."""
     request = GenerationRequest(id="0", prompt_ids=(5, 6), params=GREEDY)
