@@ -54,7 +54,14 @@ def make_model(family: str, vocab_size: int) -> Transformer:
     return model
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+# With every commit: learned positions, plain, norms of q and k, windows with softcaps, sinks with experts.
+FIRST = {"gpt2", "llama", "qwen3", "gemma2", "gpt_oss"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(FAMILIES)],
+)
 def family_model(request: pytest.FixtureRequest, tiny_tokenizer: Tokenizer) -> Transformer:
     """Each family in turn."""
     return make_model(request.param, tiny_tokenizer.vocab_size)

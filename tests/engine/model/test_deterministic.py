@@ -43,7 +43,18 @@ def make_model(family: str, **changes: Any) -> Transformer:
     return model
 
 
-@pytest.fixture(scope="module", params=[name for name in sorted(FAMILIES) if make_config(name).moe is None])
+# With every commit: learned positions, plain, norms of q and k, windows with softcaps, both branches on one norm.
+FIRST = {"cohere", "gemma2", "gpt2", "llama", "qwen3"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow])
+        for name in sorted(FAMILIES)
+        if make_config(name).moe is None
+    ],
+)
 def model(request: pytest.FixtureRequest) -> Transformer:
     return make_model(request.param)
 

@@ -26,7 +26,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_loss_of_every_family_falls(family: str, dtype: torch.dtype) -> None:
     model = Transformer(new_config(family, sizes=SIZES, settings={"sliding_window": 8, "use_sliding_window": True}))
