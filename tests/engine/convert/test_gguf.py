@@ -203,7 +203,7 @@ def test_files_whose_metadata_lies_are_refused_or_read(tmp_path: Path) -> None:
     _write(tmp_path / "a.gguf", model)
     keys = [key for key in read_gguf(tmp_path / "a.gguf").metadata if key != "general.architecture"]
     errors = []
-    for number in range(150):
+    for number in range(100):
         key = keys[number % len(keys)]
         (tmp_path / "a.gguf").unlink()
         _write(tmp_path / "a.gguf", model, changed={key: _odd(rng)})
@@ -211,7 +211,7 @@ def test_files_whose_metadata_lies_are_refused_or_read(tmp_path: Path) -> None:
             import_gguf(tmp_path / "a.gguf", tmp_path / str(number))
         except CheckpointError as error:
             errors.append(str(error))
-    assert len(errors) > 50
+    assert len(errors) > 30
     assert all(error.isprintable() for error in errors)
 
 

@@ -160,7 +160,7 @@ def _fuzz(folder: Path, count: int) -> None:
     content = (folder / "a.gguf").read_bytes()
     header = min(tensor.start for tensor in read_gguf(folder / "a.gguf").tensors.values())
     errors = []
-    for mutation in _mutations(content, header, count):
+    for number, mutation in enumerate(_mutations(content, header, count)):
         (folder / "b.gguf").write_bytes(mutation)
         try:
             file: GgufFile | None = read_gguf(folder / "b.gguf")
@@ -168,7 +168,7 @@ def _fuzz(folder: Path, count: int) -> None:
             errors.append(str(error))
             continue
         assert file is not None
-        for tensor in file.tensors.values():
+        for tensor in list(file.tensors.values())[number % len(KINDS) :: len(KINDS)]:
             assert tensor.read().shape == tensor.shape
     assert count // 2 < len(errors) < count
     assert all(error.isprintable() for error in errors)
