@@ -115,11 +115,13 @@ def apply(block: Block, place: Place, s_K: Tensor, stored_dtype: torch.dtype) ->
     before = block.get_submodule(place.before)
     if isinstance(before, Linear):
         before.weight.div_(place.outputs(s_K)[:, None].to(before.weight))
+        bias = before.bias
     else:
         assert isinstance(before, RMSNorm | LayerNorm)
         s_K = _divide_norm(before, s_K, stored_dtype)
-    if getattr(before, "bias", None) is not None:
-        before.bias.div_(place.outputs(s_K).to(before.bias))
+        bias = before.bias if isinstance(before, LayerNorm) else None
+    if bias is not None:
+        bias.div_(place.outputs(s_K).to(bias))
     for name in place.layers:
         weight = block.get_parameter(f"{name}.weight")
         weight.mul_(s_K.to(weight))

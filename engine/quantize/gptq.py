@@ -100,7 +100,8 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
         l_KK, failed = torch.linalg.cholesky_ex(damped_KK)
         if not failed and bool(l_KK.isfinite().all()):
             identity = torch.eye(len(l_KK), dtype=l_KK.dtype, device=l_KK.device)
-            return torch.linalg.solve_triangular(l_KK.flip(0, 1), identity, upper=True)
+            u_KK: Tensor = torch.linalg.solve_triangular(l_KK.flip(0, 1), identity, upper=True)
+            return u_KK
     raise HessianError("the sums over the inputs cannot be factored, whatever is added to their diagonal")
 
 

@@ -71,7 +71,8 @@ def hadamard(order: int) -> Tensor:
         if core is not None:
             for _ in range(doublings):
                 core = torch.cat((torch.cat((core, core), 1), torch.cat((core, -core), 1)))
-            return core / order**0.5
+            scale: float = order**0.5
+            return core / scale
         if rest % 2:
             break
         rest, doublings = rest // 2, doublings + 1
@@ -128,8 +129,9 @@ def _rotate_block(block: Block, q_CC: Tensor, r_DD: Tensor) -> None:
         if isinstance(before, RMSNorm):
             readers = [block.get_submodule(name) for name in place.layers]
             _fold(before, readers)
-            for layer in readers:
-                _set(layer.weight, layer.weight.double() @ q_CC)
+            for name in place.layers:
+                weight = block.get_parameter(f"{name}.weight")
+                _set(weight, weight.double() @ q_CC)
     v, o = block.self_attn.v_proj, block.self_attn.o_proj
     for parameter in (v.weight, v.bias):
         if parameter is not None:
@@ -138,6 +140,7 @@ def _rotate_block(block: Block, q_CC: Tensor, r_DD: Tensor) -> None:
     _set(o.weight, (o.weight.double().view(len(q_CC), -1, len(r_DD)) @ r_DD).flatten(1))
     for name in _WRITERS:
         layer = block.get_submodule(name)
+        assert isinstance(layer, Linear)
         _set(layer.weight, q_CC.T @ layer.weight.double())
         if layer.bias is not None:
             _set(layer.bias, q_CC.T @ layer.bias.double())
@@ -154,8 +157,9 @@ def _fold(norm: RMSNorm, readers: list[nn.Module]) -> None:
 
 def _untie(model: Transformer) -> None:
     embedding = model.embed_tokens.weight
-    size = {"device": embedding.device, "dtype": embedding.dtype}
-    model.lm_head = Linear(model.config.width, model.config.vocab_size, bias=False, **size)
+    model.lm_head = Linear(
+        model.config.width, model.config.vocab_size, bias=False, device=embedding.device, dtype=embedding.dtype
+    )
     model.lm_head.weight.copy_(embedding)
     model.config = replace(model.config, tie_embeddings=False)
 

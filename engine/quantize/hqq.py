@@ -47,7 +47,7 @@ def quantize_hqq(
     """
     scale_dtype = scale_dtype or w_NK.dtype
     rows = max(1, _PIECE // (BLOCK * w_NK.shape[1])) * BLOCK
-    return join([_quantize(piece, scheme, scale_dtype) for piece in w_NK.split(rows)])
+    return join([_quantize(piece, scheme, scale_dtype) for piece in torch.split(w_NK, rows)])
 
 
 def misfit(scheme: Scheme) -> str | None:

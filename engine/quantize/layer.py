@@ -244,7 +244,7 @@ class LayerWork:
         walk, states = self._walk, self._inputs
         assert walk is not None
         assert states is not None
-        wanted = {name for stored in self.parts[part] for name in _modules(self._layers[stored].rule)}
+        wanted = {name for stored in self.parts[part] for name in modules_of(self._layers[stored].rule)}
         groups = [group for group in walk.shared_inputs(number, states) if wanted.intersection(group)]
         widths = [walk.width(group[0]) for group in groups]
         passes = self._budget.passes(groups, widths, self._beside_statistics(walk, part))
@@ -264,7 +264,7 @@ class LayerWork:
         schemes = {
             name.removeprefix(f"{part}."): self._layers[stored].scheme
             for stored in self.parts[part]
-            for name in _modules(self._layers[stored].rule)
+            for name in modules_of(self._layers[stored].rule)
         }
         stored_dtype = self._opened.stored[self.parts[part][0]].dtype
         assert stored_dtype is not None
@@ -309,10 +309,10 @@ def _part_of(rule: TensorRule) -> str:
 
 
 def _first(rule: TensorRule) -> str:
-    return _modules(rule)[0]
+    return modules_of(rule)[0]
 
 
-def _modules(rule: TensorRule) -> list[str]:
+def modules_of(rule: TensorRule) -> list[str]:
     """Our linear layers whose weight a tensor holds; those of an expert are named as in `experts.py`."""
     expert = "" if rule.expert is None else f":{rule.expert}"
     return [name.removesuffix(".weight") + expert for name in rule.ours]

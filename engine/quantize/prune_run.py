@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.env import environment, package_version
-from trine.engine.errors import UsageError
+from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.generate.load import inference_dtype
 from trine.engine.log import progress
 from trine.engine.model.checkpoint import Opened, open_checkpoint
@@ -23,9 +23,9 @@ from trine.engine.model.families import TensorRule
 from trine.engine.model.quantized.plan import linear_rules
 from trine.engine.model.weight_files import read_json, write_json, write_weights
 from trine.engine.quantize.calibration import Samples
-from trine.engine.quantize.choices import HEAD
+from trine.engine.quantize.choices import is_left
 from trine.engine.quantize.hidden import HiddenStates
-from trine.engine.quantize.layer import check_finite
+from trine.engine.quantize.layer import FEWEST_TOKENS, check_finite, modules_of
 from trine.engine.quantize.prune import Sparsity, prune
 from trine.engine.quantize.quality import Quality, compare
 from trine.engine.quantize.report import LayerReport, Report, layer_report
@@ -81,10 +81,15 @@ class _Run:
     def __init__(self, checkpoint: Path, opened: Opened, settings: PruneSettings) -> None:
         self.checkpoint, self.opened, self.settings = checkpoint, opened, settings
         self.parts: list[list[TensorRule]] = [[] for _ in opened.model.layers]
-        for rule, _, width in linear_rules(opened.model, opened.rules).values():
-            if rule.ours != (HEAD,):
+        for rule, _, width in linear_rules(opened.model, opened.rules, experts=True).values():
+            if not is_left(rule):
                 settings.sparsity.check_shape(_path(rule), width)
                 self.parts[int(rule.ours[0].split(".")[1])].append(rule)
+        stacked = next((rule for rule in opened.rules if rule.stacked and rule.ours[0].endswith(".weight")), None)
+        if stacked is not None:
+            raise CheckpointError(
+                f"{stacked.stored} holds all experts of a layer in one tensor, which is not pruned yet"
+            )
         dtypes = [tensor.dtype for tensor in opened.stored.values() if tensor.dtype is not None]
         widest = max(dtypes, key=lambda dtype: dtype.itemsize)
         self.dtype = settings.dtype or inference_dtype(widest, torch.device("cpu"))[0]
@@ -161,7 +166,9 @@ class _Run:
             tensor = stored.read_copy()
             check_finite(rule.stored, tensor)
             w_NK = tensor.T if rule.transpose else tensor
-            inputs = statistics.get(rule.ours[0].removesuffix(".weight"))
+            inputs = statistics.get(modules_of(rule)[0])
+            if inputs is not None and inputs.tokens < FEWEST_TOKENS:
+                inputs = None  # an expert that hardly any token went to is pruned by its weights alone
             kept_NK = prune(w_NK, self.settings.sparsity, inputs)
             tensors[rule.stored] = (kept_NK.T if rule.transpose else kept_NK).contiguous()
             scheme, size = self.settings.sparsity.describe(), stored.num_bytes

@@ -58,7 +58,7 @@ def quantize_rtn(
     """
     scale_dtype = scale_dtype or w_NK.dtype
     rows = max(1, _PIECE // (BLOCK * w_NK.shape[1])) * BLOCK
-    pieces = [_quantize(piece, scheme, statistics, scale_dtype, search) for piece in w_NK.split(rows)]
+    pieces = [_quantize(piece, scheme, statistics, scale_dtype, search) for piece in torch.split(w_NK, rows)]
     return pieces[0] if len(pieces) == 1 else join(pieces)
 
 

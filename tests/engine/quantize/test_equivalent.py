@@ -82,6 +82,7 @@ def test_what_the_model_computes_stays(name: str, stored: torch.dtype) -> None:
     model = _model(**STRUCTURES[name])
     before = _hidden(model)
     for block in model.layers:
+        assert isinstance(block, Block)
         for place in places(block):
             kept = {part: block.get_parameter(f"{part}.weight").clone() for part in (place.before, *place.layers)}
             apply(block, place, _random(place, block), stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import transformers
 
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import load_model, save_model
-from trine.engine.model.config import ModelConfig
 from trine.engine.model.transformer import Transformer
 from trine.engine.quantize.rotate_run import rotate_checkpoint
 
@@ -34,7 +34,7 @@ def test_transformers_computes_the_same_with_both(checkpoint: Path, tmp_path: Pa
 def test_a_tied_head_becomes_one_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(checkpoint)
     assert model.lm_head is not None
-    tied = Transformer(ModelConfig(**{**_settings(model.config), "tie_embeddings": True}))
+    tied = Transformer(replace(model.config, tie_embeddings=True))
     tied.load_state_dict({name: value for name, value in model.state_dict().items() if name != "lm_head.weight"})
     save_model(tied, tmp_path / "tied", dtype=torch.bfloat16)
     done = rotate_checkpoint(tmp_path / "tied", tmp_path / "out")
@@ -56,16 +56,10 @@ def test_what_cannot_be_rotated_leaves_nothing(checkpoint: Path, tmp_path: Path)
         rotate_checkpoint(checkpoint, tmp_path)
     with pytest.raises(CheckpointError):
         rotate_checkpoint(tmp_path, tmp_path / "out")
-    model = Transformer(
-        ModelConfig(**{**_settings(load_model(checkpoint).config), "width": 100, "num_heads": 2, "num_kv_heads": 2})
-    )
+    model = Transformer(replace(load_model(checkpoint).config, width=100))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     save_model(model, tmp_path / "odd")
     with pytest.raises(UsageError, match="order 100"):
         rotate_checkpoint(tmp_path / "odd", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
-
-
-def _settings(config: ModelConfig) -> dict[str, object]:
-    return {name: getattr(config, name) for name in ModelConfig.__slots__}
