@@ -105,6 +105,10 @@ def choose_layers(
                 f"{path} is stored [in, out], as {opened.model.config.family} does, which compressed-tensors does not "
                 "hold quantized; --format gptq does"
             )
+        if rule.groups > 1 and chosen.strategy == "block":
+            raise CheckpointError(
+                f"{path} joins its layers head by head, which blocks of 128 outputs cut; choose another --scheme"
+            )
         chosen.check_shape(path, num_features, width)
         found[name] = Layer(rule, path, num_features, width, chosen)
     unused = next((one for one in overrides if one not in used), None)
