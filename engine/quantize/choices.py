@@ -21,7 +21,7 @@ from trine.engine.model.quantized.plan import linear_rules
 from trine.engine.model.quantized.scheme import Scheme, make_scheme
 from trine.engine.quantize.check import FUSED
 
-HEAD = "lm_head.weight"
+_IN_BLOCK = re.compile(r"(.*\.)?layers\.\d+\.")
 _ROUTERS = (".mlp.gate.weight", ".mlp.shared_expert_gate.weight")
 
 
@@ -64,8 +64,8 @@ def parse_override(text: str) -> Override:
 
 
 def is_left(rule: TensorRule) -> bool:
-    """Whether a linear layer is never quantized: the output layer, and what decides which experts a token goes to."""
-    return rule.ours == (HEAD,) or rule.ours[0].endswith(_ROUTERS)
+    """Whether a linear layer is never quantized: outside the blocks, or what decides which experts a token goes to."""
+    return not _IN_BLOCK.match(rule.ours[0]) or rule.ours[0].endswith(_ROUTERS)
 
 
 @dataclass(frozen=True)

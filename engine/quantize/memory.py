@@ -64,7 +64,7 @@ def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:
 
 @dataclass
 class Budget:
-    """`limit` None: nothing is refused, and hidden states may take `free`.
+    """`limit` None: nothing is refused; hidden states may take `free`, and so may the statistics of a layer.
 
     `needed` is the most that was reckoned so far, without the hidden states of all samples.
     """
@@ -95,9 +95,9 @@ class Budget:
         for group, width in zip(groups, widths, strict=True):
             size = statistics_bytes(width)
             self.require(f"the inputs of {group[0]}", other + size)
-            if not found or (self.limit is not None and size > room):
+            if not found or size > room:
                 found.append([])
-                room = 0 if self.limit is None else self.limit - other
+                room = self.free if self.limit is None else self.limit - other
             found[-1].append(group)
             room -= size
         return found

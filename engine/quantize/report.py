@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,12 @@ class LayerReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> LayerReport:
+        """What `to_json` gave, read back."""
+        num_features, width = values["shape"]
+        return cls(**{**values, "shape": (num_features, width)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.methods import Choice
 from trine.engine.quantize.quality import Quality, Speed, measure_speed
 from trine.engine.quantize.report import LayerReport, Report
-from trine.engine.quantize.work import Work, check_room, working_folder
+from trine.engine.quantize.work import Work, check_room, storage_errors, working_folder
 from trine.engine.quantize.writers import COMPRESSED_TENSORS, Writer
 from trine.kernels.hardware import return_freed_memory
 
@@ -175,7 +175,7 @@ class _Run:
     def quantize_layers(self, work: Work) -> Quality | None:
         """Finish every layer, and measure."""
         settings = self.settings
-        budget = Budget(settings.max_memory, available_memory() // 2)
+        budget = Budget(settings.max_memory, available_memory() // 3)
         form = read_format({CONFIG_KEYS[0]: settings.writer.config(self.quantization)})
         assert form is not None
         if settings.max_memory is not None:
@@ -196,18 +196,19 @@ class _Run:
             parameters = sum(torch.Size(tensor.shape).numel() for tensor in self.opened.stored.values())
             limit = settings.max_memory
             shard_bytes = settings.max_shard_bytes if limit is None else min(settings.max_shard_bytes, limit // 3)
-            write_weights(
-                work.folder,
-                sizes,
-                lambda name: self._tensor(name, done),
-                max_shard_bytes=shard_bytes,
-                num_parameters=parameters,
-            )
+            with storage_errors(work.folder):
+                write_weights(
+                    work.folder,
+                    sizes,
+                    lambda name: self._tensor(name, done),
+                    max_shard_bytes=shard_bytes,
+                    num_parameters=parameters,
+                )
         copy_companions(self.checkpoint, work.folder)
         settings.writer.write_config(work.folder, read_json(self.checkpoint / "config.json"), self.quantization)
         before, after = sum(tensor.num_bytes for tensor in self.opened.stored.values()), sum(sizes.values())
         speed, why_no_speed = self._speed(work.folder, before + after)
-        layers = tuple(LayerReport(**layer) for number in range(work.finished) for layer in work.report(number))
+        layers = tuple(LayerReport.of(layer) for number in range(work.finished) for layer in work.report(number))
         formats = {settings.writer.stored_as(layer.scheme): None for layer in self.layers.values()}
         report = Report(
             checkpoint=str(self.checkpoint),

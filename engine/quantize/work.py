@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,7 +40,8 @@ class Work:
         """Keep what a layer has become; a kill loses it as a whole or not at all."""
         path = self._path(number, "safetensors")
         partial = path.with_suffix(".partial")
-        save_file(dict(tensors), partial)
+        with storage_errors(self.folder):
+            save_file(dict(tensors), partial)
         _flush(partial)
         os.replace(partial, path)
         write_json(self._path(number, "json"), {"layers": report})
@@ -124,6 +126,15 @@ def _check_resumable(work: Work, out: Path, settings: Mapping[str, Any], *, resu
                 f"--resume: the interrupted run of {out} had {key} {earlier.get(key)!r}, not {settings.get(key)!r}; "
                 f"give the same, or remove {where} to start anew"
             )
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """What safetensors says of a disk that is full or failing, as a `StorageError`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise StorageError(f"cannot write into {folder} ({error}); make room and give the command again") from None
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trine.engine.errors import UsageError
+from trine.engine.errors import StorageError, UsageError
 from trine.engine.evaluate.perplexity import sliding_windows
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.quantized.scheme import make_scheme
@@ -440,3 +440,29 @@ def test_the_quality_table_is_filled_and_continued(
     table = (tmp_path / "table/quality.md").read_text().splitlines()
     assert len(table) == 5
     assert {line.count("|") for line in table} == {12}
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    checkpoint: Path, tmp_path: Path, samples: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    from trine.engine.quantize import work
+
+    save, calls = work.save_file, []
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path)
+
+    monkeypatch.setattr(work, "save_file", full)
+    with pytest.raises(StorageError, match=r"No space left on device .*; make room and give the command again"):
+        _quantize(checkpoint, tmp_path / "out", samples, method="rtn")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [".writing-out"]
+    _quantize(checkpoint, tmp_path / "out", samples, method="rtn", resume=True)
+    _quantize(checkpoint, tmp_path / "whole", samples, method="rtn")
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
