@@ -97,6 +97,7 @@ def prepare(
             "shard_tokens": shard_tokens,
         },
     }
+    _clear_up(out)
     found = _existing(out, wanted, sources, overwrite=overwrite)
     if found is not None:
         return Prepared(out, found, unchanged=True)
@@ -290,7 +291,6 @@ def _same_content(record: dict[str, Any], source: Source) -> bool:
 def _replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends well and vanishes when it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
     folder = out.parent / f".{out.name}.partial-{os.getpid()}"
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     folder.mkdir()
@@ -304,11 +304,15 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Folders of runs that were killed: their process is gone."""
-    for folder in out.parent.glob(f".{out.name}.partial-*"):
+def _clear_up(out: Path) -> None:
+    """Folders of runs that were killed (their process is gone); one put aside for a new one that never came is back."""
+    for folder in [*out.parent.glob(f".{out.name}.partial-*"), *out.parent.glob(f".{out.name}.old-*")]:
         process = folder.name.rpartition("-")[2]
-        if process.isdigit() and not Path("/proc", process).exists():
+        if not process.isdigit() or Path("/proc", process).exists():
+            continue
+        if folder.name.startswith(f".{out.name}.old-") and not out.exists():
+            folder.rename(out)
+        else:
             shutil.rmtree(folder)
 
 

@@ -30,7 +30,7 @@ from trine.engine.train.energy_counters import find_counters
 from trine.engine.train.evaluation import Evaluator
 from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
 from trine.engine.train.metrics import MetricsFile
-from trine.engine.train.mixing import tell_ended
+from trine.engine.train.mixing import OUT_OF_DATA, tell_ended
 from trine.engine.train.model_card import model_card
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.outcome import RunResult, explain, is_known
@@ -220,7 +220,12 @@ class Trainer:
 
     def _complete(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.step >= self.setup.recipe.train.steps or self.evaluator.finished()
+        return self.step >= self.setup.recipe.train.steps or self.evaluator.finished() or self._out_of_data()
+
+    def _out_of_data(self) -> bool:
+        """Whether the limits of all sources leave no whole step: only where rollbacks have passed samples by."""
+        most = self.setup.stream.num_samples
+        return most is not None and self.next_sample + self.setup.recipe.train.batch_size > most
 
     def _one_step(self, metrics: MetricsFile, progress: Progress) -> None:
         recipe = self.setup.recipe
@@ -342,7 +347,7 @@ class Trainer:
         self.subject.finish(final)
         early = self.step < self.setup.recipe.train.steps
         if early:
-            say(self.evaluator.why_finished())
+            say(OUT_OF_DATA if self._out_of_data() else self.evaluator.why_finished())
         say(f"finished {self.step} steps in {format_duration(self.meter.seconds)}; the model is in {final}")
         return self._end(metrics, "stopped-early" if early else "finished", final)
 

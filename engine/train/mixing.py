@@ -7,6 +7,8 @@ from trine.engine.log import format_count
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.progress import Progress
 
+OUT_OF_DATA = "stopped early: the limits of the sources leave no further step, since samples were passed by"
+
 
 def source_lines(stream: SampleStream, *, num_samples: int, batch_size: int) -> list[str]:
     """One line for each source of a mixture, for a run of `num_samples` samples; none for a single source."""

@@ -236,6 +236,18 @@ def test_leftovers_of_a_killed_run_are_removed(run: Run, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.partial-{os.getppid()}", "out", "texts"]
 
 
+def test_a_folder_put_aside_by_a_killed_run_comes_back(run: Run, tmp_path: Path) -> None:
+    run()
+    before = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.old-999999999")  # killed between the two renames
+    (tmp_path / ".out.partial-999999999").mkdir()
+    assert run().unchanged
+    assert contents(tmp_path / "out") == before
+    (tmp_path / ".out.old-999999998").mkdir()  # killed after both
+    assert run().unchanged
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+
+
 def test_long_documents_are_encoded_in_pieces(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Tokenizer
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from trine.engine.data.shards import TokenShards
 from trine.engine.errors import DataError, UsageError
 from trine.engine.train import loop
+from trine.engine.train import step as steps
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe
 
@@ -98,3 +100,26 @@ def test_a_changed_limit_is_another_sequence_and_not_continued(mixed: MakeRecipe
     table["train"]["steps"] = 6
     with pytest.raises(DataError, match="mixing weights"):
         train(Recipe.model_validate(table))
+
+
+def test_a_run_that_passed_samples_by_ends_well_where_its_sources_end(
+    make_recipe: MakeRecipe, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    table = make_recipe(
+        train={"steps": 8}, checkpoint={"every": 3, "keep_last": 9}, spike={"action": "rollback", "window": 3}
+    ).model_dump(mode="json", exclude_none=True)
+    del table["data"]["path"]
+    table["data"]["sources"] = [{"path": str(data_dir), "max_tokens": 8 * 4 * 32}]
+    original = steps.accumulate_gradients
+
+    def accumulate(model: Any, objective: Any, pieces: Any, **settings: Any) -> Any:
+        loss = original(model, objective, pieces, **settings)
+        return loss * math.nan if pieces[0].first_sample == 16 else loss  # the fifth step
+
+    monkeypatch.setattr(steps, "accumulate_gradients", accumulate)
+    result = train(Recipe.model_validate(table))
+    assert (result.reason, result.step) == ("stopped-early", 6)  # steps 4 and 5 went back to 3, past their samples
+    assert "the limits of the sources leave no further step, since samples were passed by" in capsys.readouterr().err
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert train(Recipe.model_validate(table)).step == 6  # and is left as it is
