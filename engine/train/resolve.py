@@ -21,6 +21,7 @@ from trine.engine.errors import CheckpointError, DataError, UsageError
 from trine.engine.model.checkpoint import open_checkpoint, read_config, resolve_checkpoint
 from trine.engine.model.config import DropoutConfig, ModelConfig, default_ffn_width
 from trine.engine.model.families.registry import FAMILIES, config_to_hf, new_config
+from trine.engine.model.lora import resolve_adapter
 from trine.engine.model.lora_weights import ALL_LINEAR
 from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
@@ -81,6 +82,8 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     stream = _open_stream(recipe)
     tokenizer = Tokenizer.load(stream.tokenizer_dir)
     adapter = recipe.adapter
+    if continue_from is not None:
+        _check_kind(continue_from, adapter=adapter is not None)
     weights = continue_from if adapter is None else None
     adapter_from = None if adapter is None else continue_from or adapter.init_from
     if weights is None and recipe.model.init_from is not None:
@@ -170,8 +173,22 @@ def changed_settings(old: Settings, new: Settings, prefix: str = "") -> dict[str
         if isinstance(before, Settings) and isinstance(after, Settings):
             changes |= changed_settings(before, after, f"{prefix}{name}.")
         elif before != after:
-            changes[prefix + name] = (before, after)
+            changes[prefix + name] = (_told(before), _told(after)) if None in (before, after) else (before, after)
     return changes
+
+
+def _check_kind(folder: Path, *, adapter: bool) -> None:
+    """A step folder holds what the recipe trains, an adapter or a whole model. Raises `UsageError`."""
+    if (resolve_adapter(folder) is not None) != adapter:
+        held, wanted = ("a whole model", "an adapter") if adapter else ("an adapter", "a whole model")
+        raise UsageError(
+            f"{folder} holds {held}, and the recipe trains {wanted}: set [adapter] back as it was, or start anew with "
+            "run.dir=NEW_FOLDER"
+        )
+
+
+def _told(value: Any) -> Any:
+    return "a section" if isinstance(value, Settings) else value
 
 
 def _open_stream(recipe: Recipe) -> SampleStream:

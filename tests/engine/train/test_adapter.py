@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable
@@ -206,3 +207,24 @@ def test_settings_that_are_refused(
     with pytest.raises(UsageError, match=complaint):
         train(make_lora(**changes))
     assert not (tmp_path / "lora").exists()
+
+
+def test_what_may_not_change_when_a_run_is_continued(
+    make_lora: MakeRecipe, continued: MakeRecipe, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    train(continued(run="first"))
+    shutil.copytree(tmp_path / "first" / "final", base)
+    train(make_lora(base, train={"steps": 3}))
+    with pytest.raises(UsageError, match=r"adapter\.rank was 4 in the run at .* and is 8 now"):
+        train(make_lora(base, adapter={"rank": 8}))
+    with pytest.raises(UsageError, match=r"step-00000003 holds an adapter, and the recipe trains a whole model"):
+        train(continued(base, "lora"))
+    shutil.rmtree(base)
+    train(continued(run="second", train={"seed": 1}))
+    shutil.copytree(tmp_path / "second" / "final", base)
+    with pytest.raises(CheckpointError, match=r"step-00000003 was trained on .* holds other weights"):
+        train(make_lora(base))
+    shutil.rmtree(base)
+    shutil.copytree(tmp_path / "first" / "final", base)
+    assert train(make_lora(base)).step == 6
