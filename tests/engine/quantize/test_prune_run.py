@@ -194,3 +194,22 @@ def test_a_weight_that_is_not_finite_is_named(
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
         prune_checkpoint(tmp_path / "bad", tmp_path / "out", settings("magnitude"))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_experts_are_pruned_by_the_tokens_that_went_to_them(tmp_path: Path) -> None:
+    """One that no token goes to is pruned by its weights alone; what chooses experts stays."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=1,
+        max_position_embeddings=64, decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    chosen = PruneSettings(method="wanda", sparsity=parse_sparsity("0.5"), calibration=_samples(0, 40))
+    report = prune_checkpoint(tmp_path / "model", tmp_path / "out", chosen)
+    assert sum(".experts." in layer.path for layer in report.layers) == 3 * 4
+    before, after = _weights(tmp_path / "model"), _weights(tmp_path / "out")
+    name = "layers.0.mlp.experts.up_proj.weight"
+    assert torch.equal((after[name] == 0).sum(-1), torch.full((4, 16), 16))
+    router = next(key for key in before if key.endswith("mlp.gate.weight"))
+    assert torch.equal(after[router], before[router])
