@@ -242,6 +242,10 @@ class Sampler:
         """The number of the next draw, in [0, 1); for those who draw elsewhere."""
         return uniform(self._generator)
 
+    def foresight(self) -> torch.Generator:
+        """A generator that gives the numbers of the coming draws, and takes none of them away."""
+        return self._generator.clone_state()
+
     @property
     def adjusts(self) -> bool:
         """Whether the next choice depends on more than the logits and the filters."""

@@ -135,7 +135,7 @@ def test_greedy_and_seeded_requests_get_their_tokens_whatever_is_guessed(
 def test_guesses_save_steps_and_all_stand_where_the_draft_is_the_model(
     model: Transformer, tiny_tokenizer: Tokenizer
 ) -> None:
-    for params in (GREEDY, DRAWN, replace(DRAWN, top_p=0.9, temperature=0.8)):
+    for params in (GREEDY, DRAWN, replace(DRAWN, top_p=0.9, temperature=0.8), replace(DRAWN, seed=3)):
         engine = engine_for(model, tiny_tokenizer, copy.deepcopy(model))
         run(engine, requests_for(tiny_tokenizer, [params], PROMPTS[:1]))
         stats = engine.stats()
