@@ -290,7 +290,7 @@ def _start(script: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -329,21 +329,17 @@ quantize_checkpoint(checkpoint, out, Settings(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-@pytest.mark.parametrize(
-    ("method", "num_layers", "mebibytes"), [("rtn", 8, 72), pytest.param("gptq", 12, 120, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_a_model_larger_than_the_memory_is_quantized_within_it(
     method: str,
-    num_layers: int,
-    mebibytes: int,
     checkpoint: Path,
     tmp_path: Path,
     text: Path,
     tiny_tokenizer: Tokenizer,
     checkpoint_maker: Callable[..., Path],
 ) -> None:
-    limit = mebibytes * 2**20
-    sizes = {"width": 512, "head_dim": 128, "ffn_width": 1536, "num_layers": num_layers}
+    limit, num_layers = 40 * 2**20, 16
+    sizes = {"width": 256, "head_dim": 64, "ffn_width": 768, "num_layers": num_layers}
     large = checkpoint_maker(tmp_path / "large", tiny_tokenizer, torch.float32, **sizes)
     assert (large / "model.safetensors").stat().st_size > 1.2 * limit
     script = """
