@@ -45,19 +45,25 @@ def test_every_way_to_an_adapter_gives_one_result(
     told = succeeds("merge", tiny_checkpoint, adapter, "--out", tmp_path / "merged")
     assert "14 weights changed by" in told
     losses = {}
-    for name, arguments in {
+    ways: dict[str, list[object]] = {
         "base": [tiny_checkpoint],
         "merged": [tmp_path / "merged"],
         "both": [tiny_checkpoint, "--adapter", adapter],
         "adapter": [adapter],
-    }.items():
+    }
+    for name, arguments in ways.items():
         status, out, err = trine("eval", *arguments, "--data", data, "--json")
         assert status == 0, err
         losses[name] = json.loads(out)["loss"]
     assert losses["both"] == losses["adapter"] == pytest.approx(losses["merged"], abs=1e-4)
     assert abs(losses["both"] - losses["base"]) > 0.01
     texts = []
-    for arguments in ([tmp_path / "merged"], [adapter], [tiny_checkpoint, "--adapter", f"it={adapter}"]):
+    ways = {
+        "merged": [tmp_path / "merged"],
+        "adapter": [adapter],
+        "both": [tiny_checkpoint, "--adapter", f"it={adapter}"],
+    }
+    for arguments in ways.values():
         status, out, err = trine(
             "generate", *arguments, "--prompt", "the cat", "--temperature", 0, "--max-tokens", 8, "--json"
         )
@@ -69,7 +75,7 @@ def test_every_way_to_an_adapter_gives_one_result(
 def test_what_is_refused(trine: Trine, tiny_checkpoint: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
     succeeded = trine("merge", tiny_checkpoint, adapter, "--out", tmp_path / "merged")
     assert succeeded[0] == 0
-    for arguments, status, complaint in (
+    refused: tuple[tuple[tuple[object, ...], int, str], ...] = (
         (("merge", tiny_checkpoint, tiny_checkpoint, "--out", tmp_path / "x"), 1, "is no adapter"),
         (("merge", adapter, adapter, "--out", tmp_path / "x"), 1, "is a LoRA adapter and no checkpoint"),
         (("merge", tiny_checkpoint, adapter, "--out", tmp_path / "merged"), 2, "merged exists already"),
@@ -77,7 +83,8 @@ def test_what_is_refused(trine: Trine, tiny_checkpoint: Path, adapter: Path, dat
         (("eval", adapter, "--adapter", adapter, "--data", data), 2, "give the base and one of them"),
         (("eval", tiny_checkpoint, "--adapter", tmp_path, "--data", data), 1, "is no adapter"),
         (("generate", tmp_path / "merged", "--adapter", f"it={adapter}", "--prompt", "x"), 1, "holds other weights"),
-    ):
+    )
+    for arguments, status, complaint in refused:
         found, _, err = trine(*arguments)
         assert complaint in err
         assert found == status

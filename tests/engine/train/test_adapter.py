@@ -23,6 +23,8 @@ from trine.engine.quantize.run import Settings, quantize_checkpoint
 from trine.engine.train import loop
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe
+from trine.engine.train.resolve import resolve
+from trine.engine.train.subject import blank_copy, make_subject, restore_weights, save_weights
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -228,3 +230,19 @@ def test_what_may_not_change_when_a_run_is_continued(
     shutil.rmtree(base)
     shutil.copytree(tmp_path / "first" / "final", base)
     assert train(make_lora(base)).step == 6
+
+
+def test_weights_are_restored_in_place(make_lora: MakeRecipe, tmp_path: Path) -> None:
+    subject = make_subject(resolve(make_lora(adapter={"rank": 4, "use_rslora": True})))
+    with torch.no_grad():
+        for parameter in subject.trained.parameters():
+            parameter.uniform_(-1, 1)
+    kept = {name: parameter.clone() for name, parameter in subject.trained.named_parameters()}
+    save_weights(subject.trained, tmp_path, dtype=torch.float32)
+    copied = blank_copy(subject.trained)
+    assert [name for name, _ in copied.named_parameters()] == list(kept)
+    with torch.no_grad():
+        for parameter in subject.trained.parameters():
+            parameter.zero_()
+    restore_weights(subject.trained, tmp_path, subject.model)
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in subject.trained.named_parameters())
