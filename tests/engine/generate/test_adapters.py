@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from trine.engine.generate.batch_file import run_file
 from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.families import TensorRule
 from trine.engine.model.families.registry import FAMILIES, config_from_hf
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
@@ -64,13 +65,11 @@ def write_adapter(folder: Path, model: Transformer, name: str) -> tuple[Path, Tr
     merged = Transformer(model.config)
     merged.load_state_dict(model.state_dict())
     weights, tensors, targets = dict(merged.named_parameters()), {}, set()
-    for rule in FAMILIES[model.config.family].rules(model.config):
+    fit = [rule for rule in FAMILIES[model.config.family].rules(model.config) if _is_adapted(rule, weights)]
+    # Where all of a layer's feed-forward part is experts, there is none to adapt.
+    for rule in [rule for rule in fit if wants(rule.ours[0])] or fit:
         ours = [weights[each] for each in rule.ours]
         path = rule.stored.removesuffix(".weight")
-        if rule.ours[0].endswith((".mlp.gate.weight", "shared_expert_gate.weight")):
-            continue  # routers are not adapted
-        if "layers." not in rule.ours[0] or ours[0].dim() != 2 or not wants(rule.ours[0]) or "experts" in path:
-            continue
         targets.add(path.rpartition(".")[2])
         a = torch.randn(rank, ours[0].shape[1], generator=generator) * 0.3
         b = torch.randn(sum(len(w) for w in ours), rank, generator=generator) * 0.3
@@ -85,6 +84,13 @@ def write_adapter(folder: Path, model: Transformer, name: str) -> tuple[Path, Tr
     settings = {"r": rank, "lora_alpha": alpha, "use_rslora": stable, "target_modules": sorted(targets)}
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM", **settings}))
     return folder, merged.eval()
+
+
+def _is_adapted(rule: TensorRule, weights: Mapping[str, torch.Tensor]) -> bool:
+    """A linear layer of a block, neither a router nor experts'."""
+    name = rule.ours[0]
+    other = name.endswith((".mlp.gate.weight", "shared_expert_gate.weight", ".bias")) or ".experts." in name
+    return name.startswith("layers.") and weights[name].dim() == 2 and not other
 
 
 class Case:
