@@ -19,7 +19,8 @@ def num_words(width: int, bits: int) -> int:
 
 def pack_words(codes_NK: Tensor, bits: int) -> Tensor:
     """int32 [N, words] of int8 codes [N, K]."""
-    unsigned = (codes_NK.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    # Bytes wrap around, so that adding 2^(bits - 1) to a code gives its unsigned number in place.
+    unsigned = codes_NK.contiguous().view(torch.uint8) + 2 ** (bits - 1)
     padded = F.pad(unsigned, (0, -codes_NK.shape[1] % (32 // bits)))
     bytes_NB = padded[:, ::2] | padded[:, 1::2] << 4 if bits == 4 else padded
     # Flat, because a single column may have strides that a view of other numbers refuses.
@@ -29,8 +30,11 @@ def pack_words(codes_NK: Tensor, bits: int) -> Tensor:
 
 def unpack_words(words: Tensor, bits: int, width: int) -> Tensor:
     """int8 codes [N, K] of int32 words [N, words]."""
-    unsigned = words.flatten().view(torch.uint8).view(len(words), -1)
+    bytes_NB = words.flatten().view(torch.uint8).view(len(words), -1)
     if bits == 4:
-        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1).flatten(1)
-    codes: Tensor = (unsigned[:, :width].to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+        unsigned = torch.empty(*bytes_NB.shape, 2, dtype=torch.uint8, device=words.device)
+        torch.bitwise_and(bytes_NB, 15, out=unsigned[..., 0])
+        torch.bitwise_right_shift(bytes_NB, 4, out=unsigned[..., 1])
+        bytes_NB = unsigned.flatten(1)
+    codes: Tensor = (bytes_NB[:, :width] - 2 ** (bits - 1)).view(torch.int8)
     return codes
