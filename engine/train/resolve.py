@@ -143,11 +143,13 @@ def new_model_config(model: ModelSettings, tokenizer: Tokenizer, *, default_posi
     if model.rope_theta is not None:
         settings = {**settings, "rope_theta": model.rope_theta, "rotary_emb_base": model.rope_theta}
     config = new_config(model.family, sizes=sizes, settings=settings)
+    if model.ffn_width is None:
+        sizes["ffn_width"] = default_ffn_width(model.width, config.mlp)
+        config = new_config(model.family, sizes=sizes, settings=settings)
     if config.rope is None and model.rope_theta is not None:
         raise UsageError(f"model.rope_theta has no effect with family {model.family!r} (learned positions); remove it")
     config = replace(
         config,
-        ffn_width=model.ffn_width or default_ffn_width(model.width, config.mlp),
         dropout=_dropout(model.dropout),
         bos_token_id=tokenizer.bos_id,
         eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
