@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trine.engine.errors import StorageError, UsageError
 from trine.engine.evaluate.perplexity import sliding_windows
@@ -180,8 +180,6 @@ def test_calibrated_methods_lose_less_than_rounding(
 def outlying_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few channels of every norm are ten times as large, as in trained models."""
     import shutil
-
-    from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("outlying") / "checkpoint"
     shutil.copytree(checkpoint, folder)
@@ -445,13 +443,13 @@ def test_a_full_disk_keeps_what_is_finished(
 
     from trine.engine.quantize import work
 
-    save, calls = work.save_file, []
+    calls: list[Path] = []
 
     def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
         calls.append(path)
         if len(calls) == 2:
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save(tensors, path)
+        save_file(tensors, path)
 
     monkeypatch.setattr(work, "save_file", full)
     with pytest.raises(StorageError, match=r"No space left on device .*; make room and give the command again"):
