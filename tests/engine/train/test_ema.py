@@ -87,7 +87,9 @@ def test_averaging_changes_no_bit_of_the_training(make_recipe: MakeRecipe, tmp_p
     assert_equal(*(load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "averaged")))
 
 
-@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+@pytest.mark.parametrize(
+    "background", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["background", "foreground"]
+)
 def test_a_run_that_goes_on_has_the_same_averages_to_the_bit(
     make_recipe: MakeRecipe, tmp_path: Path, background: bool
 ) -> None:
@@ -141,6 +143,7 @@ def test_the_loss_of_the_averages_decides_where_they_are_exported(
     assert read_state(tmp_path / "run" / "step-00000010").early_stopping[1] == 10
 
 
+@pytest.mark.slow
 def test_averages_of_an_adapter_and_of_weights_that_are_rounded(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """They are of what is trained, they compute, and they are what is exported."""
     train(make_recipe(run={"dir": str(tmp_path / "base")}))
@@ -161,6 +164,7 @@ def test_averages_of_an_adapter_and_of_weights_that_are_rounded(make_recipe: Mak
         assert totals[0] == pytest.approx(totals[1])
 
 
+@pytest.mark.slow
 def test_averaging_may_begin_in_a_run_that_goes_on(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     train(make_recipe(train={"steps": 3}))
     train(make_recipe(train={"steps": 4}, ema={"decay": 0.9}))

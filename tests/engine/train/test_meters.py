@@ -134,6 +134,7 @@ def test_the_rate_is_tokens_over_the_time_of_steps(
     assert all("| 256 tok/s |" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_rate_after_a_rollback_is_still_tokens_over_time(
     make_recipe: MakeRecipe, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_the_card_says_what_the_run_knows(make_recipe: MakeRecipe, data_dir: Pat
     assert load_recipe(recipe) == load_recipe(tmp_path / "run" / "recipe.toml")
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluation_has_a_card_too(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     train(make_recipe(train={"steps": 3}))

@@ -58,7 +58,9 @@ def greedy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], No
     return arrange
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["torch on the CPU", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("numpy", "a GPU"))]
+)
 def test_a_step_without_room_names_the_piece_and_leaves_the_checkpoint(
     kind: str, make_recipe: MakeRecipe, tmp_path: Path, greedy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,3 +106,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     assert not found_in(RuntimeError("shape mismatch"))
     assert not found_in(ValueError("DefaultCPUAllocator"))
     assert found_in(MemoryError())
+    for take, said in KINDS.values():
+        with pytest.raises((RuntimeError, MemoryError), match=said) as caught:
+            take()
+        assert found_in(caught.value)

@@ -97,6 +97,7 @@ def test_no_point_is_doubled_when_a_run_is_killed_and_goes_on(
     assert found == logged(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_rollback_and_a_stop_leave_each_point_once(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
