@@ -37,12 +37,20 @@ def quantize(
         ),
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Zero points beside the scales (w4a16).")] = False,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="How much of its burden smoothquant takes from the inputs, 0 to 1.",
+            show_default="searched for, layer by layer",
+        ),
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN=SCHEME",
-            help="Another scheme (w4a16:32, w8a16, ...) or none for layers whose path fits; repeatable, the first that "
-            "fits counts.",
+            help="Another scheme (w4a16:32, w8a16, ...) or none for layers whose path fits (repeatable); the first "
+            "that fits counts.",
         ),
     ] = None,
     form: Annotated[
@@ -93,7 +101,18 @@ def quantize(
     from trine.engine.errors import CheckpointError, UsageError
 
     given = any(
-        (checkpoint, scheme, out, group_size, asymmetric, override, calibration, calibration_samples, more_data)
+        (
+            checkpoint,
+            scheme,
+            out,
+            group_size,
+            asymmetric,
+            alpha is not None,
+            override,
+            calibration,
+            calibration_samples,
+            more_data,
+        )
     )
     given |= any((calibration_samples, calibration_length, evaluation, max_memory, resume, json))
     if check is not None:
@@ -119,13 +138,13 @@ def quantize(
     from trine.engine.model.quantized.scheme import choose, make_scheme
     from trine.engine.quantize.choices import parse_override
     from trine.engine.quantize.memory import parse_bytes
-    from trine.engine.quantize.methods import METHODS, check_pair
+    from trine.engine.quantize.methods import METHODS, check_pair, with_alpha
     from trine.engine.quantize.report import table
     from trine.engine.quantize.run import Settings, quantize_checkpoint
     from trine.engine.quantize.writers import WRITERS
 
     chosen = make_scheme(scheme, group_size=group_size, symmetric=not asymmetric)
-    how = METHODS[choose("method", method, METHODS)]
+    how = with_alpha(choose("method", method, METHODS), alpha)
     overrides = tuple(map(parse_override, override or ()))
     for name, one in ((scheme, chosen), *((other.text, other.scheme) for other in overrides if other.scheme)):
         check_pair(method, name, one)
@@ -138,7 +157,7 @@ def quantize(
     settings = Settings(
         scheme_name=scheme,
         scheme=chosen,
-        method_name=method,
+        method_name=method if alpha is None else f"{method} with alpha {alpha:g}",
         method=how,
         overrides=overrides,
         writer=WRITERS[choose("format", form, WRITERS)],

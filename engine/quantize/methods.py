@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -66,3 +66,18 @@ def check_pair(method: str, scheme_name: str, scheme: Scheme) -> None:
     misfit = METHODS[method].misfit(scheme)
     if misfit is not None:
         raise UsageError(f"method {method} does not fit scheme {scheme_name}: {misfit}")
+
+
+def with_alpha(method: str, alpha: float | None) -> Choice:
+    """The method of a name, SmoothQuant with this strength where one is given.
+
+    Raises `UsageError` for another method, and for what lies outside 0 to 1.
+    """
+    choice = METHODS[method]
+    if alpha is None:
+        return choice
+    if choice.rescaling is not smoothquant.smooth_scales:
+        raise UsageError(f"--alpha belongs to smoothquant and smoothquant-gptq; method {method} has none")
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"--alpha is {alpha}; it is a share, from 0 to 1")
+    return replace(choice, rescaling=partial(smoothquant.smooth_scales, alpha=alpha))

@@ -152,6 +152,8 @@ def test_gpt2_is_written_as_gptq_alone(trine: Trine, tmp_path: Path) -> None:
         (("--calibration-samples", "3"), "--calibration-samples says how --calibration FILE is read"),
         (("--calibration-length", "3"), "--calibration-length says how text is read"),
         (("--method", "awq", "--scheme", "w8a8", "--calibration", "T"), "method awq does not fit scheme w8a8"),
+        (("--alpha", "0.5"), "--alpha belongs to smoothquant and smoothquant-gptq; method rtn has none"),
+        (("--scheme", "w8a8", "--method", "smoothquant", "--calibration", "T", "--alpha", "2"), "--alpha is 2.0"),
         (("--format", "gtpq"), "there is no format 'gtpq'; known: compressed-tensors, gptq; did you mean gptq?"),
         (("--format", "gptq", "--asymmetric", "--group-size", "32"), "--format gptq does not hold"),
         (("--override", "x"), "is not PATTERN=SCHEME"),
