@@ -92,4 +92,5 @@ class MixtureOfExperts(nn.Module):
         )
         if self.shared_expert is None or self.shared_expert_gate is None:
             return y
-        return y + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        shared: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return y + shared

@@ -70,7 +70,7 @@ class Muon:
         shape, dtype = updates[0].shape, updates[0].dtype
         batch_BRC = torch.cat([update.to(self.dtype).reshape(-1, *shape[-2:]) for update in updates])
         at_once = max(1, BATCH_ELEMENTS // math.prod(shape[-2:]))
-        done_BRC = torch.cat([newton_schulz(some_BRC) for some_BRC in batch_BRC.split(at_once)]).to(dtype)
+        done_BRC = torch.cat([newton_schulz(some_BRC) for some_BRC in torch.split(batch_BRC, at_once)]).to(dtype)
         return list(done_BRC.view(len(updates), *shape).unbind())
 
 

@@ -100,7 +100,7 @@ def _with_moe(**changes: Any) -> Mutation:
 def _gate_up_as_halves(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """The alternating columns of the file cut in the middle."""
     for block in model.layers:
-        gate, up = (block.get_submodule(f"mlp.experts.{name}_proj").weight.data for name in ("gate", "up"))
+        gate, up = (block.get_parameter(f"mlp.experts.{name}_proj.weight").data for name in ("gate", "up"))
         file = torch.stack((gate, up), dim=2).flatten(1, 2)
         first, second = file.chunk(2, dim=1)
         gate.copy_(first)
@@ -128,9 +128,8 @@ def _norms_per_head(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Tran
 def _joined_by_thirds(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """q, k and v cut from the joined matrix as thirds, not head by head."""
     for block in model.layers:
-        layers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
         for kind in ("weight", "bias"):
-            ours = [getattr(layer, kind).data for layer in layers]
+            ours = [block.get_parameter(f"self_attn.{name}_proj.{kind}").data for name in ("q", "k", "v")]
             rule = TensorRule("joined", ("q", "k", "v"), groups=model.config.num_heads)
             for part, third in zip(ours, rule.join(ours).chunk(3), strict=True):
                 part.copy_(third)
