@@ -35,13 +35,13 @@ def test_a_curve_and_a_suggestion_and_no_run(
     make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe()
-    path = lr_range_test(recipe, LrRange(low=1e-4, high=10.0, steps=50))
+    path = lr_range_test(recipe, LrRange(low=1e-4, high=10.0, steps=40))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.lr-range.json", "run.lr-range.svg"]
     assert path == tmp_path / "run.lr-range.json"
     result = json.loads(path.read_text())
     points = result["curve"]
     rates = [point["lr"] for point in points]
-    assert rates == pytest.approx([1e-4 * 10 ** (5 * step / 49) for step in range(len(points))])
+    assert rates == pytest.approx([1e-4 * 10 ** (5 * step / 39) for step in range(len(points))])
     assert result["recipe"]["optim"]["lr"] == 0.005
     lowest = min(points[5:], key=lambda point: point["smoothed"])
     assert result["suggestion"]["lr"] == pytest.approx(lowest["lr"] / 10)
@@ -52,8 +52,6 @@ def test_a_curve_and_a_suggestion_and_no_run(
     assert "<svg" in (tmp_path / "run.lr-range.svg").read_text()
     recipe.run.dir.mkdir()
     RunFolder(recipe.run.dir).check_free(recipe)  # nothing in the way of the run itself
-    again = json.loads(lr_range_test(recipe, LrRange(low=1e-4, high=10.0, steps=50)).read_text())
-    assert again["curve"] == points
 
 
 def test_memory_that_runs_out_names_the_piece(
@@ -61,7 +59,7 @@ def test_memory_that_runs_out_names_the_piece(
 ) -> None:
     monkeypatch.setattr(steps, "accumulate_gradients", lambda *_, **__: torch.empty(2**58, dtype=torch.uint8))
     with pytest.raises(OutOfMemoryError, match=r"step 1 ran out of memory .*train\.micro_batch_size=2: .* pieces$"):
-        lr_range_test(make_recipe(), LrRange(low=1e-4, high=10.0, steps=50))
+        lr_range_test(make_recipe(), LrRange(low=1e-4, high=10.0, steps=40))
     assert not list(tmp_path.iterdir())
 
 

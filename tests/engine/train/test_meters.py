@@ -60,11 +60,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"micro_batch_size": 1}, {"micro_batch_size": 2, "batch_size": 6}],
-    ids=["whole", "accumulated by one", "accumulated by two"],
+    ("settings", "masked"),
+    [
+        ({}, True),
+        ({"micro_batch_size": 1}, True),
+        ({"micro_batch_size": 2, "batch_size": 6}, True),
+        ({"micro_batch_size": 2}, False),
+    ],
+    ids=["whole", "accumulated by one", "accumulated by two", "unmasked"],
 )
-@pytest.mark.parametrize("masked", [True, False], ids=["documents", "unmasked"])
 def test_tokens_counted_are_tokens_trained(
     make_recipe: MakeRecipe, tmp_path: Path, settings: dict[str, int], masked: bool
 ) -> None:
