@@ -105,13 +105,15 @@ def read_hf_config(folder: Path | str) -> dict[str, Any]:
 class Opened:
     """A checked checkpoint, open for reading: a model without memory, and where each of its tensors lies.
 
-    `quantized`: by the names that their rules have, the weights that are stored as codes.
+    `quantized`: by the names that their rules have, the weights that are stored as codes. `note`: what became of codes
+    that are numbers already in `stored`.
     """
 
     model: Transformer
     rules: list[TensorRule]
     stored: dict[str, StoredTensor]
     quantized: QuantizedRules
+    note: str = ""
 
 
 @contextmanager
@@ -131,7 +133,8 @@ def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
         quantized = {} if form is None else quantized_rules(model, rules, form, stored)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         _check(folder, rules, shapes, stored, quantized)
-        yield Opened(model, rules, stored, quantized)
+        note = "" if form is None or form.by_layer else f"{form.name} weights are held as numbers"
+        yield Opened(model, rules, stored, quantized, note)
 
 
 def load_model(
@@ -155,7 +158,7 @@ def load_model(
         kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
         kept = {} if dequantize else kept
         told = {name: one for name, one in quantized.items() if name not in kept or one.scheme is not None}
-        for line in () if dequantize else notes(told):
+        for line in () if dequantize else [*notes(told), *([opened.note] if opened.note else [])]:
             say(line)
         for rule in opened.rules:
             one = kept.get(rule.stored)

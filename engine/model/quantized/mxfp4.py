@@ -69,7 +69,7 @@ def decoded(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         scales = tensors.get(plain + _SCALES)
         fits = scales is not None and len(blocks.shape) == 4 and blocks.shape == (*scales.shape, 16)
         if scales is None or not fits or blocks.kind != "U8" or scales.kind != "U8":
-            there = "none" if scales is None else f"{scales.kind} {scales.shape}"
+            there = "None" if scales is None else f"{scales.kind} {scales.shape}"
             raise CheckpointError(
                 f"{plain} is stored as blocks {blocks.kind} {blocks.shape} and scales {there}; expected U8 "
                 "[E, out, in / 32, 16] and [E, out, in / 32]"

@@ -141,6 +141,59 @@ def test_rope_layouts_read_alike(make_pair: MakePair, layout: str, sample_ids: t
     assert float((_logits(folder, sample_ids) - theirs).abs().max()) <= 2e-5 * max(1.0, float(theirs.abs().max()))
 
 
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+# What files of transformers 4 hold in the place of `rope_parameters`.
+_OLD: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "olmo3_yarn": {"rope_theta": 5e5, "rope_scaling": _YARN},
+    "gpt_oss": {
+        "rope_theta": 150_000,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 10_000},
+    "stablelm": {"partial_rotary_factor": 0.25, "rope_theta": 1e4},
+    "phi": {"partial_rotary_factor": 0.5, "rope_theta": 1e4},
+    "phi3_longrope": {
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "type": "su",
+            "short_factor": [1.0 + 0.05 * i for i in range(8)],
+            "long_factor": [1.0 + 0.7 * i for i in range(8)],
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(_OLD))
+def test_old_rotary_layouts_of_families_read_like_the_new(make_pair: MakePair, name: str, tmp_path: Path) -> None:
+    folder = _copy(make_pair(name).folder, tmp_path / "copy")
+    expected = read_config(folder)
+    _edit_config(folder, rope_parameters=..., rope_scaling=..., rope_theta=...)
+    _edit_config(folder, **_OLD[name])
+    assert read_config(folder) == expected
+
+
+def test_theta_of_an_old_olmo3_file_is_that_of_all_layers(make_pair: MakePair, tmp_path: Path) -> None:
+    folder = _copy(make_pair("olmo3").folder, tmp_path / "copy")
+    _edit_config(folder, rope_parameters=..., rope_theta=123.0)
+    config = read_config(folder)
+    assert {rope.theta for layer in range(4) if (rope := config.rope_of(layer))} == {123.0}
+
+
+def test_written_rotary_settings_read_back_from_the_old_keys_alone(make_pair: MakePair, tmp_path: Path) -> None:
+    for name in ("gemma3", "olmo3_yarn", "phi3_longrope", "phi3_partial", "gpt_neox", "gpt_oss", "llama_yarn_exact"):
+        save_model(load_model(make_pair(name).folder), tmp_path / name)
+        expected = read_config(tmp_path / name)
+        _edit_config(tmp_path / name, rope_parameters=...)
+        assert read_config(tmp_path / name) == expected, name
+
+
 def test_absent_rope_means_the_class_default(make_pair: MakePair, tmp_path: Path) -> None:
     folder = _copy(make_pair("llama2").folder, tmp_path / "copy")
     _edit_config(folder, rope_parameters=..., rope_scaling=..., rope_theta=...)
@@ -426,7 +479,7 @@ def test_both_layouts_of_experts_are_read(
 
 
 def test_mxfp4_experts_are_read_as_transformers_reads_them(
-    make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path
+    make_pair: MakePair, sample_ids: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -448,6 +501,7 @@ def test_mxfp4_experts_are_read_as_transformers_reads_them(
     _edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     _edit_tensors(plain, lambda tensors: tensors.update(numbers))
     assert torch.equal(_logits(folder, sample_ids), _logits(plain, sample_ids))
+    assert capsys.readouterr().err.count("mxfp4 weights are held as numbers") == 1
     _edit_tensors(folder, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("_scales"))))
     with pytest.raises(CheckpointError, match=r"stored as blocks .* and scales None"):
         load_model(folder)
