@@ -1,9 +1,10 @@
 """Decoding steps on a CPU by `trine.kernels.cpu.step`: a few compiled calls instead of thousands of small operations.
 
-It computes layers of Llama's shape only (windows, softcaps and partial rotations included), so it is used where a model has nothing but what is known here, and where its
-logits were seen to equal those of the model's own forward on a short text: any doubt leaves the forward in place. The
-weights of q, k, v and of gate, up come to lie side by side in memory, which the model's parameters then share; products
-of more than a few rows keep a copy of all weights in a layout of their own.
+It computes layers of Llama's shape only (windows, softcaps and partial rotations included), so it is used where a model
+has nothing but what is known here, and where its logits were seen to equal those of the model's own forward on a short
+text: any doubt leaves the forward in place. The weights of q, k, v and of gate, up come to lie side by side in memory,
+which the model's parameters then share; products of more than a few rows keep a copy of all weights in a layout of
+their own.
 
 Shapes: R sequences with one new token each, M entries of a table row, C width, V vocabulary.
 """
