@@ -301,7 +301,7 @@ def test_refusals_change_nothing(llama: Case) -> None:
 
 
 def test_the_deterministic_mode_takes_no_adapters(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trine.engine.generate.engine.check_deterministic", lambda *_: None)
+    monkeypatch.setattr("trine.engine.generate.assembly.check_deterministic", lambda *_: None)
     engine = Engine(llama.model, llama.tokenizer, EngineConfig(deterministic=True))
     with pytest.raises(UsageError, match="adapters are not computed in the deterministic mode"):
         engine.load_adapter("all", llama.folders["all"])
