@@ -14,7 +14,7 @@ from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.blocks import Block
-from trine.engine.model.config import ModelConfig, RopeConfig
+from trine.engine.model.config import ModelConfig, MoeConfig, RopeConfig
 from trine.engine.model.layers import Linear
 from trine.engine.model.paged_cache import PagedCache
 from trine.engine.model.transformer import Transformer
@@ -32,6 +32,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scaled rope": {"rope": RopeConfig(kind="linear", factor=4.0)},
     "qwen3, tied": {"family": "qwen3", "qk_norm": "head", "tie_embeddings": True},
     "gelu": {"activation": "gelu_tanh"},
+    "windows, of some layers": {"window": 6, "full_layers": (1,)},
+    "softcap, scale": {"attention_softcap": 1.0, "attention_scale": 0.9},
+    "embeddings scaled": {"embedding_scale": 3.0},
+    "neighbours turned, in part": {"rope_interleaved": True, "rope": RopeConfig(partial=0.5)},
+    "yarn": {"rope": RopeConfig(kind="yarn", factor=4.0, original_max_positions=16, attention_factor=1.3)},
 }
 
 
@@ -73,6 +78,20 @@ def test_compiled_steps_give_the_plain_generators_texts(tiny_tokenizer: Tokenize
     ("changes", "reason"),
     [
         ({"norm": "layer", "rope": None, "positions": "learned"}, 'norm = "layer"'),
+        ({"norm": "rms_offset"}, 'norm = "rms_offset"'),
+        ({"placement": "both"}, "placement = 'both'"),
+        ({"window": 6, "window_rope": RopeConfig(theta=5.0)}, "window_rope"),
+        ({"unrotated_layers": (1,)}, "unrotated_layers"),
+        ({"attention_sinks": True}, "attention_sinks"),
+        ({"logit_softcap": 2.0}, "logit_softcap"),
+        ({"logit_scale": 2.0}, "logit_scale"),
+        ({"residual_scale": 2.0}, "residual_scale"),
+        ({"qk_norm": "full"}, 'qk_norm = "full"'),
+        ({"moe": MoeConfig(num_experts=2, top_k=1, ffn_width=8)}, "moe"),
+        (
+            {"rope": RopeConfig(kind="longrope", short_factors=(1.0,) * 8, long_factors=(2.0,) * 8)},
+            "rotation changes at 8192 tokens",
+        ),
         ({"rope": None, "positions": "learned"}, 'positions = "learned"'),
         ({"mlp": "plain"}, 'mlp = "plain"'),
         ({"activation": "relu"}, 'activation = "relu"'),
