@@ -19,6 +19,8 @@ USED = {
     "llama": SHARED | {"norm", "rope", "mlp"},
     "qwen3": SHARED | {"norm", "rope", "mlp"},
     "gpt2": SHARED | {"norm", "mlp"},
+    "gemma2": SHARED | {"norm", "rope", "mlp"},
+    "gpt_oss": SHARED | {"norm", "rope", "moe"},
 }
 
 

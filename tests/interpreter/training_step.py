@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trine.engine.data.batch import IGNORED, Batch
 from trine.engine.data.objectives import CausalLM
-from trine.engine.model.config import ModelConfig
+from trine.engine.model.config import ModelConfig, MoeConfig, RopeConfig
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.recipe import OptimSettings
@@ -52,6 +52,31 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         "activation": "gelu_tanh",
         "tie_embeddings": True,
+    },
+    "gemma2": {
+        "family": "gemma2",
+        "norm": "rms_offset",
+        "placement": "both",
+        "activation": "gelu_tanh",
+        "window": 9,
+        "full_layers": (1,),
+        "attention_scale": 0.3,
+        "attention_softcap": 2.0,
+        "logit_softcap": 3.0,
+        "embedding_scale": 6.9,
+        "tie_embeddings": True,
+    },
+    "gpt_oss": {
+        "family": "gpt_oss",
+        "rope": RopeConfig(kind="yarn", factor=4.0, original_max_positions=16, truncate=False, attention_factor=1.14),
+        "window": 9,
+        "full_layers": (1,),
+        "qkv_bias": True,
+        "o_bias": True,
+        "attention_sinks": True,
+        "moe": MoeConfig(
+            num_experts=4, top_k=2, ffn_width=24, order="top_k_softmax", router_bias=True, expert_bias=True, limit=0.5
+        ),
     },
 }
 
