@@ -8,6 +8,7 @@ run folder keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def new_model_config(model: ModelSettings, tokenizer: Tokenizer, *, default_posi
     assert model.num_layers is not None
     assert model.num_heads is not None
     if model.family is None or model.family not in FAMILIES:
-        raise UsageError(f"model.family = {model.family!r} is not known; known: {', '.join(FAMILIES)}")
+        near = get_close_matches(str(model.family), FAMILIES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"model.family = {model.family!r} is not known; known: {', '.join(FAMILIES)}{hint}")
     if model.head_dim is None and model.width % model.num_heads:
         raise UsageError(
             f"model.width = {model.width} is not a multiple of model.num_heads = {model.num_heads}; "
