@@ -23,10 +23,21 @@ from trine.kernels.quantized_moe.op import (
 )
 from trine.kernels.quantized_moe.reference import float8_reference, mxfp4_reference, packed_reference
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16], ids=str
+)
 # Bits and groups of codes, float8 by form of scales, MXFP4.
 FORMS = ("int4 32", "int4 64 zeros", "int4 row", "int8 128 zeros", "int8 row", "fp8 row", "fp8 blocks", "mxfp4")
 LIMIT = 0.9
+# Whole layers take long: one of each way to decode with every commit, all of them with the slow tests.
+LAYERS = [
+    form if form in ("int4 64 zeros", "fp8 blocks", "mxfp4") else pytest.param(form, marks=pytest.mark.slow)
+    for form in FORMS
+]
+ACTIVATIONS = [
+    name if name in ("swiglu_clamped", "gelu_tanh") else pytest.param(name, marks=pytest.mark.slow)
+    for name in GATED_ACTIVATIONS
+]
 FLOAT8 = torch.float8_e4m3fn
 NAMES = ("gate_bias", "up_bias", "down_bias")
 
@@ -181,7 +192,7 @@ def test_blocks_of_scales_at_the_edges(compare: Any) -> None:
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", LAYERS)
 def test_layer(compare: Any, form: str) -> None:
     """Few pairs, then more of one expert than a tile has rows."""
     sizes = (128, 128) if "128" in form else (64, 64)
@@ -189,7 +200,7 @@ def test_layer(compare: Any, form: str) -> None:
     check_layer(compare, form, torch.float16, (18, 1, 1, *sizes), "silu", bias=False, none=False)
 
 
-@pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(compare: Any, activation: str) -> None:
     """The end of a product and that of the parts of a split one."""
     for tokens, width in ((3, 160), (9, 32)):
