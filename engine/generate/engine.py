@@ -83,7 +83,7 @@ class Engine:
         parts = assemble(model, tokenizer.vocab_size, config, draft)
         self._pool, self._scheduler = parts.pool, parts.scheduler
         self._runner, self._drafter = parts.runner, parts.drafter
-        self._overlaps = model.device.type == "cuda" if config.overlap is None else config.overlap
+        self._overlaps = config.overlap
         self._entries: dict[str, Entry] = {}
         self._drafts: dict[Sequence, Draft] = {}  # for the step that verifies them
         self._flight: _Flight | None = None
