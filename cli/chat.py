@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trine.cli.options import Checkpoint, Device, Dtype
+from trine.cli.options import Checkpoint, Device, Dtype, MinP, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from trine.engine.text.chat import ChatTemplate
@@ -25,18 +25,10 @@ def chat(
     load: Annotated[Path | None, typer.Option(metavar="FILE", help="Go on with a conversation from /save.")] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the conversation at the end.")] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="At most so many tokens an answer.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="0 takes the likeliest token; 1 is the model's distribution.")
-    ] = 0.7,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", help="Sample among the N likeliest tokens; 0 takes all of them.")
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Sample among the likeliest tokens that reach this probability.")
-    ] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(metavar="X", help="Leave out tokens below this fraction of the likeliest.")
-    ] = 0.0,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="Makes the conversation repeatable.", show_default="another each time"),

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trine.cli.options import Adapters, Checkpoint, Device, Draft, Dtype, Speculate, guesses, names_and_folders
+from trine.cli.options import (
+    Adapters,
+    Checkpoint,
+    Device,
+    Draft,
+    Dtype,
+    MinP,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+    guesses,
+    names_and_folders,
+)
 
 if TYPE_CHECKING:
     from trine.engine.generate.engine import Engine
@@ -28,18 +41,10 @@ def generate(
         list[Path] | None, typer.Option(metavar="FILE", help="A UTF-8 file with a prompt, as it is (repeatable).")
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="At most so many new tokens.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(metavar="X", help="0 takes the likeliest token; 1 is the model's distribution.")
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", help="Sample among the N likeliest tokens; 0 takes all of them.")
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Sample among the likeliest tokens that reach this probability.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(metavar="X", help="Leave out tokens below this fraction of the likeliest.")
-    ] = 0.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
     repetition_penalty: Annotated[
         float, typer.Option(metavar="X", help="Above 1: tokens of prompt and output become less likely.")
     ] = 1.0,

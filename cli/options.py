@@ -37,6 +37,33 @@ SkipBad = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Temperature = Annotated[
+    float, typer.Option(metavar="X", help="0 takes the likeliest token; 1 is the model's distribution.")
+]
+TopK = Annotated[int, typer.Option(metavar="N", help="Sample among the N likeliest tokens; 0 takes all of them.")]
+TopP = Annotated[
+    float, typer.Option(metavar="X", help="Sample among the likeliest tokens that reach this probability.")
+]
+MinP = Annotated[float, typer.Option(metavar="X", help="Leave out tokens below this fraction of the likeliest.")]
+CalibrationSamples = Annotated[
+    int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128")
+]
+CalibrationLength = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Tokens of a sample, held out or not.", show_default="512, or the context"),
+]
+Evaluation = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--eval",
+        metavar="FILE...",
+        help="Text to measure on, before and after.",
+        show_default="a part of the calibration data that is held out",
+    ),
+]
+ResumeLayers = Annotated[
+    bool, typer.Option("--resume", help="Go on behind the layers that an interrupted run finished.")
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=DIR", help="A LoRA adapter in PEFT's layout (repeatable)."),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trine.cli.options import Dtype
+from trine.cli.options import CalibrationLength, CalibrationSamples, Dtype, Evaluation, ResumeLayers
 
 
 def prune(
@@ -31,24 +31,10 @@ def prune(
         list[Path] | None,
         typer.Option(metavar="FILE...", help="Text, .jsonl lines or conversations, for wanda."),
     ] = None,
-    calibration_samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128")
-    ] = None,
-    calibration_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of a sample.", show_default="512, or the model's context")
-    ] = None,
-    evaluation: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--eval",
-            metavar="FILE...",
-            help="Text to measure on, before and after.",
-            show_default="a part of the calibration data that is held out",
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on behind the layers that an interrupted run finished.")
-    ] = False,
+    calibration_samples: CalibrationSamples = None,
+    calibration_length: CalibrationLength = None,
+    evaluation: Evaluation = None,
+    resume: ResumeLayers = False,
     dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on one line.")] = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trine.cli.options import Dtype
+from trine.cli.options import CalibrationLength, CalibrationSamples, Dtype, Evaluation, ResumeLayers
 
 
 def quantize(
@@ -63,31 +63,16 @@ def quantize(
             help="Text, .jsonl lines or conversations, for methods that look at the inputs of layers.",
         ),
     ] = None,
-    calibration_samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128")
-    ] = None,
-    calibration_length: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Tokens of a sample, held out or not.", show_default="512, or the context"),
-    ] = None,
-    evaluation: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--eval",
-            metavar="FILE...",
-            help="Text to measure on, before and after.",
-            show_default="a part of the calibration data that is held out",
-        ),
-    ] = None,
+    calibration_samples: CalibrationSamples = None,
+    calibration_length: CalibrationLength = None,
+    evaluation: Evaluation = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE", help="Memory to keep to beside Python and torch, such as 2GiB.", show_default="none"
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on behind the layers that an interrupted run finished.")
-    ] = False,
+    resume: ResumeLayers = False,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")] = True,
     dtype: Dtype = "auto",
     check: Annotated[

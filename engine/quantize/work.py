@@ -1,7 +1,7 @@
 """The folder in which a result grows, and what of it is finished: a run that was killed goes on from there.
 
     .writing-OUT/               becomes OUT once everything is in it
-    .writing-OUT/work/          is removed before that
+    .writing-OUT/finished/      is removed before that
         settings.json           what decides about the result; a run may go on only with the same
         layer-00003.safetensors the tensors that a layer has become
         layer-00003.json        its report; written last, so that a layer with it is finished
@@ -33,7 +33,7 @@ class Work:
     """A folder being filled. `folder` takes the files of the result, `aside` what is needed only meanwhile."""
 
     def __init__(self, folder: Path, finished: int) -> None:
-        self.folder, self.aside = folder, folder / "work"
+        self.folder, self.aside = folder, folder / "finished"
         self.finished = finished
 
     def write_layer(self, number: int, tensors: Mapping[str, Tensor], report: Any) -> None:
@@ -107,7 +107,7 @@ def working_folder(out: Path, settings: Mapping[str, Any], *, resume: bool) -> I
 
 def _finished(folder: Path) -> int:
     number = 0
-    while (folder / "work" / f"layer-{number:05d}.json").is_file():
+    while (folder / "finished" / f"layer-{number:05d}.json").is_file():
         number += 1
     return number
 
