@@ -117,12 +117,12 @@ def quantize(
         raise UsageError(f"{missing} is missing; see trine quantize --help")
 
     from trine.cli.calibration import files_of, read_samples
+    from trine.engine.config import parse_bytes
     from trine.engine.env import DTYPES, set_threads
     from trine.engine.log import format_duration, say
     from trine.engine.model.checkpoint import resolve_checkpoint
     from trine.engine.model.quantized.scheme import choose, make_scheme
     from trine.engine.quantize.choices import parse_override
-    from trine.engine.quantize.memory import parse_bytes
     from trine.engine.quantize.methods import METHODS, check_pair, with_alpha
     from trine.engine.quantize.report import table
     from trine.engine.quantize.run import Settings, quantize_checkpoint
@@ -149,7 +149,7 @@ def quantize(
         calibration=samples,
         evaluation=held_out,
         dtype=DTYPES.get(dtype),
-        max_memory=None if max_memory is None else parse_bytes(max_memory),
+        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
         resume=resume,
         speed=speed,
     )

@@ -9,6 +9,7 @@ the value and the remedy.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trine.engine.errors import UsageError
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class Settings(BaseModel):
@@ -95,6 +98,15 @@ def parse(settings: type[SettingsT], table: dict[str, Any], *, origin: str) -> S
     except ValidationError as error:
         complaints = "; ".join(_describe(settings, detail) for detail in error.errors(include_url=False))
         raise UsageError(f"{origin}: {complaints}") from None
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """`2GiB`, `800 MiB`, `1.5GB` or a plain number of bytes, the value of `option`. Raises `UsageError`."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise UsageError(f"{option} {text!r} is no size; write 2GiB, 800MB or a number of bytes")
+    return int(float(found[1]) * unit)
 
 
 def _describe(settings: type[Settings], detail: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,11 @@ _ALL_DTYPES = {
 # The float types that a model's own weights may be stored in, in safetensors' words.
 FLOATS = frozenset(_DTYPES)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# What a checkpoint holds beside weights and config.json.
+_COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model"),
+    *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +201,16 @@ def write_weights(
     for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
         if stale.name not in keep:
             stale.unlink(missing_ok=True)
+
+
+def copy_companions(checkpoint: Path, folder: Path) -> None:
+    """Copy what a checkpoint holds beside weights and config.json: tokenizer, templates, settings of generation."""
+    for pattern in _COMPANIONS:
+        for path in checkpoint.glob(pattern):
+            if path.is_file():
+                target = folder / path.relative_to(checkpoint)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(path, target)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ The limit is for what comes on top of Python and its libraries (some 400 MiB).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,20 +24,10 @@ from trine.engine.errors import UsageError
 from trine.engine.log import format_bytes
 from trine.engine.quantize.statistics import SAMPLE_ROWS
 
-_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # Copies of a weight, in numbers of 4 bytes, that methods hold at once, and of H; seen with the methods there are.
 _WEIGHT_COPIES, _HESSIAN_COPIES = 8, 6
 # Numbers of 4 bytes for each token in a layer: so many times its width, and so many times its widest inner layer.
 _WIDTHS, _INNER_WIDTHS = 10, 4
-
-
-def parse_bytes(text: str) -> int:
-    """`2GiB`, `800 MiB`, `1.5GB` or a plain number of bytes. Raises `UsageError`."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or float(found[1]) <= 0:
-        raise UsageError(f"--max-memory {text!r} is no size; write 2GiB, 800MiB or bytes")
-    return int(float(found[1]) * unit)
 
 
 def statistics_bytes(width: int) -> int:

@@ -21,7 +21,7 @@ from trine.engine.log import progress
 from trine.engine.model.checkpoint import Opened, open_checkpoint
 from trine.engine.model.families import TensorRule
 from trine.engine.model.quantized.plan import linear_rules
-from trine.engine.model.weight_files import read_json, write_json, write_weights
+from trine.engine.model.weight_files import copy_companions, read_json, write_json, write_weights
 from trine.engine.quantize.calibration import Samples
 from trine.engine.quantize.choices import is_left
 from trine.engine.quantize.hidden import HiddenStates
@@ -29,7 +29,7 @@ from trine.engine.quantize.layer import FEWEST_TOKENS, check_finite, modules_of
 from trine.engine.quantize.prune import Sparsity, prune
 from trine.engine.quantize.quality import Quality, compare
 from trine.engine.quantize.report import LayerReport, Report, layer_report
-from trine.engine.quantize.run import check_folders, copy_companions
+from trine.engine.quantize.run import check_folders
 from trine.engine.quantize.statistics import InputStatistics
 from trine.engine.quantize.walk import Walk
 from trine.engine.quantize.work import Work, check_room, working_folder

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from trine.engine.model.checkpoint import load_model, open_checkpoint, save_model
+from trine.engine.model.weight_files import copy_companions
 from trine.engine.quantize.hadamard import rotate
-from trine.engine.quantize.run import check_folders, copy_companions
+from trine.engine.quantize.run import check_folders
 from trine.engine.quantize.work import check_room, working_folder
 
 

@@ -13,7 +13,6 @@ layer is kept on the disk as soon as it is finished (`work.py`); a limit on memo
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -32,7 +31,7 @@ from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_confi
 from trine.engine.model.quantized.plan import linear_rules
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
-from trine.engine.model.weight_files import StoredTensor, read_json, write_weights
+from trine.engine.model.weight_files import StoredTensor, copy_companions, read_json, write_weights
 from trine.engine.quantize.calibration import Samples
 from trine.engine.quantize.choices import Override, choose_layers, quantization_of
 from trine.engine.quantize.layer import LayerWork, check_finite
@@ -44,11 +43,6 @@ from trine.engine.quantize.work import Work, check_room, storage_errors, working
 from trine.engine.quantize.writers import COMPRESSED_TENSORS, Writer
 from trine.kernels.hardware import return_freed_memory
 
-# What a checkpoint holds beside weights and config.json, and its quantized copy too.
-_COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template*", "generation_config.json", "*.model"),
-)
 _SHARD_BYTES = 2**30
 _HEAD = "lm_head"
 
@@ -109,14 +103,6 @@ def check_folders(checkpoint: Path, out: Path) -> None:
     hf = read_hf_config(checkpoint)
     if any(hf.get(key) is not None for key in CONFIG_KEYS):
         raise CheckpointError(f"{checkpoint} is quantized already; give the checkpoint it was made from")
-
-
-def copy_companions(checkpoint: Path, folder: Path) -> None:
-    """Copy what a checkpoint holds beside weights and config.json."""
-    for pattern in _COMPANIONS:
-        for path in checkpoint.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, folder)
 
 
 def _check_calibration(settings: Settings) -> None:

@@ -29,12 +29,9 @@ from trine.engine.model.lora_base import check_base
 from trine.engine.model.quantized.plan import read_weight
 from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.tensor import QuantizedTensor
-from trine.engine.model.weight_files import write_json, write_weights
+from trine.engine.model.weight_files import copy_companions, write_json, write_weights
 from trine.engine.train.durable import write_folder
 
-# What a checkpoint holds beside weights and config.json.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model",
-               "chat_template*", "generation_config.json")  # fmt: skip
 _SHARD_BYTES = 2**30
 
 
@@ -72,10 +69,7 @@ def merge(base: Path, adapter: Path, out: Path) -> Merged:
         def fill(folder: Path) -> None:
             parameters = sum(torch.Size(shape).numel() for shape in sums.shapes.values())
             write_weights(folder, sums.sizes(), sums.make, max_shard_bytes=_SHARD_BYTES, num_parameters=parameters)
-            for pattern in _COMPANIONS:
-                for path in base.glob(pattern):
-                    if path.is_file():
-                        shutil.copy(path, folder)
+            copy_companions(base, folder)
             config = read_hf_config(base)
             write_json(folder / "config.json", {key: value for key, value in config.items() if key not in CONFIG_KEYS})
 

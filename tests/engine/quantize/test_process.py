@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trine.engine.config import parse_bytes
 from trine.engine.errors import StorageError, UsageError
 from trine.engine.evaluate.perplexity import sliding_windows
 from trine.engine.model.checkpoint import load_model
@@ -25,7 +26,7 @@ from trine.engine.quantize.calibration import Samples, read_calibration
 from trine.engine.quantize.check import check_folder
 from trine.engine.quantize.choices import parse_override
 from trine.engine.quantize.hidden import HiddenStates
-from trine.engine.quantize.memory import Budget, parse_bytes
+from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.methods import METHODS, Choice
 from trine.engine.quantize.report import Report
 from trine.engine.quantize.run import Settings, quantize_checkpoint
@@ -397,13 +398,13 @@ def test_little_memory_changes_nothing_but_where_things_wait(
     ("text", "number"), [("2GiB", 2**31), ("1.5 GB", 1_500_000_000), ("800mib", 800 * 2**20), ("4096", 4096)]
 )
 def test_sizes(text: str, number: int) -> None:
-    assert parse_bytes(text) == number
+    assert parse_bytes(text, "--max-memory") == number
 
 
 @pytest.mark.parametrize("text", ["", "2 XB", "-1GiB", "0", "GiB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
-        parse_bytes(text)
+        parse_bytes(text, "--max-memory")
 
 
 def test_the_quality_table_reads_its_cases() -> None:
