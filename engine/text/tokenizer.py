@@ -102,6 +102,40 @@ class Tokenizer:
         encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
+    def encode_inputs(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[tuple[list[int], list[int]]]:
+        """(ids, token types) of each text, or pair of texts, as an encoder reads them; all cores help.
+
+        What exceeds `max_tokens` loses tokens at its end (its beginning where `truncation_side` is "left"), a pair from
+        the longer text first; the special tokens around it stay. Raises `DataError` where those alone exceed it.
+        """
+        found = self._parsing.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        encoded = []
+        for text, encoding in zip(texts, found, strict=True):
+            if max_tokens is not None and len(encoding) > max_tokens:
+                pair = text if isinstance(text, tuple) else (text,)
+                encoding = self._truncated(pair, max_tokens, add_special_tokens)
+            encoded.append((list(encoding.ids), list(encoding.type_ids)))
+        return encoded
+
+    def _truncated(self, texts: Sequence[str], max_tokens: int, add_special_tokens: bool) -> tokenizers.Encoding:
+        specials = self._parsing.num_special_tokens_to_add(len(texts) == 2) if add_special_tokens else 0
+        if max_tokens <= specials:
+            raise DataError(
+                f"{max_tokens} tokens leave no room beside {specials} special tokens; keep {specials + 1} or more"
+            )
+        parts = [self._parsing.encode(text, add_special_tokens=False) for text in texts]
+        lengths = longest_first([len(part) for part in parts], max_tokens - specials)
+        side = "left" if self._settings.get("truncation_side") == "left" else "right"
+        for part, length in zip(parts, lengths, strict=True):
+            part.truncate(length, direction=side)
+        return self._parsing.post_process(*parts, add_special_tokens=add_special_tokens)
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `text`, special tokens in it parsed, and the stretch of characters that each stands for."""
         encoding = self._parsing.encode(text, add_special_tokens=False)
@@ -227,6 +261,18 @@ class Tokenizer:
 
 
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def longest_first(lengths: Sequence[int], room: int) -> list[int]:
+    """How many tokens of one text or two are kept: the longer text gives until both are equal, then both do."""
+    if len(lengths) == 1:
+        return [min(lengths[0], room)]
+    short, long = sorted(lengths)
+    if short + long > room:
+        long = max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    return [short, long] if lengths[0] <= lengths[1] else [long, short]
 
 
 def _build(definition: str) -> tokenizers.Tokenizer:
