@@ -3,8 +3,10 @@
     pre       x += A(norm(x))               x += F(norm(x))
     post      x += norm(A(x))               x += norm(F(x))
     both      x += norm(A(norm(x)))         x += norm(F(norm(x)))
+    post_sum  x = norm(x + A(x))            x = norm(x + F(x))
     parallel  x += A(norm(x)) + F(norm(x))  on one norm, or (parallel_two) on one each
 
+The decoder of an encoder-decoder has a third branch between the two, over its source, whose norm stands where theirs do.
 Every branch is multiplied by `residual_scale`, and dropped out in training.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head dimension, F feed-forward width.
@@ -22,8 +24,10 @@ from torch import Tensor, nn
 
 from trine.engine.model.cache import Step
 from trine.engine.model.config import ModelConfig, RopeConfig
+from trine.engine.model.cross_attention import CrossAttention, SourceView
 from trine.engine.model.layers import Linear, Norm, RMSNorm, joined_linear, make_norm, records_gradients
 from trine.engine.model.moe import MixtureOfExperts
+from trine.engine.model.positions import Biases
 from trine.engine.model.rotary import Tables
 from trine.kernels.attention.op import Mask, attention
 from trine.kernels.invariant.attention import Sequences, invariant_attention
@@ -36,7 +40,8 @@ from trine.kernels.rope.op import rope, rope_heads
 class Context:
     """What the layers of one forward pass share: masks by window, or the step of a cache; rotary tables by rotation.
 
-    In the deterministic mode without a cache, `sequences` by window instead of the masks.
+    In the deterministic mode without a cache, `sequences` by window instead of the masks. `biases`: of relative
+    positions. `source`: what the decoder of an encoder-decoder looks at.
     """
 
     masks: Mapping[int | None, Mask]
@@ -44,6 +49,8 @@ class Context:
     step: Step | None
     sequences: Mapping[int | None, Sequences] | None = None
     deterministic: bool = False
+    biases: Biases | None = None
+    source: SourceView | None = None
 
 
 class Attention(nn.Module):
@@ -81,11 +88,14 @@ class Attention(nn.Module):
         q_BHTD, k_BKTD, v_BKTD = self._heads(x_BTC, tables, context.deterministic)
         extras: Any = {"scale": self.scale, "softcap": self.softcap, "sinks_H": self.sinks}
         if context.step is not None:
+            extras["biases"] = context.biases
             o_BHTD = context.step.attend(self.layer, q_BHTD, k_BKTD, v_BKTD, window=self.window, **extras)
         elif context.sequences is not None:
             sequences = context.sequences[self.window]
             o_BHTD = invariant_attention(q_BHTD, k_BKTD, v_BKTD, sequences=sequences, **extras)
         else:
+            if context.biases is not None:
+                extras["relative_bias_HR"] = context.biases.table(q_BHTD.shape[2], k_BKTD.shape[2])
             o_BHTD = attention(
                 q_BHTD,
                 k_BKTD,
@@ -190,12 +200,17 @@ class Block(nn.Module):
         def norm(*placements: str) -> Norm | None:
             return make_norm(config, device=device, dtype=dtype) if config.placement in placements else None
 
-        self.input_layernorm = norm("pre", "both", "parallel", "parallel_two")
+        first = layer == 0 and not config.first_norm
+        self.input_layernorm = None if first else norm("pre", "both", "parallel", "parallel_two")
         self.self_attn = Attention(config, layer, device=device, dtype=dtype)
+        self.cross_attn = (
+            None if config.encoder is None else CrossAttention(config, layer, device=device, dtype=dtype)
+        )
+        self.cross_attention_layernorm = None if config.encoder is None else norm("pre")
         # Before the feed-forward layer, except where norms follow their branch: then after attention.
-        self.post_attention_layernorm = norm("pre", "post", "both", "parallel_two")
+        self.post_attention_layernorm = norm("pre", "post", "both", "post_sum", "parallel_two")
         self.pre_feedforward_layernorm = norm("both")
-        self.post_feedforward_layernorm = norm("post", "both")
+        self.post_feedforward_layernorm = norm("post", "both", "post_sum")
         self.mlp: MLP | MixtureOfExperts = (
             MixtureOfExperts(
                 config, lambda width: MLP(config, width, device=device, dtype=dtype), device=device, dtype=dtype
@@ -205,7 +220,16 @@ class Block(nn.Module):
         )
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        if self.placement == "post_sum":
+            return self._post_sum(x_BTC, context)
         return self._parallel(x_BTC, context) if "parallel" in self.placement else self._sequential(x_BTC, context)
+
+    def _post_sum(self, x_BTC: Tensor, context: Context) -> Tensor:
+        assert self.post_attention_layernorm is not None
+        assert self.post_feedforward_layernorm is not None
+        x_BTC, _ = self.post_attention_layernorm.add(x_BTC, self._branch(self.self_attn(x_BTC, context)))
+        branch_BTC = self._branch(self.mlp(x_BTC, context.deterministic))
+        return self.post_feedforward_layernorm.add(x_BTC, branch_BTC)[0]
 
     def _sequential(self, x_BTC: Tensor, context: Context) -> Tensor:
         follows = self.placement in ("post", "both")
@@ -216,6 +240,11 @@ class Block(nn.Module):
         )
         branch_BTC = self.self_attn(x_BTC if self.input_layernorm is None else self.input_layernorm(x_BTC), context)
         branch_BTC = self._branch(branch_BTC if after is None else after(branch_BTC))
+        if self.cross_attn is not None:
+            assert context.source is not None
+            assert self.cross_attention_layernorm is not None
+            normed_BTC, x_BTC = self.cross_attention_layernorm.add(x_BTC, branch_BTC)
+            branch_BTC = self._branch(self.cross_attn(normed_BTC, context.source))
         if before is None:
             normed_BTC = x_BTC = x_BTC + branch_BTC
         else:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trine.engine.errors import ContextLengthError
 from trine.engine.model.config import ModelConfig
+from trine.engine.model.positions import Biases
 from trine.kernels.attention.op import Mask, attention, make_mask
 
 
@@ -60,10 +61,11 @@ class Step(Protocol):
         scale: float | None,
         softcap: float | None,
         sinks_H: Tensor | None,
+        biases: Biases | None,
     ) -> Tensor:
         """Store the new keys and values of a layer; returns o_BHTD over all that is visible to the queries.
 
-        `window`: keys that a token sees, its own counted; None for all.
+        `window`: keys that a token sees, its own counted; None for all. `biases`: of relative positions.
         """
         ...
 
@@ -122,12 +124,31 @@ class CacheStep:
         scale: float | None,
         softcap: float | None,
         sinks_H: Tensor | None,
+        biases: Biases | None,
     ) -> Tensor:
         """See `Step`."""
         k_BKSD, v_BKSD = self.cache.update(layer, k_BKTD, v_BKTD, self)
+        if biases is not None:
+            return self._attend_biased(q_BHTD, k_BKSD, v_BKSD, biases, scale)
         if window not in self.masks:
             self.masks[window] = self._mask(window)
         return attention(q_BHTD, k_BKSD, v_BKSD, mask=self.masks[window], scale=scale, softcap=softcap, sinks_H=sinks_H)
+
+    def _attend_biased(
+        self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, biases: Biases, scale: float | None
+    ) -> Tensor:
+        """Rows that write the same slots together, others one by one: a table of biases begins at one position."""
+        num_new = q_BHTD.shape[2]
+        rows = [slice(None)] if self.start is not None else [slice(row, row + 1) for row in range(len(q_BHTD))]
+        outputs = []
+        for row in rows:
+            positions_BT = self.positions_BT[row][:1]
+            first, num_keys = int(positions_BT[0, 0]), int(positions_BT[0, -1]) + 1
+            mask = make_mask(causal=True, num_keys=num_keys, query_positions_BT=positions_BT)
+            table_HR = biases.table(num_new, num_keys, first)
+            k, v = k_BKSD[row, :, :num_keys], v_BKSD[row, :, :num_keys]
+            outputs.append(attention(q_BHTD[row], k, v, mask=mask, scale=scale, relative_bias_HR=table_HR))
+        return torch.cat(outputs)
 
     def _mask(self, window: int | None) -> Mask:
         if window is not None:

@@ -6,17 +6,19 @@ that cannot be computed is refused here, by name. New families add fields to the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from trine.engine.errors import UsageError
+from trine.engine.model.head_config import HeadConfig
 
 # rms_offset multiplies by 1 + weight; layer_unbiased is a LayerNorm without bias.
 Norm = Literal["rms", "rms_offset", "layer", "layer_unbiased"]
-# Where norms stand: before each branch; after it, inside the residual; both; or the two branches side by side on one
-# norm (parallel) or on one each (parallel_two).
-Placement = Literal["pre", "post", "both", "parallel", "parallel_two"]
-Positions = Literal["rope", "learned"]
+# Where norms stand: before each branch; after it, inside the residual; both; after the residual sum (post_sum, as the
+# first Transformer had them); or the two branches side by side on one norm (parallel) or on one each (parallel_two).
+Placement = Literal["pre", "post", "both", "post_sum", "parallel", "parallel_two"]
+# relative: a learned bias of the scores by distance (T5). sinusoidal: fixed (the first Transformer). See `positions.py`.
+Positions = Literal["rope", "learned", "relative", "sinusoidal"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 Mlp = Literal["gated", "plain"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
@@ -125,6 +127,18 @@ class DropoutConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderConfig:
+    """The encoder of an encoder-decoder, in what it may differ from the decoder; the rest is alike."""
+
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_layers", "num_heads", "ffn_width")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The switch matrix. Raises `UsageError` for sizes that do not fit together."""
 
@@ -142,14 +156,21 @@ class ModelConfig:
     norm: Norm = "rms"
     norm_eps: float = 1e-6
     placement: Placement = "pre"
+    first_norm: bool = True  # a norm before the attention of the first layer
+    final_norm: bool = True
+    embedding_norm: bool = False
     # positions; `rope` is None exactly when positions are not "rope"
     positions: Positions = "rope"
     position_offset: int = 0  # of learned positions: rows of the table before that of position 0
+    pad_has_no_position: bool = False  # positions count the tokens that are not pad_token_id, which stands at -1
     rope: RopeConfig | None = field(default_factory=RopeConfig)
     rope_interleaved: bool = False  # pairs are neighbours, not halves of a head
     window_rope: RopeConfig | None = None  # of the layers with a window, where it is another
     unrotated_layers: tuple[int, ...] = ()  # layers without positions
+    relative_buckets: int = 0  # of relative positions: rows of the table, and the distance that the last one begins at
+    relative_max_distance: int = 0
     # attention
+    causal: bool = True  # a token sees what comes before it alone; False for encoders
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: QkNorm | None = None
@@ -164,19 +185,25 @@ class ModelConfig:
     mlp_bias: bool = False
     moe: MoeConfig | None = None
     # input, residual stream and output
+    token_types: int = 0  # kinds of tokens with an embedding each, added to that of the token
     tie_embeddings: bool = False
     head_bias: bool = False
     embedding_scale: float = 1.0  # rounded to the dtype of the embedding
     residual_scale: float = 1.0  # of each branch
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    head: HeadConfig | None = None  # of an encoder; None for logits over the vocabulary
+    # encoder-decoders: the decoder is what the rest of the table describes
+    encoder: EncoderConfig | None = None
     # training
     dropout: DropoutConfig = field(default_factory=DropoutConfig)
     init_std: float = 0.02
+    init_fan_in: bool = False  # matrices by their number of inputs and embeddings by 1, times init_std
     # special tokens
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None  # of encoder-decoders: what every target begins with
 
     def __post_init__(self) -> None:
         _positive(
@@ -204,16 +231,18 @@ class ModelConfig:
         if (self.rope is not None) != (self.positions == "rope"):
             raise UsageError(f'positions = "{self.positions}" with rope = {self.rope}; give rope with "rope" only')
         self._check_rope()
+        self._check_relative()
+        self._check_encoder()
         self._check_layers()
+        self._check_shape()
         if self.moe is not None and self.mlp != "gated":
             raise UsageError(f'experts are gated layers; mlp = "{self.mlp}" does not go with moe')
         if self.qk_norm is not None and self.norm not in ("rms", "rms_offset"):
             raise UsageError(f'qk_norm = "{self.qk_norm}" needs norm = "rms" or "rms_offset", not "{self.norm}"')
-        if self.tie_embeddings and self.head_bias:
-            raise UsageError("head_bias with tie_embeddings is not supported; a tied head has no parameters of its own")
         for name, ids in (
             ("bos_token_id", self.bos_token_id),
             ("pad_token_id", self.pad_token_id),
+            ("decoder_start_token_id", self.decoder_start_token_id),
             *(("eos_token_ids", token) for token in self.eos_token_ids),
         ):
             if ids is not None and ids < 0:
@@ -243,6 +272,31 @@ class ModelConfig:
             if rope.kind == "longrope" and given != pairs:
                 raise UsageError(f"longrope has {given} factors for {pairs} pairs of channels; give one for each")
 
+    def _check_relative(self) -> None:
+        given = (self.relative_buckets, self.relative_max_distance)
+        if self.positions != "relative":
+            if any(given):
+                raise UsageError('relative_buckets and relative_max_distance belong to positions = "relative"')
+            return
+        # An encoder has half of the buckets for each side, and half of those hold one distance each.
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            raise UsageError(f"relative_buckets is {self.relative_buckets}; it must be a multiple of 4")
+        if self.relative_max_distance <= self.relative_buckets // 2:
+            raise UsageError(
+                f"relative_max_distance is {self.relative_max_distance}; with {self.relative_buckets} buckets it must "
+                f"be above {self.relative_buckets // 2}"
+            )
+        if self.window is not None or self.attention_softcap is not None:
+            raise UsageError('positions = "relative" goes with neither window nor attention_softcap')
+
+    def _check_encoder(self) -> None:
+        if self.encoder is None:
+            return
+        if self.decoder_start_token_id is None:
+            raise UsageError("an encoder-decoder needs decoder_start_token_id, which every target begins with")
+        if self.moe is not None or "parallel" in self.placement or self.placement == "both":
+            raise UsageError(f"an encoder-decoder has neither experts nor norms placed as {self.placement!r}")
+
     def _check_layers(self) -> None:
         if self.window is None and (self.full_layers or self.window_rope is not None):
             raise UsageError("full_layers and window_rope need a window; without one every layer sees everything")
@@ -256,6 +310,36 @@ class ModelConfig:
                 raise UsageError(f"{name} is {layers}; give ascending numbers from 0 to {self.num_layers - 1}")
         if self.window is not None and len(self.full_layers) == self.num_layers:
             raise UsageError("full_layers names every layer, so window has no effect; leave both out")
+
+    def _check_shape(self) -> None:
+        """What belongs to encoders alone, and what they cannot have."""
+        if self.token_types < 0:
+            raise UsageError(f"token_types is {self.token_types}; it must not be negative")
+        if not self.first_norm and self.placement != "pre":
+            raise UsageError(f'first_norm = False belongs to placement = "pre", not "{self.placement}"')
+        if self.pad_has_no_position and (self.pad_token_id is None or self.position_offset < 1):
+            raise UsageError("pad_has_no_position needs a pad_token_id and a position_offset of 1 or more")
+        if self.causal:
+            return
+        if self.window is not None and self.window % 2 == 0:
+            raise UsageError(f"window is {self.window}; without a causal mask it must be odd, the same on both sides")
+        if self.rope_switch is not None:
+            raise UsageError("longrope belongs to a causal mask; choose another rope kind")
+
+    @property
+    def has_vocabulary_head(self) -> bool:
+        """Whether there are logits over the vocabulary."""
+        return self.head is None or self.head.has_vocabulary
+
+    @property
+    def of_encoder(self) -> ModelConfig:
+        """The config of the layers of the encoder of an encoder-decoder."""
+        assert self.encoder is not None
+        heads, kv = self.encoder.num_heads, self.num_heads // self.num_kv_heads
+        return replace(
+            self, encoder=None, causal=False, num_layers=self.encoder.num_layers, num_heads=heads,
+            num_kv_heads=heads // kv, head_dim=self.num_heads * self.head_dim // heads, ffn_width=self.encoder.ffn_width,
+        )  # fmt: skip
 
     @property
     def rope_switch(self) -> int | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.config import ModelConfig
+from trine.engine.model.positions import Biases
 from trine.kernels.invariant.attention import SPLIT
 from trine.kernels.kv_write.op import quantize
 from trine.kernels.paged_attention.op import QUANTIZED, check_tables, paged_attention
@@ -130,8 +131,11 @@ class PagedStep:
         scale: float | None,
         softcap: float | None,
         sinks_H: Tensor | None,
+        biases: Biases | None,
     ) -> Tensor:
-        """See `Step`; B is 1 and T is N."""
+        """See `Step`; B is 1 and T is N. Raises ValueError for relative positions."""
+        if biases is not None:
+            raise ValueError("relative positions are not computed over a paged cache; use a KVCache")
         cache = self.cache
         k_scale_PSK = None if cache.k_scale_LPSK is None else cache.k_scale_LPSK[layer]
         v_scale_PSK = None if cache.v_scale_LPSK is None else cache.v_scale_LPSK[layer]

@@ -22,7 +22,12 @@ from trine.engine.errors import ContextLengthError
 from trine.engine.model.blocks import Block, Context
 from trine.engine.model.cache import Cache, Step
 from trine.engine.model.config import ModelConfig, RopeConfig
-from trine.engine.model.layers import Embedding, Linear, make_norm
+from trine.engine.model.cross_attention import Source
+from trine.engine.model.documents import document_positions, mask_documents
+from trine.engine.model.encoder import Encoder, make_relative_bias
+from trine.engine.model.heads import Head
+from trine.engine.model.layers import Embedding, Linear, Norm, make_norm
+from trine.engine.model.positions import Biases, sinusoids
 from trine.engine.model.rotary import Tables, rotary_tables, sequence_lengths
 from trine.kernels.attention.op import Mask, make_mask
 from trine.kernels.invariant.attention import Sequences, make_sequences
@@ -47,14 +52,27 @@ class Transformer(nn.Module):
             if config.positions == "learned"
             else None
         )
+        self.embed_types = (
+            Embedding(config.token_types, config.width, device=device, dtype=dtype) if config.token_types else None
+        )
+        self.embed_norm = make_norm(config, device=device, dtype=dtype) if config.embedding_norm else None
         self.layers = nn.ModuleList(
             Block(config, layer, device=device, dtype=dtype) for layer in range(config.num_layers)
         )
-        self.norm = make_norm(config, device=device, dtype=dtype)
+        self.relative_bias = make_relative_bias(config, device=device, dtype=dtype)
+        self.encoder = None if config.encoder is None else Encoder(config.of_encoder, device=device, dtype=dtype)
+        self.norm: Norm | nn.Identity = (
+            make_norm(config, device=device, dtype=dtype) if config.final_norm else nn.Identity()
+        )
+        self.head = None if config.head is None else Head(config, config.head, device=device, dtype=dtype)
         self.lm_head = (
             None
-            if config.tie_embeddings
+            if config.tie_embeddings or not config.has_vocabulary_head
             else Linear(config.width, config.vocab_size, bias=config.head_bias, device=device, dtype=dtype)
+        )
+        tied_bias = config.tie_embeddings and config.head_bias and config.has_vocabulary_head
+        self.lm_bias = (
+            nn.Parameter(torch.empty(config.vocab_size, device=device, dtype=dtype)) if tied_bias else None
         )
 
     @property
@@ -74,14 +92,17 @@ class Transformer(nn.Module):
     @property
     def head_bias(self) -> nn.Parameter | None:
         """The bias of the output layer [V], or None where it has none."""
-        return None if self.lm_head is None else self.lm_head.bias
+        return self.lm_bias if self.lm_head is None else self.lm_head.bias
 
     def forward(
         self,
         ids_BT: Tensor,
         *,
+        source: Source | None = None,
         positions_BT: Tensor | None = None,
         segment_ids_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        token_types_BT: Tensor | None = None,
         cache: Cache | None = None,
         lengths_B: Tensor | None = None,
         compute_dtype: torch.dtype | None = None,
@@ -92,9 +113,15 @@ class Transformer(nn.Module):
 
         They are multiplied by `config.logit_scale`, so that the head alone is left to apply.
 
+        `source`: of an encoder-decoder, what `encode` made of its texts; `ids_BT` are then those of the targets, each
+        beginning with `config.decoder_start_token_id`. Several rows may share a source, side by side.
         `positions_BT`: position of each token (int64); default 0, 1, 2, ... or, with a cache, on from its lengths.
         `segment_ids_BT`: number of the document each token belongs to (ascending within a row is fastest); a token
-        attends to earlier tokens of its own document only. Give positions that restart with each document.
+        attends to tokens of its own document only, in a causal model to earlier ones. Give positions that restart with
+        each document; where an encoder gets none, they do.
+        `mask_BT`: True or 1 at the tokens of a row's text, which may be padded on either side, in the place of segment
+        ids; positions are counted from its first token. Hidden states of padding mean nothing.
+        `token_types_BT`: kind of each token (int64), of models that have them; default 0.
         `cache`: read and extended; its dtype must be the compute dtype. Cannot be joined with segment ids.
         `lengths_B`: tokens of each row's sequence, those of later calls over the cache included where they are known;
         default up to its last position here. Longrope alone asks for it: it turns all tokens by their number.
@@ -105,10 +132,17 @@ class Transformer(nn.Module):
         Raises `ContextLengthError` where a token lies beyond `config.max_positions`, and ValueError for what the
         deterministic mode cannot do.
         """
-        if deterministic and self.config.moe is not None:
-            raise ValueError("deterministic=True with a mixture of experts is not supported; leave it out")
+        if (source is None) != (self.encoder is None):
+            raise ValueError("a source goes with an encoder-decoder, and an encoder-decoder with a source: see encode")
+        if deterministic and (self.config.moe is not None or source is not None):
+            what = "an encoder-decoder" if self.config.moe is None else "a mixture of experts"
+            raise ValueError(f"deterministic=True with {what} is not supported; leave it out")
+        if not self.config.causal and (cache is not None or deterministic):
+            raise ValueError("an encoder has neither a cache nor a deterministic mode: every token sees those after it")
         dtype = compute_dtype or self.dtype
         T = ids_BT.shape[1]
+        if mask_BT is not None:
+            segment_ids_BT, positions_BT = self._padded(ids_BT, mask_BT, segment_ids_BT, positions_BT)
         step = sequences = None
         masks: dict[int | None, Mask] = {}
         if cache is not None:
@@ -127,15 +161,17 @@ class Transformer(nn.Module):
             else:
                 masks = self._masks(ids_BT, segment_ids_BT)
             length = T if positions_BT is None else 0
-            if positions_BT is None:
+            if positions_BT is None and (segment_ids_BT is None or self.config.causal) and not self._skips_padding:
                 positions_BT = torch.arange(T, device=ids_BT.device)[None]
+            elif positions_BT is None:
+                positions_BT, length = self._document_positions(ids_BT, segment_ids_BT), 0
         self._check_length(length, positions_BT)
 
-        x_BTC = self.embed(ids_BT, positions_BT).to(dtype)
-        if self.config.dropout.embedding:
-            x_BTC = F.dropout(x_BTC, self.config.dropout.embedding, training=self.training)
+        x_BTC = self._embedded(ids_BT, positions_BT, dtype, token_types_BT)
         tables = self._tables(positions_BT, segment_ids_BT, lengths_B, step, dtype)
-        context = Context(masks, tables, step, sequences, deterministic)
+        biases = None if self.relative_bias is None else Biases(self.relative_bias)
+        view = None if source is None else source.view(*ids_BT.shape, segment_ids_BT)
+        context = Context(masks, tables, step, sequences, deterministic, biases, view)
         for layer in self.layers:
             if checkpoint_activations and torch.is_grad_enabled():
                 x_BTC = checkpoint(layer, x_BTC, context, use_reentrant=False)
@@ -146,27 +182,100 @@ class Transformer(nn.Module):
         hidden_BTC: Tensor = self.norm(x_BTC)
         return hidden_BTC if self.config.logit_scale == 1.0 else hidden_BTC * self.config.logit_scale
 
-    def embed(self, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    def encode(
+        self,
+        ids_BS: Tensor,
+        *,
+        lengths_B: Tensor | None = None,
+        segment_ids_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        compute_dtype: torch.dtype | None = None,
+        checkpoint_activations: bool = False,
+    ) -> Source:
+        """What the encoder makes of source texts, for `forward`; options as there.
+
+        `lengths_B`: tokens of each row, padded at the end. `segment_ids_BS`: numbers of the sources where a row holds
+        several end to end, ascending; give positions that restart with each, and `forward` the same numbers for the
+        targets. Not both. Raises `ContextLengthError` where a token lies beyond `config.max_positions`.
+        """
+        if self.encoder is None:
+            raise ValueError("this model has no encoder beside its decoder")
+        if lengths_B is not None and segment_ids_BS is not None:
+            raise ValueError("lengths_B and segment_ids_BS cannot be used together; make the padding a document")
+        S = ids_BS.shape[1]
+        self._check_length(S if positions_BS is None else 0, ids_BS if positions_BS is None else positions_BS)
+        if positions_BS is None:
+            positions_BS = torch.arange(S, device=ids_BS.device)[None]
+        x_BSC = self._embedded(ids_BS, positions_BS, compute_dtype or self.dtype)
+        hidden_BSC = self.encoder(
+            x_BSC,
+            lengths_B=lengths_B,
+            segment_ids_BS=segment_ids_BS,
+            checkpoint_activations=checkpoint_activations,
+        )
+        return Source(hidden_BSC, lengths_B, segment_ids_BS)
+
+    def _embedded(
+        self, ids_BT: Tensor, positions_BT: Tensor, dtype: torch.dtype, token_types_BT: Tensor | None = None
+    ) -> Tensor:
+        """The embedding in the dtype of the computation, dropped out in training."""
+        x_BTC = self.embed(ids_BT, positions_BT, token_types_BT).to(dtype)
+        rate = self.config.dropout.embedding
+        return F.dropout(x_BTC, rate, training=self.training) if rate else x_BTC
+
+    @property
+    def _skips_padding(self) -> bool:
+        return self.config.pad_has_no_position
+
+    def _document_positions(self, ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
+        """Positions that restart with each document; padding tokens have none where the config says so."""
+        counted_BT = ids_BT != self.config.pad_token_id if self._skips_padding else None
+        return document_positions(torch.zeros_like(ids_BT) if segment_ids_BT is None else segment_ids_BT, counted_BT)
+
+    def _padded(
+        self, ids_BT: Tensor, mask_BT: Tensor, segment_ids_BT: Tensor | None, positions_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Segment ids and positions of padded rows."""
+        if segment_ids_BT is not None:
+            raise ValueError("mask_BT and segment_ids_BT cannot be used together; make the padding a document")
+        if mask_BT.shape != ids_BT.shape:
+            raise ValueError(f"mask_BT is {tuple(mask_BT.shape)} for ids {tuple(ids_BT.shape)}; they must agree")
+        segment_ids_BT = mask_documents(mask_BT)
+        return segment_ids_BT, self._document_positions(ids_BT, segment_ids_BT) if positions_BT is None else positions_BT
+
+    def embed(self, ids_BT: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None = None) -> Tensor:
         """What the first layer gets, [B, T, C] in the dtype of the parameters."""
         x_BTC: Tensor = self.embed_tokens(ids_BT)
         if self.config.embedding_scale != 1.0:
             x_BTC = x_BTC * torch.tensor(self.config.embedding_scale, dtype=x_BTC.dtype)
         if self.embed_positions is not None:
             x_BTC = x_BTC + self.embed_positions(positions_BT + self.config.position_offset)
-        return x_BTC
+        if self.config.positions == "sinusoidal":
+            x_BTC = x_BTC + sinusoids(positions_BT, self.config.width).to(x_BTC.dtype)
+        if self.embed_types is not None:
+            x_BTC = x_BTC + self.embed_types(torch.zeros_like(ids_BT) if token_types_BT is None else token_types_BT)
+        elif token_types_BT is not None:
+            raise ValueError("token_types_BT for a model without token types; leave them out")
+        return x_BTC if self.embed_norm is None else self.embed_norm(x_BTC)
 
     def _windows(self) -> set[int | None]:
         return {self.config.window_of(layer) for layer in range(self.config.num_layers)}
 
+    def _sides(self, window: int | None) -> tuple[int | None, int | None]:
+        """Keys before and after its own that a token sees."""
+        if window is None:
+            return None, None
+        return (window - 1, 0) if self.config.causal else (window // 2, window // 2)
+
     def _masks(self, ids_BT: Tensor, segment_ids_BT: Tensor | None) -> dict[int | None, Mask]:
-        """A causal mask for each window."""
+        """A mask for each window: of what comes before, or in an encoder as much on either side."""
         T, device = ids_BT.shape[1], ids_BT.device
         return {
             window: make_mask(
-                causal=True,
+                causal=self.config.causal,
                 num_keys=T,
                 segment_ids_BT=segment_ids_BT,
-                window=(None, None) if window is None else (window - 1, 0),
+                window=self._sides(window),
                 device=device,
             )
             for window in self._windows()
@@ -207,11 +316,20 @@ class Transformer(nn.Module):
             for window in self._windows()
         }
 
+    def predicted(self, hidden: Tensor) -> Tensor:
+        """What the output matrix is multiplied with, [..., C]: the hidden states, or the head's layer on them.
+
+        Raises ValueError for a model without logits over the vocabulary.
+        """
+        return hidden if self.head is None else self.head.vocabulary(hidden)
+
     def logits(self, hidden: Tensor, *, deterministic: bool = False) -> Tensor:
         """fp32 logits [..., V] of hidden states [..., C]; the product runs in the dtype of hidden.
 
+        Of an encoder those of its masked-LM head, whose layer before the output `predicted` has the chunked loss.
         `deterministic`: the bits of a row are those it has alone.
         """
+        hidden = self.predicted(hidden)
         bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
         product = invariant_matmul if deterministic else F.linear
         logits = product(hidden, self.head_weight.to(hidden.dtype), bias)
@@ -220,7 +338,12 @@ class Transformer(nn.Module):
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     def _check_length(self, length: int, positions_BT: Tensor) -> None:
-        """`length` is the number of positions known without looking at the tensor; 0 where it must be looked at."""
+        """`length` is the number of positions known without looking at the tensor; 0 where it must be looked at.
+
+        Relative positions have no end.
+        """
+        if self.config.positions == "relative":
+            return
         if not length and positions_BT.device.type == "cpu":
             length = int(positions_BT.max()) + 1
         if length > self.config.max_positions:

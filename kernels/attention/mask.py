@@ -117,6 +117,23 @@ def packed_mask(
     return _of_bounds(bounds, None if cu_seqlens_k is None else position_BT, causal, frozenset(features))
 
 
+def cross_mask(segment_ids_BT: Tensor, key_segment_ids_BS: Tensor) -> Mask:
+    """Queries see the keys of their own number: packed targets over packed sources. Both ascend within a row.
+
+    A query whose number no key has sees nothing. Raises ValueError for tensors that are no numbers of documents.
+    """
+    for name, tensor in (("segment_ids_BT", segment_ids_BT), ("key_segment_ids_BS", key_segment_ids_BS)):
+        if tensor.dim() != 2 or tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected integers of 2 dimensions")
+    if len(segment_ids_BT) != len(key_segment_ids_BS):
+        raise ValueError(f"{len(segment_ids_BT)} rows of queries and {len(key_segment_ids_BS)} of keys; give as many")
+    ids_BT, keys_BS = segment_ids_BT.to(torch.int64).contiguous(), key_segment_ids_BS.to(torch.int64).contiguous()
+    start_BT, end_BT = torch.searchsorted(keys_BS, ids_BT), torch.searchsorted(keys_BS, ids_BT, right=True)
+    num_keys = keys_BS.shape[1]
+    bounds = make_bounds(start_BT, num_keys, causal=False, start_BT=start_BT, end_BT=end_BT)
+    return _of_bounds(bounds, None, False, frozenset({"packed", "cross"}))
+
+
 def check_window(causal: bool, window: Window) -> None:
     """Raises ValueError for a window that cannot be, or that a causal mask contradicts."""
     left, right = window

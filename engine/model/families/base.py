@@ -93,7 +93,8 @@ class Family:
     `defaults`: values of config.json keys that may be absent (the class defaults of transformers).
     `neutral`: keys whose other values would need code that does not exist; anything else is refused.
     `ignored`: regular expressions (after the prefix) of stored tensors that carry no information.
-    `names`: modules on disk and ours. `transposed`: those of them stored [in, out]. `by_head`: those that join their
+    `names`: modules on disk and ours. `gated_names`: the same where the feed-forward layers are gated, if then they
+    have other names. `transposed`: those of them stored [in, out]. `by_head`: those that join their
     parts head by head. `head`: the output layer on disk.
 
     Of a mixture of experts: `%` in a name stands for the number of an expert. `stacked` names hold all experts as one
@@ -112,6 +113,7 @@ class Family:
     to_config: Callable[[HfConfig], ModelConfig]
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     names: Names
+    gated_names: Names = field(default_factory=dict)
     transposed: frozenset[str] = field(default_factory=frozenset)
     by_head: frozenset[str] = field(default_factory=frozenset)
     stacked: frozenset[str] = field(default_factory=frozenset)
@@ -123,11 +125,13 @@ class Family:
     def rules(self, config: ModelConfig, *, stacked: bool = False) -> list[TensorRule]:
         """Every tensor that a model of this config has on disk; `stacked`: in the layout of `stacked_names`."""
         parameters = _parameter_names(config)
-        names = self.stacked_names if stacked else self.names
+        names = self.gated_names if config.mlp == "gated" and self.gated_names else self.names
+        names = self.stacked_names if stacked else names
+        num_layers = max(config.num_layers, 0 if config.encoder is None else config.encoder.num_layers)
         return [
             rule
             for stored, ours in names.items()
-            for layer in (range(config.num_layers) if "*" in stored else (0,))
+            for layer in (range(num_layers) if "*" in stored else (0,))
             for expert in (range(config.moe.num_experts) if "%" in stored and config.moe is not None else (None,))
             for kind in ("weight", "bias", "")
             if (rule := self._rule(config, stored, ours, layer, expert, kind)) and parameters.issuperset(rule.ours)

@@ -38,12 +38,14 @@ from trine.engine.model.families.qwen3_moe import QWEN3_MOE
 from trine.engine.model.families.smollm3 import SMOLLM3
 from trine.engine.model.families.stablelm import STABLELM
 from trine.engine.model.families.starcoder2 import STARCODER2
+from trine.engine.model.families.t5 import MT5, T5
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, PHI, SMOLLM3, OLMO2, OLMO3, STARCODER2,
         GPT_NEOX, STABLELM, COHERE, GRANITE, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS,
+        T5, MT5,
     )
 }  # fmt: skip
 
@@ -124,12 +126,19 @@ def new_config(family: str, *, sizes: Mapping[str, int], settings: HfConfig) -> 
 # What each size is called in the files of one family or another.
 _SIZE_KEYS = {
     "vocab_size": ("vocab_size",),
-    "width": ("hidden_size", "n_embd"),
-    "num_layers": ("num_hidden_layers", "n_layer"),
-    "num_heads": ("num_attention_heads", "n_head"),
+    "width": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": (
+        "num_hidden_layers",
+        "n_layer",
+        "num_layers",
+        "num_decoder_layers",
+        "encoder_layers",
+        "decoder_layers",
+    ),
+    "num_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
     "num_kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-    "ffn_width": ("intermediate_size", "n_inner", "ffn_dim"),
+    "head_dim": ("head_dim", "d_kv"),
+    "ffn_width": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"),
     "max_positions": ("max_position_embeddings", "n_positions"),
 }
 
