@@ -17,6 +17,7 @@ from trine.cli import (
     data,
     data_inspect,
     doctor,
+    export,
     generate,
     import_gguf,
     merge,
@@ -71,6 +72,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("import")(import_gguf.import_gguf)
+app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("rotate")(rotate.rotate)

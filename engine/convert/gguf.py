@@ -8,11 +8,7 @@ The folder is written under a hidden name and renamed when it is complete.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,8 @@ from torch import Tensor
 
 from trine.engine.convert.gguf_config import FREQUENCIES, architecture_of, config_of, name_of, rows_of
 from trine.engine.convert.gguf_tokenizer import tokenizer_of
-from trine.engine.errors import CheckpointError, StorageError, UsageError
+from trine.engine.convert.target import SHARD_BYTES, check_new, choose_dtype, dtype_name, new_folder, shown
+from trine.engine.errors import CheckpointError
 from trine.engine.model.checkpoint import open_checkpoint
 from trine.engine.model.gguf import GgufFile, GgufTensor, read_gguf
 from trine.engine.model.quantized.compressed_tensors import Quantization, layout, to_stored, write_config
@@ -30,9 +27,7 @@ from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.weight_files import write_json, write_weights
 from trine.engine.text.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CODES = {"Q8_0": Scheme(bits=8).with_groups(32), "Q4_0": Scheme(bits=4).with_groups(32)}
-_SHARD_BYTES = 2**30
 _BYTES = {"I32": 4, "I64": 8}
 
 
@@ -56,20 +51,17 @@ def import_gguf(path: Path, out: Path, *, dtype: str = "auto", dequantize: bool 
     codes. Raises `UsageError` where `out` exists or the dtype is not known, `CheckpointError` for a file that is
     damaged or not read, `StorageError` where there is no room.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists already; give --out a folder that does not")
+    check_new(out)
     file = read_gguf(path)
     chosen = _dtype(file, dtype)
-    config = config_of(file, str(chosen).removeprefix("torch."))
+    config = config_of(file, dtype_name(chosen))
     work = _Work(file, chosen, dequantize)
     tokenizer, why = _tokenizer(file)
-    with _whole(out) as folder:
-        sizes = work.sizes()
-        free = shutil.disk_usage(folder).free
-        if free < sum(sizes.values()):
-            raise StorageError(f"{out.parent} has {free} bytes free, the result needs {sum(sizes.values())}; make room")
+    sizes = work.sizes()
+    with new_folder(out, sum(sizes.values())) as folder:
         counts = sum(torch.Size(tensor.shape).numel() for tensor in work.tensors.values())
-        write_weights(folder, sizes, work.make, max_shard_bytes=_SHARD_BYTES, num_parameters=counts)
+        make = shown(work.make, len(sizes), "importing")
+        write_weights(folder, sizes, make, max_shard_bytes=SHARD_BYTES, num_parameters=counts)
         if tokenizer is not None:
             tokenizer.save(folder)
         write_json(folder / "config.json", {**config, **work.quantization()})
@@ -87,10 +79,8 @@ def import_gguf(path: Path, out: Path, *, dtype: str = "auto", dequantize: bool 
 
 
 def _dtype(file: GgufFile, name: str) -> torch.dtype:
-    if name != "auto":
-        if name not in DTYPES:
-            raise UsageError(f"--dtype is {name!r}; it must be auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
+    if (chosen := choose_dtype(name)) is not None:
+        return chosen
     kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) == 2}
     return {frozenset({"F32"}): torch.float32, frozenset({"F16"}): torch.float16}.get(frozenset(kinds), torch.bfloat16)
 
@@ -161,19 +151,3 @@ class _Work:
         linear = {name.removesuffix(".weight") for name in self.tensors if name.endswith("_proj.weight")}
         ignored = ("lm_head", *sorted(linear - self.codes.keys()))
         return {"quantization_config": write_config(Quantization(tuple(groups), ignored))}
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes it at the end, and is gone if anything fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.parent / f".importing-{out.name}"
-    if aside.exists():  # a run before was killed
-        shutil.rmtree(aside)
-    aside.mkdir()
-    try:
-        yield aside
-        os.rename(aside, out)
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)

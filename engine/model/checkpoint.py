@@ -10,7 +10,7 @@ Weights that config.json says are quantized take the place of the model's layers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -115,6 +115,16 @@ class Opened:
     quantized: QuantizedRules
     note: str = ""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest in which its numbers are stored, those that are codes left aside."""
+        return _widest(self.stored[rule.stored] for rule in self.rules if rule.stored not in self.quantized)
+
+    def read(self, rule: TensorRule, dtype: torch.dtype) -> list[Tensor]:
+        """A tensor of the file as the parts of our parameters that it fills, as stored; codes as numbers in `dtype`."""
+        parts = [rule.part(self.model.get_parameter(name)) for name in rule.ours]
+        return _numbers(rule, parts, self.stored, self.quantized, dtype)
+
 
 @contextmanager
 def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
@@ -125,12 +135,14 @@ def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
     config = config_from_hf({key: value for key, value in hf.items() if key not in CONFIG_KEYS})
     family = FAMILIES[config.family]
     with open_weights(folder) as files:
-        stored = _normalised(files if form is None else form.tensors(files), family)
+        stored = _normalised(files if form is None else form.tensors(files), family, config)
+        config = with_stored_pooler(config, family, stored)
         config = replace(config, tie_embeddings=_tied(config, family, stored))
         model = Transformer(config, device="meta")
         stacked = {rule.stored for rule in family.rules(config, stacked=True) if rule.stacked}
         rules = family.rules(config, stacked=not stacked.isdisjoint(stored))
         quantized = {} if form is None else quantized_rules(model, rules, form, stored)
+        stored = _of_the_task(stored, config, family, rules, quantized)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         _check(folder, rules, shapes, stored, quantized)
         note = "" if form is None or form.by_layer else f"{form.name} weights are held as numbers"
@@ -153,7 +165,7 @@ def load_model(
     """
     with open_checkpoint(folder) as opened:
         model, stored, quantized = opened.model, opened.stored, opened.quantized
-        dtype = dtype or _widest(stored[rule.stored] for rule in opened.rules if rule.stored not in quantized)
+        dtype = dtype or opened.dtype
         coded = {rule.stored for rule in opened.rules if keep_codes and len(rule.ours) == 1 and rule.expert is None}
         kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
         kept = {} if dequantize else kept
@@ -240,22 +252,56 @@ def save_model(
         "eos_token_id": write_eos(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
     }
-    write_json(folder / "generation_config.json", generation)
+    if config.head is None:  # an encoder writes no text
+        write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", hf)
 
 
-def _normalised(files: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
-    """Tensors under the names of the full model: prefix added where a base class was saved, ignored ones dropped.
+def _normalised(files: Mapping[str, StoredTensor], family: Family, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Tensors under the names of a model of this config: with the prefix or without, ignored ones dropped.
 
-    Of a multimodal folder those of the text part.
+    Of a multimodal folder those of the text part. Old endings of names are replaced.
     """
     files = text_tensors(files)
-    bare, head = not any(name.startswith(family.prefix) for name in files), f"{family.head}."
+    for old, new in family.renamed:
+        files = {name.removesuffix(old) + new if name.endswith(old) else name: one for name, one in files.items()}
+    bare = not any(name.startswith(family.prefix) for name in files)
     stored = {
-        family.prefix + name if bare and not name.startswith(head) else name: tensor for name, tensor in files.items()
+        family.prefix + name if bare and not family.is_of_prefix(name) else name: tensor
+        for name, tensor in files.items()
     }
     ignored = re.compile(re.escape(family.prefix) + "(" + "|".join(family.ignored) + ")")
-    return {name: tensor for name, tensor in stored.items() if not ignored.fullmatch(name)}
+    stored = {name: tensor for name, tensor in stored.items() if not ignored.fullmatch(name)}
+    for copy, original in family.copies.items():
+        if copy in stored and (original not in stored or torch.equal(stored[copy].read(), stored[original].read())):
+            stored[original] = stored.pop(copy)
+    if config.head is not None and config.head.task == "features":
+        stored = {name.removeprefix(family.prefix): tensor for name, tensor in stored.items()}
+    return stored
+
+
+def _of_the_task(
+    stored: dict[str, StoredTensor],
+    config: ModelConfig,
+    family: Family,
+    rules: list[TensorRule],
+    quantized: QuantizedRules,
+) -> dict[str, StoredTensor]:
+    """Without what other tasks have beside the model of this one; what is left out is said."""
+    expected = {rule.stored for rule in rules} | {name for one in quantized.values() for name in one.layout()}
+    extra = sorted(name for name in stored.keys() - expected if family.is_of_another_task(config, name))
+    if extra:
+        say(f"{len(extra)} tensors are of other tasks and not read: {some_names(extra)}")
+    return {name: tensor for name, tensor in stored.items() if name not in extra}
+
+
+def with_stored_pooler(config: ModelConfig, family: Family, stored: Collection[str]) -> ModelConfig:
+    """Hidden states alone may have been saved without the pooler, which they do not need."""
+    head = config.head
+    if head is None or head.task != "features" or not head.pooler:
+        return config
+    lacking = [rule for rule in family.rules(config) if rule.ours[0].startswith("head.pooler.")]
+    return replace(config, head=replace(head, pooler=any(rule.stored in stored for rule in lacking)))
 
 
 def _tied(config: ModelConfig, family: Family, stored: dict[str, StoredTensor]) -> bool:
