@@ -6,7 +6,7 @@
     post_sum  x = norm(x + A(x))            x = norm(x + F(x))
     parallel  x += A(norm(x)) + F(norm(x))  on one norm, or (parallel_two) on one each
 
-The decoder of an encoder-decoder has a third branch between the two, over its source, whose norm stands where theirs do.
+The decoder of an encoder-decoder has a third branch between the two, over its source, with a norm placed like theirs.
 Every branch is multiplied by `residual_scale`, and dropped out in training.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head dimension, F feed-forward width.
@@ -203,10 +203,8 @@ class Block(nn.Module):
         first = layer == 0 and not config.first_norm
         self.input_layernorm = None if first else norm("pre", "both", "parallel", "parallel_two")
         self.self_attn = Attention(config, layer, device=device, dtype=dtype)
-        self.cross_attn = (
-            None if config.encoder is None else CrossAttention(config, layer, device=device, dtype=dtype)
-        )
-        self.cross_attention_layernorm = None if config.encoder is None else norm("pre")
+        self.cross_attn = None if config.encoder is None else CrossAttention(config, layer, device=device, dtype=dtype)
+        self.cross_attention_layernorm = None if config.encoder is None else norm("pre", "post_sum")
         # Before the feed-forward layer, except where norms follow their branch: then after attention.
         self.post_attention_layernorm = norm("pre", "post", "both", "post_sum", "parallel_two")
         self.pre_feedforward_layernorm = norm("both")
@@ -228,6 +226,11 @@ class Block(nn.Module):
         assert self.post_attention_layernorm is not None
         assert self.post_feedforward_layernorm is not None
         x_BTC, _ = self.post_attention_layernorm.add(x_BTC, self._branch(self.self_attn(x_BTC, context)))
+        if self.cross_attn is not None:
+            assert context.source is not None
+            assert self.cross_attention_layernorm is not None
+            branch_BTC = self._branch(self.cross_attn(x_BTC, context.source))
+            x_BTC, _ = self.cross_attention_layernorm.add(x_BTC, branch_BTC)
         branch_BTC = self._branch(self.mlp(x_BTC, context.deterministic))
         return self.post_feedforward_layernorm.add(x_BTC, branch_BTC)[0]
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trine.engine.model.blocks import Block, Context
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.layers import make_norm
+from trine.engine.model.layers import Norm, make_norm
 from trine.engine.model.positions import Biases, RelativeBias
 from trine.kernels.attention.op import make_mask
 
@@ -25,7 +25,9 @@ class Encoder(nn.Module):
             Block(config, layer, device=device, dtype=dtype) for layer in range(config.num_layers)
         )
         self.relative_bias = make_relative_bias(config, device=device, dtype=dtype)
-        self.norm = make_norm(config, device=device, dtype=dtype)
+        self.norm: Norm | nn.Identity = (
+            make_norm(config, device=device, dtype=dtype) if config.final_norm else nn.Identity()
+        )
 
     def forward(
         self,

@@ -27,21 +27,22 @@ def initialize(model: Transformer, seed: int) -> None:
     """Fill every parameter. A generator of its own, on the CPU, makes the result independent of device and dtype."""
     generator = torch.Generator("cpu").manual_seed(seed)
     residual_std = model.config.init_std * (2 * model.config.num_layers) ** -0.5
+    fan_in = model.config.init_fan_in
     for name, module in model.named_modules():
         if isinstance(module, (RMSNorm, LayerNorm)):
             module.weight.fill_(0.0 if isinstance(module, RMSNorm) and module.unit_offset else 1.0)
         elif isinstance(module, (Linear, Embedding, ExpertLinear, RelativeBias)):
-            if model.config.init_fan_in:
-                _normal(module.weight, _fan_in_std(model.config, name, module), generator)
-                continue
             residual = name.endswith(
                 ("self_attn.o_proj", "cross_attn.o_proj", "mlp.down_proj", "experts.down_proj", "expert.down_proj")
             )
-            _normal(module.weight, residual_std if residual else model.config.init_std, generator)
+            std = residual_std if residual else model.config.init_std
+            _normal(module.weight, _fan_in_std(model.config, name, module) if fan_in else std, generator)
         if isinstance(module, (Linear, LayerNorm, ExpertLinear)) and module.bias is not None:
             module.bias.zero_()
         if isinstance(module, Attention) and module.sinks is not None:
             _normal(module.sinks, model.config.init_std, generator)
+    if model.lm_bias is not None:
+        model.lm_bias.zero_()
 
 
 def _fan_in_std(config: ModelConfig, name: str, module: nn.Module) -> float:

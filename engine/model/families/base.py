@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.config import ModelConfig
+from trine.engine.model.head_config import Task
 from trine.engine.model.transformer import Transformer
 
 HfConfig = Mapping[str, Any]
@@ -28,7 +29,7 @@ class TensorRule:
 
     `groups`: joined in so many pieces, each with its share of every one of ours (GPT-NeoX: q, k, v head by head).
     `expert`: the file holds that expert's part alone. `stacked`: it holds all experts, [E, out, in] or [E, in, out],
-    joined along their outputs.
+    joined along their outputs. `row`: the file holds a vector as one row of a matrix.
     """
 
     stored: str
@@ -37,6 +38,7 @@ class TensorRule:
     groups: int = 1
     expert: int | None = None
     stacked: bool = False
+    row: bool = False
 
     def part(self, parameter: Tensor) -> Tensor:
         """What of one of our parameters the file holds, as a view."""
@@ -50,10 +52,11 @@ class TensorRule:
         joined[int(self.stacked)] = sum(shape[int(self.stacked)] for shape in shapes)
         if self.transpose:
             joined[-1], joined[-2] = joined[-2], joined[-1]
-        return tuple(joined)
+        return (1, *joined) if self.row else tuple(joined)
 
     def from_stored(self, stored: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
         """A stored tensor as ours, whose `part`s it fills."""
+        stored = stored[0] if self.row else stored
         tensor = stored.transpose(-1, -2) if self.transpose else stored
         dim = int(self.stacked)
         found = self.split(tensor.movedim(dim, 0), [part.shape[dim] for part in parts])
@@ -63,7 +66,8 @@ class TensorRule:
         """The opposite of `from_stored`."""
         dim = int(self.stacked)
         joined = self.join([part.movedim(dim, 0) for part in parts]).movedim(0, dim)
-        return (joined.transpose(-1, -2) if self.transpose else joined).contiguous()
+        joined = (joined.transpose(-1, -2) if self.transpose else joined).contiguous()
+        return joined[None] if self.row else joined
 
     def split(self, joined: Tensor, rows: Sequence[int]) -> list[Tensor]:
         """A tensor of the joined outputs, [sum of rows, ...], as ours."""
@@ -95,7 +99,11 @@ class Family:
     `ignored`: regular expressions (after the prefix) of stored tensors that carry no information.
     `names`: modules on disk and ours. `gated_names`: the same where the feed-forward layers are gated, if then they
     have other names. `transposed`: those of them stored [in, out]. `by_head`: those that join their
-    parts head by head. `head`: the output layer on disk.
+    parts head by head. `as_rows`: vectors stored as one row of a matrix. `head`: the output layer on disk.
+
+    Of an encoder: `tasks` are the classes of transformers by what they are for, and `task_names` the modules that each
+    has beside `names`. A file may hold modules of other tasks, which are left unread.
+    `renamed`: endings of stored names in old files, and what they became. `copies`: stored tensors that repeat another.
 
     Of a mixture of experts: `%` in a name stands for the number of an expert. `stacked` names hold all experts as one
     tensor, without ".weight" at the end of its name (and "_bias" at that of its bias), gate and up one after the other
@@ -116,9 +124,14 @@ class Family:
     gated_names: Names = field(default_factory=dict)
     transposed: frozenset[str] = field(default_factory=frozenset)
     by_head: frozenset[str] = field(default_factory=frozenset)
+    as_rows: frozenset[str] = field(default_factory=frozenset)
     stacked: frozenset[str] = field(default_factory=frozenset)
     alternating: frozenset[str] = field(default_factory=frozenset)
     stacked_names: Names = field(default_factory=dict)
+    tasks: Mapping[Task, str] = field(default_factory=dict)
+    task_names: Mapping[Task, Names] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     head: str = "lm_head"
 
@@ -127,6 +140,8 @@ class Family:
         parameters = _parameter_names(config)
         names = self.gated_names if config.mlp == "gated" and self.gated_names else self.names
         names = self.stacked_names if stacked else names
+        if config.head is not None:
+            names = {**names, **self.task_names[config.head.task]}
         num_layers = max(config.num_layers, 0 if config.encoder is None else config.encoder.num_layers)
         return [
             rule
@@ -137,6 +152,22 @@ class Family:
             if (rule := self._rule(config, stored, ours, layer, expert, kind)) and parameters.issuperset(rule.ours)
         ]
 
+    @property
+    def is_encoder(self) -> bool:
+        """Whether its models read texts and do not write any."""
+        return bool(self.tasks)
+
+    def is_of_prefix(self, stored: str) -> bool:
+        """Whether a stored name bears the prefix, or is of a head, which never does."""
+        heads = [name for names in self.task_names.values() for name in names if not name.startswith(self.prefix)]
+        return stored.startswith((self.prefix, *(f"{head}." for head in (self.head, *heads)), *heads))
+
+    def is_of_another_task(self, config: ModelConfig, stored: str) -> bool:
+        """Whether a stored name, which a model of this config does not have, is of another task."""
+        name = stored if self.is_of_prefix(stored) else self.prefix + stored
+        modules = {module for names in self.task_names.values() for module in (*names, self.head)}
+        return config.head is not None and any(name == one or name.startswith(f"{one}.") for one in modules)
+
     def _rule(
         self, config: ModelConfig, stored: str, ours: tuple[str, ...], layer: int, expert: int | None, kind: str
     ) -> TensorRule:
@@ -144,6 +175,8 @@ class Family:
         stacked = stored in self.stacked
         ending = {"weight": "", "bias": "_bias", "": ""}[kind] if stacked else f".{kind}" if kind else ""
         groups = 1
+        if config.head is not None and config.head.task == "features":
+            stored = stored.removeprefix(self.prefix)  # the base class itself
         if stored in self.by_head:
             groups = config.num_heads
         elif stored in self.alternating and config.moe is not None:
@@ -155,6 +188,7 @@ class Family:
             groups=groups,
             expert=expert,
             stacked=stacked,
+            row=stored in self.as_rows,
         )
 
 
