@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trine.engine.model.cache import KVCache
 from trine.engine.model.checkpoint import load_model
-from trine.engine.model.config import ModelConfig
+from trine.engine.model.config import ModelConfig, MoeConfig
 from trine.engine.model.cost import count_parameters, flops_per_token, kv_bytes_per_token
 
 
@@ -46,9 +47,18 @@ def test_attention_is_counted_over_the_window(make_pair: Callable[[str], Any]) -
     assert flops_per_token(config, 8, training=False) == flops_per_token(everything, 8, training=False)
 
 
-def test_training_flops_are_three_times_the_forward(make_pair: Callable[[str], Any]) -> None:
-    config = load_model(make_pair("llama3_gqa").folder).config
-    assert flops_per_token(config, 128, training=True) == 3 * flops_per_token(config, 128, training=False)
+def test_training_flops_equal_those_of_transformers(main_pair: Any, sample_ids: torch.Tensor) -> None:
+    """Of its plain model, forward and backward: other code, whose attention is products over all pairs."""
+    ids = sample_ids[:, :16]
+    with FlopCounterMode(display=False) as forward:
+        logits = main_pair.oracle(ids).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    main_pair.oracle.zero_grad(set_to_none=True)
+    everything = replace(load_model(main_pair.folder).config, window=None, full_layers=(), window_rope=None)
+    per_token = {kind: flops_per_token(everything, 16, training=kind == "training") for kind in ("forward", "training")}
+    assert forward.get_total_flops() == per_token["forward"] * ids.numel()
+    assert forward.get_total_flops() + backward.get_total_flops() == per_token["training"] * ids.numel()
 
 
 def test_the_34m_llama_by_hand() -> None:
@@ -77,6 +87,50 @@ def test_flops_of_the_other_families_by_hand() -> None:
     qwen3 = ModelConfig(family="qwen3", **sizes, num_kv_heads=2, head_dim=16, ffn_width=80, qk_norm="head")
     weights = 3 * (48 * 64 + 2 * 48 * 32 + 64 * 48 + 3 * 48 * 80) + 100 * 48
     assert flops_per_token(qwen3, 64, training=True) == 6 * weights + 12 * 3 * 64 * 64
+
+
+SIZES: dict[str, Any] = {
+    "family": "any", "vocab_size": 100, "width": 48, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+    "ffn_width": 80, "max_positions": 64,
+}  # fmt: skip
+# By hand, for 64 tokens of a sequence: multiplications with weights of one layer, and keys seen in all four layers.
+_QKVO, _GATED, _ALL = 48 * 64 + 2 * 48 * 32 + 64 * 48, 3 * 48 * 80, 4 * 64
+_EXPERTS = MoeConfig(num_experts=8, top_k=2, ffn_width=24)
+BY_HAND: dict[str, tuple[dict[str, Any], int, int]] = {
+    "fewer heads for keys": ({}, 4 * (_QKVO + _GATED), _ALL),
+    "one head for keys": ({"num_kv_heads": 1}, 4 * (2 * 48 * 64 + 2 * 48 * 16 + _GATED), _ALL),
+    "a plain unit": ({"mlp": "plain", "mlp_bias": True}, 4 * (_QKVO + 2 * 48 * 80), _ALL),
+    "branches side by side": ({"placement": "parallel"}, 4 * (_QKVO + _GATED), _ALL),
+    "norms at heads": ({"placement": "both", "qk_norm": "head"}, 4 * (_QKVO + _GATED), _ALL),
+    "no positions in two layers": ({"unrotated_layers": (1, 3)}, 4 * (_QKVO + _GATED), _ALL),
+    "a window": ({"window": 8}, 4 * (_QKVO + _GATED), 4 * 8),
+    "a window in three of four": ({"window": 8, "full_layers": (3,)}, 4 * (_QKVO + _GATED), 3 * 8 + 64),
+    "a window wider than the text": ({"window": 80}, 4 * (_QKVO + _GATED), _ALL),
+    # router, and two of eight experts
+    "experts": ({"moe": _EXPERTS}, 4 * (_QKVO + 48 * 8 + 2 * 3 * 48 * 24), _ALL),
+    # and one that takes every token, with a gate of one output
+    "a shared expert": (
+        {"moe": replace(_EXPERTS, shared_width=40)},
+        4 * (_QKVO + 48 * 8 + 2 * 3 * 48 * 24 + 3 * 48 * 40 + 48),
+        _ALL,
+    ),
+    "experts in three of four": (
+        {"moe": replace(_EXPERTS, dense_layers=(0,))},
+        4 * _QKVO + _GATED + 3 * (48 * 8 + 2 * 3 * 48 * 24),
+        _ALL,
+    ),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_flops_of_every_feature_by_hand(name: str, tied: bool) -> None:
+    """2 for each weight and for each channel of a key and of a value; training three times; the head tied or not."""
+    changes, weights, keys = BY_HAND[name]
+    config = ModelConfig(**{**SIZES, "tie_embeddings": tied, **changes})
+    forward = 2 * (weights + 48 * 100) + 2 * 2 * 64 * keys
+    assert flops_per_token(config, 64, training=False) == forward
+    assert flops_per_token(config, 64, training=True) == 3 * forward
 
 
 def test_kv_bytes_equal_an_allocated_cache(main_pair: Any) -> None:
