@@ -16,7 +16,7 @@ import torch
 from trine.engine.model.config import ModelConfig
 
 # Norms of a layer.
-_NORMS = {"pre": 2, "post": 2, "both": 4, "parallel": 1, "parallel_two": 2}
+_NORMS = {"pre": 2, "post": 2, "both": 4, "post_sum": 2, "parallel": 1, "parallel_two": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     embedding = config.vocab_size * config.width
     if config.positions == "learned":
         embedding += (config.position_offset + config.max_positions) * config.width
+    embedding += config.token_types * config.width
     norm = config.width * (2 if config.norm == "layer" else 1)
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     biases = config.qkv_bias * (q_width + 2 * kv_width) + config.o_bias * config.width
@@ -43,8 +44,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
     sinks = config.num_heads if config.attention_sinks else 0
     each = _attention_weights(config) + biases + qk_norm + sinks + _NORMS[config.placement] * norm
     layers = sum(each + _feed_forward_parameters(config, layer) for layer in range(config.num_layers))
-    head = 0 if config.tie_embeddings else config.vocab_size * (config.width + config.head_bias)
-    return Parameters(total=embedding + layers + norm + head, embedding=embedding)
+    norms = (config.embedding_norm + config.final_norm - (not config.first_norm)) * norm
+    return Parameters(total=embedding + layers + norms + _head_parameters(config, norm), embedding=embedding)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int:
@@ -54,7 +55,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int
     """
     layers = range(config.num_layers)
     weights = sum(_attention_weights(config) + _feed_forward_weights(config, layer) for layer in layers)
-    weights += config.vocab_size * config.width
+    weights += _head_weights(config)
     keys = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in layers)
     attention = 4 * config.num_heads * config.head_dim * keys
     return (2 * weights + attention) * (3 if training else 1)
@@ -63,6 +64,32 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that one token occupies in a key/value cache of `dtype`."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def _head_parameters(config: ModelConfig, norm: int) -> int:
+    """Parameters of the head, biases and the layer before the output counted; `norm`: those of one norm."""
+    head, width = config.head, config.width
+    count = 0
+    if config.has_vocabulary_head:
+        count += config.vocab_size * (config.head_bias + (0 if config.tie_embeddings else width))
+    if head is None:
+        return count
+    count += (width + 1) * (head.pooler * width + len(head.labels) + 2 * (head.task == "pretraining"))
+    if head.transform is not None:
+        count += width * (width + head.transform.bias) + norm
+    dense = () if head.embedding is None else head.embedding.dense
+    return count + sum(one.num_out * (one.num_in + one.bias) for one in dense)
+
+
+def _head_weights(config: ModelConfig) -> int:
+    """Entries of the matrices of the head that every token is multiplied with; not those for each sequence once."""
+    head, width = config.head, config.width
+    if head is None:
+        return config.vocab_size * width
+    of_every_token = head.has_vocabulary or head.task == "tagging"
+    transform = width * width if of_every_token and head.transform is not None else 0
+    tags = width * len(head.labels) if head.task == "tagging" else 0
+    return transform + tags + (config.vocab_size * width if head.has_vocabulary else 0)
 
 
 def _attention_weights(config: ModelConfig) -> int:

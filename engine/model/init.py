@@ -43,6 +43,8 @@ def initialize(model: Transformer, seed: int) -> None:
             _normal(module.sinks, model.config.init_std, generator)
     if model.lm_bias is not None:
         model.lm_bias.zero_()
+    if model.lm_bias is not None:
+        model.lm_bias.zero_()
 
 
 def _fan_in_std(config: ModelConfig, name: str, module: nn.Module) -> float:

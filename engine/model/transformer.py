@@ -71,9 +71,7 @@ class Transformer(nn.Module):
             else Linear(config.width, config.vocab_size, bias=config.head_bias, device=device, dtype=dtype)
         )
         tied_bias = config.tie_embeddings and config.head_bias and config.has_vocabulary_head
-        self.lm_bias = (
-            nn.Parameter(torch.empty(config.vocab_size, device=device, dtype=dtype)) if tied_bias else None
-        )
+        self.lm_bias = nn.Parameter(torch.empty(config.vocab_size, device=device, dtype=dtype)) if tied_bias else None
 
     @property
     def device(self) -> torch.device:
@@ -241,7 +239,9 @@ class Transformer(nn.Module):
         if mask_BT.shape != ids_BT.shape:
             raise ValueError(f"mask_BT is {tuple(mask_BT.shape)} for ids {tuple(ids_BT.shape)}; they must agree")
         segment_ids_BT = mask_documents(mask_BT)
-        return segment_ids_BT, self._document_positions(ids_BT, segment_ids_BT) if positions_BT is None else positions_BT
+        if positions_BT is None:
+            positions_BT = self._document_positions(ids_BT, segment_ids_BT)
+        return segment_ids_BT, positions_BT
 
     def embed(self, ids_BT: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None = None) -> Tensor:
         """What the first layer gets, [B, T, C] in the dtype of the parameters."""

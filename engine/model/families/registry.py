@@ -14,6 +14,7 @@ from typing import Any
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.config import DropoutConfig, ModelConfig
 from trine.engine.model.families.base import Family, HfConfig
+from trine.engine.model.families.bert import BERT
 from trine.engine.model.families.cohere import COHERE
 from trine.engine.model.families.gemma import GEMMA
 from trine.engine.model.families.gemma2 import GEMMA2
@@ -23,6 +24,7 @@ from trine.engine.model.families.gpt_neox import GPT_NEOX
 from trine.engine.model.families.gpt_oss import GPT_OSS
 from trine.engine.model.families.granite import GRANITE
 from trine.engine.model.families.llama import LLAMA
+from trine.engine.model.families.marian import MARIAN
 from trine.engine.model.families.mistral import MISTRAL
 from trine.engine.model.families.mixtral import MIXTRAL
 from trine.engine.model.families.olmo2 import OLMO2
@@ -39,13 +41,15 @@ from trine.engine.model.families.smollm3 import SMOLLM3
 from trine.engine.model.families.stablelm import STABLELM
 from trine.engine.model.families.starcoder2 import STARCODER2
 from trine.engine.model.families.t5 import MT5, T5
+from trine.engine.model.head_config import HeadConfig
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, PHI, SMOLLM3, OLMO2, OLMO3, STARCODER2,
         GPT_NEOX, STABLELM, COHERE, GRANITE, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS,
-        T5, MT5,
+        T5, MT5, MARIAN,
+        BERT,
     )
 }  # fmt: skip
 
@@ -88,14 +92,14 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         raise CheckpointError(f"family {config.family!r} is not known; known: {', '.join(FAMILIES)}")
     hf = {
         **family.to_hf(config),
-        "architectures": [family.architecture],
+        "architectures": [family.architecture if config.head is None else family.tasks[config.head.task]],
         "model_type": family.model_types[0],
         "dtype": dtype,
         "torch_dtype": dtype,
     }
     back = config_from_hf(hf)
     # Dropout is a training setting; formats keep it only in part, and nothing else reads it.
-    plain, plain_back = (replace(one, dropout=DropoutConfig()) for one in (config, back))
+    plain, plain_back = (replace(one, dropout=DropoutConfig(), head=_written_head(one)) for one in (config, back))
     lost = [
         f"{item.name} = {getattr(plain, item.name)!r}"
         for item in fields(ModelConfig)
@@ -104,6 +108,12 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if lost:
         raise CheckpointError(f"the {config.family} format cannot express {', '.join(lost)}; choose another family")
     return dict(sorted(hf.items()))
+
+
+def _written_head(config: ModelConfig) -> HeadConfig | None:
+    """What config.json says of the head: of features nothing, whose pooler and embeddings stand in other files."""
+    head = config.head
+    return HeadConfig(task="features") if head is not None and head.task == "features" else head
 
 
 def new_config(family: str, *, sizes: Mapping[str, int], settings: HfConfig) -> ModelConfig:
