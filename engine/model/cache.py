@@ -210,6 +210,20 @@ class KVCache:
         uniform = bool((positions_BT == torch.arange(first, first + num_new)).all())
         return CacheStep(self, positions_BT.to(device), first if uniform else None, last + 1)
 
+    def select(self, rows_N: Tensor) -> None:
+        """Go on with these rows (int64), in this order; a row may be taken more than once. Slots in use are copied."""
+        used = int(self.lengths_B.max())
+        for name in ("k_LBKSD", "v_LBKSD"):
+            held = getattr(self, name)
+            taken = held[:, rows_N.to(held.device), :, :used]
+            if len(rows_N) != held.shape[1]:
+                held = held.new_zeros(held.shape[0], len(rows_N), *held.shape[2:])
+                setattr(self, name, held)
+            held[:, :, :, :used] = taken
+        rows = rows_N.cpu()
+        self.lengths_B = self.lengths_B[rows]
+        self.longer_B = None if self.longer_B is None else self.longer_B[rows_N.to(self.longer_B.device)]
+
     def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, step: CacheStep) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of one layer; returns views of all slots in use, [B, K, S, D]."""
         k_BKSD, v_BKSD = self.k_LBKSD[layer], self.v_LBKSD[layer]

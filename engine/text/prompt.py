@@ -22,3 +22,20 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], *, add_spec
     if start is None:
         raise UsageError("the prompt is empty and the tokenizer names no bos or eos token to start from; give a prompt")
     return [start]
+
+
+def encode_source(tokenizer: Tokenizer, source: str | Sequence[int], eos_id: int | None) -> list[int]:
+    """Ids of a source of an encoder-decoder, never none: a text gets special tokens as the tokenizer says and ends with
+    `eos_id` once (as T5 and Marian are trained); ids are taken as they are.
+
+    Raises `UsageError` for a source without ids.
+    """
+    if not isinstance(source, str):
+        ids = list(source)
+    else:
+        ids = tokenizer.encode(source, add_special_tokens=True)
+        if eos_id is not None and (not ids or ids[-1] != eos_id):
+            ids.append(eos_id)
+    if not ids:
+        raise UsageError("the source is empty and the model names no eos token to end it with; give a source")
+    return ids
