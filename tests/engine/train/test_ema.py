@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trine.engine.convert.export import export
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.train import step as steps
 from trine.engine.train.ema import Ema
@@ -162,6 +163,15 @@ def test_averages_of_an_adapter_and_of_weights_that_are_rounded(make_recipe: Mak
         assert not all(torch.equal(final[key], last[key]) for key in final)
         totals = [sum(float(tensor.double().sum()) for tensor in tensors.values()) for tensors in (final, found)]
         assert totals[0] == pytest.approx(totals[1])
+
+
+def test_a_step_is_exported_with_its_weights_or_their_average(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(make_recipe(**AVERAGED, train={"steps": 4}))
+    run = tmp_path / "run"
+    for ema, expected in ((True, run / "final"), (False, run / "step-00000004")):
+        export(run / "step-00000004", tmp_path / str(ema), ema=ema)
+        assert_equal(*(load_file(folder / "model.safetensors") for folder in (tmp_path / str(ema), expected)))
+        assert (tmp_path / str(ema) / "tokenizer.json").is_file()
 
 
 @pytest.mark.slow
