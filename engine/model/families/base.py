@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from trine.engine.model.head_config import Task
 from trine.engine.model.transformer import Transformer
 
 HfConfig = Mapping[str, Any]
+Shape = Literal["decoder", "encoder", "encoder-decoder"]
 Names = Mapping[str, tuple[str, ...]]
 
 
@@ -153,9 +154,11 @@ class Family:
         ]
 
     @property
-    def is_encoder(self) -> bool:
-        """Whether its models read texts and do not write any."""
-        return bool(self.tasks)
+    def shape(self) -> Shape:
+        """Which of the three kinds of Transformer its models are."""
+        if self.tasks:
+            return "encoder"
+        return "encoder-decoder" if self.neutral.get("is_encoder_decoder") else "decoder"
 
     def is_of_prefix(self, stored: str) -> bool:
         """Whether a stored name bears the prefix, or is of a head, which never does."""

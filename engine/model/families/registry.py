@@ -52,6 +52,8 @@ FAMILIES: dict[str, Family] = {
         BERT,
     )
 }  # fmt: skip
+# Those that write text from text alone.
+DECODERS = {name: family for name, family in FAMILIES.items() if family.shape == "decoder"}
 
 
 def family_for(hf: HfConfig) -> Family:

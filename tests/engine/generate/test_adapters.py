@@ -18,7 +18,7 @@ from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.families import TensorRule
-from trine.engine.model.families.registry import FAMILIES, config_from_hf
+from trine.engine.model.families.registry import DECODERS, FAMILIES, config_from_hf
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 
@@ -140,7 +140,7 @@ FIRST = {"gpt2", "gpt_neox", "llama", "phi3", "qwen2_moe", "qwen3"}
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(FAMILIES)],
+    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(DECODERS)],
 )
 def case(request: pytest.FixtureRequest, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Each family in turn."""

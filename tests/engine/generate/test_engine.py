@@ -19,7 +19,7 @@ from trine.engine.generate.logprobs import TokenLogprobs
 from trine.engine.generate.plain import generate
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
-from trine.engine.model.families.registry import FAMILIES, config_from_hf
+from trine.engine.model.families.registry import DECODERS, FAMILIES, config_from_hf
 from trine.engine.model.paged_cache import bytes_per_block
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ FIRST = {"gpt2", "llama", "qwen3", "gemma2", "gpt_oss"}
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(FAMILIES)],
+    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(DECODERS)],
 )
 def family_model(request: pytest.FixtureRequest, tiny_tokenizer: Tokenizer) -> Transformer:
     """Each family in turn."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trine.engine.model.cache import KVCache
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.families.registry import FAMILIES, config_from_hf
+from trine.engine.model.families.registry import DECODERS, FAMILIES, config_from_hf
 from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.transformer import Transformer
 from trine.kernels.cpu import compiled
@@ -51,7 +51,7 @@ FIRST = {"cohere", "gemma2", "gpt2", "llama", "qwen3"}
     scope="module",
     params=[
         pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow])
-        for name in sorted(FAMILIES)
+        for name in sorted(DECODERS)
         if make_config(name).moe is None
     ],
 )

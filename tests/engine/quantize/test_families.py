@@ -9,7 +9,7 @@ import torch
 
 from trine.engine.errors import CheckpointError
 from trine.engine.model.checkpoint import load_model, save_model
-from trine.engine.model.families.registry import FAMILIES, new_config
+from trine.engine.model.families.registry import DECODERS, new_config
 from trine.engine.model.init import initialize
 from trine.engine.model.quantized.layers import is_quantized
 from trine.engine.model.quantized.scheme import make_scheme
@@ -33,7 +33,7 @@ FIRST = {"gemma2", "gpt_neox", "phi3"}
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(FAMILIES)],
+    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(DECODERS)],
 )
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of each family in turn."""

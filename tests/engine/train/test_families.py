@@ -14,7 +14,7 @@ import torch
 from trine.engine.data.batch import Batch
 from trine.engine.data.objectives import CausalLM
 from trine.engine.model.checkpoint import load_model
-from trine.engine.model.families.registry import FAMILIES, new_config
+from trine.engine.model.families.registry import DECODERS, FAMILIES, new_config
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.loop import train
@@ -27,7 +27,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(DECODERS))
 def test_loss_of_every_family_falls(family: str, dtype: torch.dtype) -> None:
     model = Transformer(new_config(family, sizes=SIZES, settings={"sliding_window": 8, "use_sliding_window": True}))
     initialize(model, seed=0)
@@ -46,7 +46,7 @@ def test_loss_of_every_family_falls(family: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(DECODERS))
 def test_a_run_of_every_family_leaves_a_checkpoint_of_its_kind(family: str, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(model={"family": family, "num_layers": 4})
     train(recipe)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import load_model, save_model
-from trine.engine.model.families.registry import FAMILIES, config_from_hf
+from trine.engine.model.families.registry import DECODERS, FAMILIES, config_from_hf
 from trine.engine.model.init import initialize
 from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_base import identify
@@ -74,7 +74,7 @@ def test_the_sum_is_that_of_peft(family: str, make: Make, tmp_path: Path) -> Non
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(DECODERS))
 def test_merged_weights_compute_what_the_adapter_does(family: str, make: Make, tmp_path: Path) -> None:
     base, adapter = make(family, torch.float32)
     merge(base, adapter, tmp_path / "merged")
