@@ -6,14 +6,19 @@ Shapes: B rows, T tokens in a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 IGNORED = -100
+BatchT = TypeVar("BatchT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,19 +39,29 @@ class Batch:
     num_valid: int
     num_bytes: int | None = None
 
+    @property
+    def counts(self) -> tuple[int]:
+        """Terms of the one sum that a loss over next tokens is."""
+        return (self.num_valid,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.ids_BT.numel()
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        return moved(self, device)
 
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        return replace(
-            self,
-            ids_BT=self.ids_BT.to(device, non_blocking=True),
-            targets_BT=self.targets_BT.to(device, non_blocking=True),
-            segment_ids_BT=moved(self.segment_ids_BT),
-            positions_BT=moved(self.positions_BT),
-        )
+def moved(batch: BatchT, device: torch.device | str) -> BatchT:
+    """A batch, any dataclass of tensors and numbers, with its tensors on another device."""
+    tensors = {
+        field.name: value.to(device, non_blocking=True)
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return replace(batch, **tensors)
 
 
 @dataclass(frozen=True, slots=True)

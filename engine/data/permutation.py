@@ -28,8 +28,7 @@ def permute(index: IntArray, size: int, key: int) -> IntArray:
         return np.zeros_like(index)
     half = (max(size - 1, 1).bit_length() + 1) // 2
     keys = [
-        _mix(np.array([(key + round_number * 0x9E3779B97F4A7C15) % 2**64], np.uint64))
-        for round_number in range(_ROUNDS)
+        mix(np.array([(key + round_number * 0x9E3779B97F4A7C15) % 2**64], np.uint64)) for round_number in range(_ROUNDS)
     ]
     value = index.astype(np.uint64).ravel()
     outside = np.ones(value.shape, dtype=bool)
@@ -44,11 +43,11 @@ def _feistel(value: npt.NDArray[np.uint64], half: int, keys: list[npt.NDArray[np
     mask = np.uint64((1 << half) - 1)
     left, right = value >> bits, value & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
+        left, right = right, left ^ (mix(right + key) & mask)
     return (left << bits) | right
 
 
-def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finalizer of splitmix64 (Steele et al. 2014): every bit of the result depends on every bit of the value."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -111,6 +111,11 @@ class TokenShards:
         number = int(np.searchsorted(self._starts, token, side="right")) - 1
         return number, int(self._starts[number])
 
+    def document_bounds(self, number: int) -> tuple[int, int]:
+        """Index of a document's first token, and of the one behind its last, which is end-of-text."""
+        begin, end = self._documents[number : number + 2].tolist()
+        return begin, end
+
     def document_lengths(self, *, chunk: int = 1 << 20) -> Iterator[npt.NDArray[np.int64]]:
         """Tokens of each document, end-of-text included, in order, `chunk` documents at a time."""
         for first in range(0, self.num_documents, chunk):

@@ -126,13 +126,25 @@ def read_texts(sources: Sequence[Source], *, text_field: str = "text", skip_bad:
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
-    """`text` in stretches of at most `limit` characters, cut behind a line end where there is one in the last half."""
+    """`text` in stretches of at most `limit` characters, so that their tokens together are those of the whole.
+
+    Cut behind a letter or digit and in front of white space, where that occurs in the last half: whatever splits text
+    into words joins white space with what follows, line ends sometimes with punctuation before them, neither with a word
+    before. Otherwise behind a line end, or anywhere.
+    """
     start = 0
     while len(text) - start > limit:
-        end = text.rfind("\n", start + limit // 2, start + limit) + 1 or start + limit
+        end = _cut_place(text, start + limit // 2, start + limit)
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _cut_place(text: str, first: int, last: int) -> int:
+    for place in range(last - 1, first, -1):
+        if text[place].isspace() and text[place - 1].isalnum():
+            return place
+    return text.rfind("\n", first, last) + 1 or last
 
 
 def _read_text(source: Source, report: Report, piece_bytes: int, check_first: bool) -> Iterator[Piece]:

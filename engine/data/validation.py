@@ -15,12 +15,15 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trine.engine.data.batch import Batch, Window, make_batch
-from trine.engine.data.shards import Split, TokenShards, open_together
+from trine.engine.data.batch import Window
+from trine.engine.data.permutation import derive_key
+from trine.engine.data.rows import Drawn, NextTokenRows, Rows
+from trine.engine.data.shards import Split, open_together
 from trine.engine.errors import UsageError
 from trine.engine.text.tokenizer import Tokenizer
 
@@ -29,7 +32,9 @@ class ValidationSet:
     """Windows of the validation splits of `folders` (or of another split).
 
     max_tokens: at most about this many tokens, rounded up to whole windows; None for all.
-    Attributes: fingerprint, num_windows, tokenizer_dir. `num_tokens` and `num_bytes` describe what is scored.
+    rows: what makes batches of windows (default: each next token is to be predicted).
+    Attributes: fingerprint, num_windows, tokenizer_dir. `num_tokens` and `num_bytes` describe what is scored, where
+    that is next tokens.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class ValidationSet:
         max_tokens: int | None = None,
         document_mask: bool = True,
         split: Split = "validation",
+        rows: Rows | None = None,
     ) -> None:
         if not folders:
             raise UsageError("no folders for validation; name at least one prepared folder")
@@ -47,26 +53,27 @@ class ValidationSet:
             raise UsageError(f"seq_len {seq_len} and max_tokens {max_tokens} should be at least 1")
         self._shards = open_together(folders, split)
         self.seq_len = seq_len
-        self.document_mask = document_mask
         self.tokenizer_dir = self._shards[0].tokenizer_dir
-        # A window of one token has nothing to predict: hence the - 1.
-        windows = [(shards, i) for shards in self._shards for i in range(math.ceil((shards.num_tokens - 1) / seq_len))]
+        self._rows = rows or NextTokenRows(seq_len, document_mask=document_mask, token_lengths_V=self._token_lengths)
+        length, more = self._rows.window_len, self._rows.lookahead
+        # A window of one token has no next one to predict: hence the lookahead.
+        windows = [
+            (shards, i) for shards in self._shards for i in range(math.ceil((shards.num_tokens - more) / length))
+        ]
         wanted = len(windows) if max_tokens is None else min(len(windows), math.ceil(max_tokens / seq_len))
         self._windows = [windows[i * len(windows) // wanted] for i in range(wanted)]
         self.num_windows = wanted
-        identity = f"validation-1 {[s.fingerprint for s in self._shards]} {seq_len} {wanted} {document_mask}"
+        identity = f"validation-1 {[s.fingerprint for s in self._shards]} {seq_len} {wanted} {self._rows.identity}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All windows in order, `batch_size` at a time (the last batch may be smaller), with `num_bytes` set."""
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        """All windows in order, `batch_size` at a time (the last batch may be smaller), with `num_bytes` set.
+
+        What is random about them is the same at every evaluation.
+        """
         for first in range(0, self.num_windows, batch_size):
-            windows = [self._window(*place) for place in self._windows[first : first + batch_size]]
-            yield make_batch(
-                windows,
-                seq_len=self.seq_len,
-                document_mask=self.document_mask,
-                token_lengths_V=self._token_lengths,
-            )
+            numbers = range(first, min(first + batch_size, self.num_windows))
+            yield self._rows.make([self._drawn(number) for number in numbers])
 
     @property
     def num_tokens(self) -> int:
@@ -97,7 +104,9 @@ class ValidationSet:
         lengths[self._shards[0].eos_id] = 0
         return lengths
 
-    def _window(self, shards: TokenShards, index: int) -> Window:
-        start = index * self.seq_len
-        count = min(self.seq_len + 1, shards.num_tokens - start)
-        return Window(shards.read(start, count), shards.document_starts(start, count) - start)
+    def _drawn(self, number: int) -> Drawn:
+        shards, index = self._windows[number]
+        start = index * self._rows.window_len
+        count = min(self._rows.window_len + self._rows.lookahead, shards.num_tokens - start)
+        window = Window(shards.read(start, count), shards.document_starts(start, count) - start)
+        return Drawn(window, shards, start, derive_key("validation", shards.fingerprint, index))

@@ -136,6 +136,13 @@ class Tokenizer:
             part.truncate(length, direction=side)
         return self._parsing.post_process(*parts, add_special_tokens=add_special_tokens)
 
+    def encode_words(self, texts: Sequence[Sequence[str]]) -> list[tuple[list[int], list[int | None]]]:
+        """Ids of each text given as words, with the special tokens that frame it, and the word each id belongs to."""
+        encodings = self._parsing.encode_batch(
+            [list(words) for words in texts], is_pretokenized=True, add_special_tokens=True
+        )
+        return [(encoding.ids, encoding.word_ids) for encoding in encodings]
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `text`, special tokens in it parsed, and the stretch of characters that each stands for."""
         encoding = self._parsing.encode(text, add_special_tokens=False)
@@ -172,6 +179,21 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         """Id of the padding token, if the tokenizer has one."""
         return self._special("pad_token")
+
+    @property
+    def cls_id(self) -> int | None:
+        """Id of the token in front of an encoder's text, if the tokenizer has one."""
+        return self._special("cls_token")
+
+    @property
+    def sep_id(self) -> int | None:
+        """Id of the token behind each text of an encoder, if the tokenizer has one."""
+        return self._special("sep_token")
+
+    @property
+    def mask_id(self) -> int | None:
+        """Id of the token that hides others in masked language modelling, if the tokenizer has one."""
+        return self._special("mask_token")
 
     @property
     def unk_id(self) -> int | None:

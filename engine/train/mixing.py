@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trine.engine.data.samples import SampleStream, SourceUse
+from trine.engine.data.stream import SourceUse, Stream
 from trine.engine.log import format_count
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.progress import Progress
@@ -10,7 +10,7 @@ from trine.engine.train.progress import Progress
 OUT_OF_DATA = "stopped early: the limits of the sources leave no further step, since samples were passed by"
 
 
-def source_lines(stream: SampleStream, *, num_samples: int, batch_size: int) -> list[str]:
+def source_lines(stream: Stream, *, num_samples: int, batch_size: int) -> list[str]:
     """One line for each source of a mixture, for a run of `num_samples` samples; none for a single source."""
     uses = stream.uses(num_samples)
     if len(uses) == 1 and uses[0].limit is None:
@@ -18,14 +18,14 @@ def source_lines(stream: SampleStream, *, num_samples: int, batch_size: int) -> 
     weights = sum(use.source.weight for use in uses)
     return [
         f"source       {use.source.folder}: {use.source.weight / weights:.1%} at first, "
-        f"{use.samples / num_samples:.1%} of the run = {format_count(use.samples * stream.seq_len)} tokens = "
+        f"{use.samples / num_samples:.1%} of the run = {format_count(round(use.samples * stream.tokens_per_sample))} tokens = "
         f"{use.epochs:.2f} epochs of {format_count(use.num_tokens)}{_end(use, num_samples, batch_size)}"
         for use in uses
     ]
 
 
 def tell_ended(
-    metrics: MetricsFile, progress: Progress, stream: SampleStream, *, step: int, first_sample: int, next_sample: int
+    metrics: MetricsFile, progress: Progress, stream: Stream, *, step: int, first_sample: int, next_sample: int
 ) -> None:
     """Say and log which sources gave their last sample in [first_sample, next_sample)."""
     if not any(first_sample < end <= next_sample for end in stream.endings):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from trine.engine.config import Settings
-from trine.engine.data.samples import MixedSource, SampleStream
+from trine.engine.data.samples import SampleStream
+from trine.engine.data.stream import MixedSource
 from trine.engine.data.validation import ValidationSet
 from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError

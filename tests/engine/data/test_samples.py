@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trine.engine.data.batch import IGNORED, Batch
-from trine.engine.data.samples import MixedSource, SampleStream
+from trine.engine.data.samples import SampleStream
+from trine.engine.data.stream import MixedSource
 from trine.engine.data.shards import TokenShards
 from trine.engine.errors import DataError, UsageError
 
