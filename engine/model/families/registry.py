@@ -27,6 +27,7 @@ from trine.engine.model.families.llama import LLAMA
 from trine.engine.model.families.marian import MARIAN
 from trine.engine.model.families.mistral import MISTRAL
 from trine.engine.model.families.mixtral import MIXTRAL
+from trine.engine.model.families.modernbert import MODERNBERT
 from trine.engine.model.families.olmo2 import OLMO2
 from trine.engine.model.families.olmo3 import OLMO3
 from trine.engine.model.families.olmoe import OLMOE
@@ -37,6 +38,7 @@ from trine.engine.model.families.qwen2 import QWEN2
 from trine.engine.model.families.qwen2_moe import QWEN2_MOE
 from trine.engine.model.families.qwen3 import QWEN3
 from trine.engine.model.families.qwen3_moe import QWEN3_MOE
+from trine.engine.model.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from trine.engine.model.families.smollm3 import SMOLLM3
 from trine.engine.model.families.stablelm import STABLELM
 from trine.engine.model.families.starcoder2 import STARCODER2
@@ -49,7 +51,7 @@ FAMILIES: dict[str, Family] = {
         GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, PHI, SMOLLM3, OLMO2, OLMO3, STARCODER2,
         GPT_NEOX, STABLELM, COHERE, GRANITE, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS,
         T5, MT5, MARIAN,
-        BERT,
+        BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT,
     )
 }  # fmt: skip
 # Those that write text from text alone.
@@ -126,7 +128,11 @@ def new_config(family: str, *, sizes: Mapping[str, int], settings: HfConfig) -> 
     """
     keys = {key: value for name, value in sizes.items() for key in _SIZE_KEYS[name]}
     try:
-        config = config_from_hf({**keys, **settings, "model_type": FAMILIES[family].model_types[0]})
+        hf = {**keys, **settings, "model_type": FAMILIES[family].model_types[0]}
+        config = config_from_hf(hf)
+        if config.pad_has_no_position and "max_positions" in sizes:  # its format counts the rows before the text too
+            rows = sizes["max_positions"] + config.position_offset
+            config = config_from_hf({**hf, "max_position_embeddings": rows})
     except CheckpointError as error:
         raise UsageError(f"a new {family} model: {error}") from None
     for name, value in sizes.items():
@@ -156,5 +162,8 @@ _SIZE_KEYS = {
 
 
 def merge_generation_config(hf: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the end tokens of generation_config.json, which are the ones meant for generating."""
-    return {**hf, **{key: generation[key] for key in ("eos_token_id",) if generation.get(key) is not None}}
+    """config.json with what generation_config.json says of first, last and banned tokens, as it is meant for
+    generating.
+    """
+    keys = ("eos_token_id", "decoder_start_token_id", "bad_words_ids", "forced_eos_token_id")
+    return {**hf, **{key: generation[key] for key in keys if generation.get(key) is not None}}
