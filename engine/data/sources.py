@@ -128,9 +128,7 @@ def read_texts(sources: Sequence[Source], *, text_field: str = "text", skip_bad:
 def cut(text: str, limit: int) -> Iterator[str]:
     """`text` in stretches of at most `limit` characters, so that their tokens together are those of the whole.
 
-    Cut behind a letter or digit and in front of white space, where that occurs in the last half: whatever splits text
-    into words joins white space with what follows, line ends sometimes with punctuation before them, neither with a word
-    before. Otherwise behind a line end, or anywhere.
+    Cut between words where the last half has such a place, or else behind a line end, or anywhere.
     """
     start = 0
     while len(text) - start > limit:
@@ -142,9 +140,17 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 def _cut_place(text: str, first: int, last: int) -> int:
     for place in range(last - 1, first, -1):
-        if text[place].isspace() and text[place - 1].isalnum():
+        if _between_words(text[place - 1], text[place]):
             return place
     return text.rfind("\n", first, last) + 1 or last
+
+
+def _between_words(before: str, after: str) -> bool:
+    """Whether all usual ways of splitting text before merging split here: white space never goes with a word before.
+
+    Line ends may go with punctuation before them, and spaces with spaces and line ends.
+    """
+    return after.isspace() and (before.isalnum() or not (before.isspace() or after in "\r\n"))
 
 
 def _read_text(source: Source, report: Report, piece_bytes: int, check_first: bool) -> Iterator[Piece]:

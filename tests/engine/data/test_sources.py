@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
-from trine.engine.data import progress
+from trine.engine.data import progress, sources
 from trine.engine.data.files import find_sources
 from trine.engine.data.sources import BadInput, Piece, cut, read_source, read_texts
 from trine.engine.errors import DataError, UsageError
+from trine.engine.text.train_tokenizer import PRETOKENS
 
 
 def read(path: Path, *, piece_bytes: int = 1 << 20, text_field: str = "text") -> tuple[list[Piece], list[str]]:
@@ -50,9 +53,34 @@ def test_pieces_join_to_the_text_whatever_their_size(tmp_path: Path, piece_bytes
     assert problems == []
 
 
-def test_cut_prefers_line_ends() -> None:
-    assert list(cut("ab\ncd\nefghijklmnop", 8)) == ["ab\ncd\n", "efghijkl", "mnop"]
+def test_cut_prefers_the_ends_of_words() -> None:
+    assert list(cut("ab\ncde f(\nghijklmnop", 10)) == ["ab\ncde", " f(\nghijkl", "mnop"]
+    assert list(cut("abcdefg:  hijk", 12)) == ["abcdefg:", "  hijk"]
+    assert list(cut("(ab):\n\n(cd)\nefghij", 12)) == ["(ab):\n\n(cd)\n", "efghij"]
     assert list(cut("", 8)) == [""]
+
+
+# How texts are cut into words before merging: as this package's own, GPT-2's, and Llama 3's and Qwen's vocabularies do.
+SPLITS = {
+    "ours": PRETOKENS,
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_words_of_the_pieces_are_those_of_the_text(name: str) -> None:
+    split = Split(Regex(SPLITS[name]), "isolated")
+
+    def words(text: str) -> list[str]:
+        return [word for word, _ in split.pre_tokenize_str(text)]
+
+    text = Path(sources.__file__).read_text(encoding="utf-8") + "値 Straße,\r\n\r\n\tnaïve  x\t2:\n\n    y = {}\n" * 40
+    for limit in (500, 1001, 2000):
+        pieces = list(cut(text, limit))
+        assert max(map(len, pieces)) <= limit
+        assert [word for piece in pieces for word in words(piece)] == words(text)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 5, 1 << 20])
