@@ -1,7 +1,7 @@
 """Beam search: the likeliest targets of a source, `num_beams` of them grown side by side.
 
-At every step all continuations of all beams are ranked by their log-probability. Of the first `num_beams`, those that end
-are put aside with the score
+At every step all continuations of all beams are ranked by their log-probability. Of the first `num_beams`, those that
+end are put aside with the score
 
     sum of log-probabilities / (number of ids ** length_penalty)
 

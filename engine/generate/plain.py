@@ -2,7 +2,8 @@
 
 Every prompt of a batch is padded on the right to the longest, one forward pass fills the key/value cache, and then all
 rows take one token per step until the last has finished. It schedules nothing and shares nothing, so it is easy to
-trust: it is the oracle of every quicker engine. Greedy output equals transformers' `generate` token by token.
+trust: it is the oracle of every quicker engine. Greedy output equals transformers' `generate` token by token. Prompts of
+an encoder-decoder are its sources (`seq2seq.py`).
 
 Shapes: B rows (completions in flight), T prompt tokens, C width, V vocabulary.
 """
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from trine.engine.errors import ContextLengthError, UsageError
+from trine.engine.generate import seq2seq
+from trine.engine.generate.beam import BeamParams
 from trine.engine.generate.logprobs import prompt_logprobs
 from trine.engine.generate.request import Completion, Request
 from trine.engine.generate.sampling import SamplingParams, check_ids
@@ -35,6 +38,8 @@ def generate(
     on_text: OnText | None = None,
     compute_dtype: torch.dtype | None = None,
     batch_size: int = 8,
+    beams: BeamParams | None = None,
+    no_repeat: int = 0,
 ) -> list[Completion]:
     """Complete each prompt; returns the completions in the order of the prompts, the choices of each together.
 
@@ -48,6 +53,8 @@ def generate(
         on_text: called with (prompt index, choice, text) for every piece of text as it comes.
         compute_dtype: default the dtype of the parameters.
         batch_size: completions computed at once.
+        beams, no_repeat: of an encoder-decoder, beam search in the place of sampling, and the length of runs of ids
+            that no text may hold twice (0 is off).
 
     Raises:
         ContextLengthError: a prompt leaves no room for a new token in the model's context.
@@ -56,13 +63,20 @@ def generate(
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    if model.config.encoder is None and (beams is not None or no_repeat):
+        raise UsageError("beams and no_repeat are known to encoder-decoders only; this model has a decoder alone")
     requests = _make_requests(model, tokenizer, prompts, params)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             for start in range(0, len(requests), batch_size):
-                _run_batch(model, requests[start : start + batch_size], on_text, compute_dtype or model.dtype)
+                batch, dtype = requests[start : start + batch_size], compute_dtype or model.dtype
+                if model.config.encoder is None:
+                    _run_batch(model, batch, on_text, dtype)
+                else:
+                    rules = seq2seq.constraints_of(model.config, no_repeat=no_repeat)
+                    seq2seq.run_batch(model, batch, on_text, dtype, beams=beams, constraints=rules)
     finally:
         model.train(was_training)
     return [request.completion() for request in requests]
@@ -99,6 +113,8 @@ def _make_requests(
             f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for each or one for all"
         )
     eos_ids = end_ids(model, tokenizer)
+    if model.config.encoder is not None:
+        return seq2seq.make_requests(model, tokenizer, prompts, each, eos_ids=eos_ids)
     longest = model.config.max_positions
     requests = []
     for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):

@@ -65,6 +65,8 @@ class Request:
         budget: at most so many new tokens (`max_tokens`, or less where the context ends first).
         eos_ids: ids that end the text unless `params.ignore_eos`.
         matcher: the grammar that the text must match, at its start.
+        begin_ids: what the new ids go on from, where that is not the prompt: of an encoder-decoder, whose prompt is
+            the source. Repetitions of these are penalized then.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Request:
         choice: int = 0,
         device: torch.device | str = "cpu",
         matcher: Matcher | None = None,
+        begin_ids: Sequence[int] | None = None,
     ) -> None:
         self.matcher = matcher
         self.prompt_ids = tuple(prompt_ids)
@@ -95,7 +98,7 @@ class Request:
         self.vocab_size = tokenizer.vocab_size
         self.sampler = Sampler(
             params,
-            prompt_ids=prompt_ids,
+            prompt_ids=prompt_ids if begin_ids is None else begin_ids,
             vocab_size=self.vocab_size,
             seed=request_seed(params, prompt_ids, choice),
             ends=self._ends,
@@ -104,6 +107,11 @@ class Request:
         self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stop = StopMatcher(params.stop)
         self._pieces: list[str] = []
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end the text."""
+        return self._ends
 
     @property
     def last_id(self) -> int:
@@ -115,13 +123,14 @@ class Request:
         """The position of `last_id`."""
         return len(self.prompt_ids) + len(self.token_ids) - 1
 
-    def advance(self, logits_V: Tensor) -> str:
+    def advance(self, logits_V: Tensor, ruled_V: Tensor | None = None) -> str:
         """Choose the next id from fp32 logits [V] and return the text that can be shown because of it.
 
-        Rows of the embedding beyond the tokenizer's vocabulary (padding) have no text and are never chosen.
+        Rows of the embedding beyond the tokenizer's vocabulary (padding) have no text and are never chosen. `ruled_V`:
+        the logits to choose from, with -inf where an id may not follow; log-probabilities are those of `logits_V`.
         """
         logits_V = logits_V[: self.vocab_size]
-        token_id = self.sampler.next_token(logits_V)
+        token_id = self.sampler.next_token(logits_V if ruled_V is None else ruled_V[: self.vocab_size])
         if self.params.logprobs is not None:
             self.logprobs += token_logprobs(logits_V[None], [token_id], self.params.logprobs)
         return self.accept(token_id)

@@ -25,7 +25,7 @@ from trine.engine.log import say
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
 from trine.engine.model.families.registry import merge_generation_config
-from trine.engine.model.families.settings import write_eos
+from trine.engine.model.families.settings import write_eos, write_targets
 from trine.engine.model.families.wrappers import text_settings, text_tensors
 from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.format import Layout
@@ -251,6 +251,7 @@ def save_model(
         "bos_token_id": config.bos_token_id,
         "eos_token_id": write_eos(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
+        **({} if config.encoder is None else write_targets(config)),
     }
     if config.head is None:  # an encoder writes no text
         write_json(folder / "generation_config.json", generation)

@@ -203,7 +203,9 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
-    decoder_start_token_id: int | None = None  # of encoder-decoders: what every target begins with
+    decoder_start_token_id: int | None = None  # of encoder-decoders: what every target begins with,
+    banned_token_ids: tuple[int, ...] = ()  # what none holds,
+    forced_last_token_id: int | None = None  # and what one ends with that fills its budget
 
     def __post_init__(self) -> None:
         _positive(
@@ -243,6 +245,8 @@ class ModelConfig:
             ("bos_token_id", self.bos_token_id),
             ("pad_token_id", self.pad_token_id),
             ("decoder_start_token_id", self.decoder_start_token_id),
+            ("forced_last_token_id", self.forced_last_token_id),
+            *(("banned_token_ids", token) for token in self.banned_token_ids),
             *(("eos_token_ids", token) for token in self.eos_token_ids),
         ):
             if ids is not None and ids < 0:
@@ -291,6 +295,8 @@ class ModelConfig:
 
     def _check_encoder(self) -> None:
         if self.encoder is None:
+            if self.banned_token_ids or self.forced_last_token_id is not None:
+                raise UsageError("banned_token_ids and forced_last_token_id belong to encoder-decoders; leave them out")
             return
         if self.decoder_start_token_id is None:
             raise UsageError("an encoder-decoder needs decoder_start_token_id, which every target begins with")
@@ -337,9 +343,17 @@ class ModelConfig:
         assert self.encoder is not None
         heads, kv = self.encoder.num_heads, self.num_heads // self.num_kv_heads
         return replace(
-            self, encoder=None, causal=False, num_layers=self.encoder.num_layers, num_heads=heads,
-            num_kv_heads=heads // kv, head_dim=self.num_heads * self.head_dim // heads, ffn_width=self.encoder.ffn_width,
-        )  # fmt: skip
+            self,
+            encoder=None,
+            banned_token_ids=(),
+            forced_last_token_id=None,
+            causal=False,
+            num_layers=self.encoder.num_layers,
+            num_heads=heads,
+            num_kv_heads=heads // kv,
+            head_dim=self.num_heads * self.head_dim // heads,
+            ffn_width=self.encoder.ffn_width,
+        )
 
     @property
     def rope_switch(self) -> int | None:

@@ -1,8 +1,8 @@
 """Marian (OPUS-MT), the nearest to the first Transformer (Vaswani et al. 2017): an encoder-decoder for translation.
 
-LayerNorm after each residual sum, sinusoids that are not stored, one matrix for both embeddings and the head, embeddings
-times sqrt(width), biases everywhere, one for each logit among them. A target begins with the padding id, which is never
-generated. Class defaults are those of transformers 5.23 `MarianConfig`; LayerNorm's epsilon is no setting.
+LayerNorm after each residual sum, sinusoids that are not stored, one matrix for both embeddings and the head,
+embeddings times sqrt(width), biases everywhere, one for each logit among them. A target begins with the padding id.
+Class defaults are those of transformers 5.23 `MarianConfig`; LayerNorm's epsilon is no setting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from typing import Any
 from trine.engine.errors import CheckpointError
 from trine.engine.model.config import DropoutConfig, EncoderConfig, ModelConfig
 from trine.engine.model.families.base import Family, HfConfig
-from trine.engine.model.families.settings import read_activation, read_eos, require, write_eos
+from trine.engine.model.families.settings import (
+    read_activation,
+    read_eos,
+    read_targets,
+    require,
+    write_eos,
+    write_targets,
+)
 
 _EPS = 1e-5
 
@@ -64,6 +71,7 @@ def to_config(hf: HfConfig) -> ModelConfig:
         eos_token_ids=read_eos(hf),
         pad_token_id=hf.get("pad_token_id"),
         decoder_start_token_id=hf.get("decoder_start_token_id"),
+        **read_targets(hf),
     )
 
 
@@ -95,8 +103,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": write_eos(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
-        "decoder_start_token_id": config.decoder_start_token_id,
-        "forced_eos_token_id": write_eos(config.eos_token_ids),
+        **write_targets(config),
         "is_encoder_decoder": True,
         "is_decoder": False,
         "use_cache": True,
@@ -139,6 +146,7 @@ MARIAN = Family(
         "pad_token_id": 58100,
         "eos_token_id": 0,
         "decoder_start_token_id": 58100,
+        "forced_eos_token_id": 0,
     },
     neutral={
         "is_encoder_decoder": True,

@@ -59,6 +59,28 @@ def write_eos(eos_token_ids: tuple[int, ...]) -> int | list[int] | None:
     return eos_token_ids[0] if len(eos_token_ids) == 1 else list(eos_token_ids)
 
 
+def read_targets(hf: HfConfig) -> dict[str, Any]:
+    """What is ruled about the targets of an encoder-decoder: ids that none holds, the id that a cut one ends with."""
+    words, last = hf.get("bad_words_ids") or [], hf.get("forced_eos_token_id")
+    if isinstance(last, list) and len(last) == 1:
+        last = last[0]
+    if not isinstance(last, int | None) or any(len(word) != 1 for word in words):
+        raise CheckpointError(
+            f"bad_words_ids is {words!r} and forced_eos_token_id {last!r}; words of one id and a single last id are "
+            "supported"
+        )
+    return {"banned_token_ids": tuple(word[0] for word in words), "forced_last_token_id": last}
+
+
+def write_targets(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `read_targets` reads, of config.json and of generation_config.json."""
+    return {
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "bad_words_ids": [[token] for token in config.banned_token_ids] or None,
+        "forced_eos_token_id": config.forced_last_token_id,
+    }
+
+
 def read_decoder(
     hf: HfConfig, family: str, *, eps: str = "rms_norm_eps", activation: str = "hidden_act", **switches: Any
 ) -> ModelConfig:

@@ -1,7 +1,7 @@
 """T5 1.0, T5 1.1, Flan-T5 and mT5: encoder-decoders with relative positions.
 
-RMSNorm before each branch, scores not scaled, a plain ReLU or a gated feed-forward, no biases. T5 1.0 has one matrix for
-embedding and head and multiplies the hidden states by width ** -0.5 before the head; 1.1, Flan and mT5 have a head of
+RMSNorm before each branch, scores not scaled, a plain ReLU or a gated feed-forward, no biases. T5 1.0 has one matrix
+for embedding and head and multiplies the hidden states by width ** -0.5 before the head; 1.1, Flan and mT5 have a head of
 their own and do not. Older files say so by `tie_word_embeddings`; transformers 5 writes true there always, ties by what
 the file holds, and keeps the other half in `scale_decoder_outputs`. mT5 never scales. Both are written.
 
@@ -17,7 +17,14 @@ from typing import Any
 from trine.engine.errors import CheckpointError
 from trine.engine.model.config import DropoutConfig, EncoderConfig, ModelConfig
 from trine.engine.model.families.base import Family, HfConfig
-from trine.engine.model.families.settings import ACTIVATION_NAMES, read_eos, require, write_eos
+from trine.engine.model.families.settings import (
+    ACTIVATION_NAMES,
+    read_eos,
+    read_targets,
+    require,
+    write_eos,
+    write_targets,
+)
 
 
 def _to_config(family: str) -> Callable[[HfConfig], ModelConfig]:
@@ -59,6 +66,7 @@ def _to_config(family: str) -> Callable[[HfConfig], ModelConfig]:
             decoder_start_token_id=next(
                 (hf[key] for key in ("decoder_start_token_id", "pad_token_id") if hf.get(key) is not None), None
             ),
+            **read_targets(hf),
         )
 
     return to_config
@@ -94,7 +102,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": write_eos(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
-        "decoder_start_token_id": config.decoder_start_token_id,
+        **write_targets(config),
         "is_encoder_decoder": True,
         "is_decoder": False,
         "use_cache": True,
