@@ -24,7 +24,7 @@ from trine.engine.errors import CheckpointError
 from trine.engine.log import say
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
-from trine.engine.model.families.registry import merge_generation_config
+from trine.engine.model.families.registry import features_from_hf, merge_generation_config
 from trine.engine.model.families.settings import write_eos, write_targets
 from trine.engine.model.families.wrappers import text_settings, text_tensors
 from trine.engine.model.quantized.coded import CodedLinear
@@ -40,6 +40,7 @@ from trine.engine.model.quantized.plan import (
 )
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.model.sentence import DENSE, is_sentence_encoder, open_dense, read_embedding, write_embedding
 from trine.engine.model.transformer import Transformer
 from trine.engine.model.weight_files import (
     FLOATS,
@@ -89,7 +90,17 @@ def resolve_checkpoint(path: Path | str) -> Path:
 
 def read_config(folder: Path | str) -> ModelConfig:
     """The config of an unquantized checkpoint folder, end tokens as generation_config.json gives them."""
-    return config_from_hf(read_hf_config(folder))
+    return _config(Path(folder), read_hf_config(folder))
+
+
+def _config(folder: Path, hf: dict[str, Any]) -> ModelConfig:
+    """The config that config.json describes; of a sentence encoder with what stands beside it."""
+    if not is_sentence_encoder(folder):
+        return config_from_hf(hf)
+    config = features_from_hf(hf)
+    assert config.head is not None
+    embedding = read_embedding(folder, config.width, config.max_positions)
+    return replace(config, head=replace(config.head, embedding=embedding))
 
 
 def read_hf_config(folder: Path | str) -> dict[str, Any]:
@@ -132,10 +143,10 @@ def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
     folder = Path(folder)
     hf = read_hf_config(folder)
     form = read_format(hf)
-    config = config_from_hf({key: value for key, value in hf.items() if key not in CONFIG_KEYS})
+    config = _config(folder, {key: value for key, value in hf.items() if key not in CONFIG_KEYS})
     family = FAMILIES[config.family]
-    with open_weights(folder) as files:
-        stored = _normalised(files if form is None else form.tensors(files), family, config)
+    with open_weights(folder) as files, open_dense(folder) as dense:
+        stored = _normalised(files if form is None else form.tensors(files), family, config) | dense
         config = with_stored_pooler(config, family, stored)
         config = replace(config, tie_embeddings=_tied(config, family, stored))
         model = Transformer(config, device="meta")
@@ -243,9 +254,14 @@ def save_model(
     counts = {stored: sum(rule.part(parameters[name]).numel() for name in rule.ours) for stored, rule in rules.items()}
     assert sum(counts.values()) == sum(parameter.numel() for parameter in parameters.values()), "a rule is missing"
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {stored: count * dtype.itemsize for stored, count in counts.items()}
-    write_weights(folder, sizes, make, max_shard_bytes=max_shard_bytes, num_parameters=sum(counts.values()))
     config = model.config
+    embedding = None if config.head is None else config.head.embedding
+    sizes = {stored: count * dtype.itemsize for stored, count in counts.items()}
+    if embedding is not None:
+        dense = {stored: sizes.pop(stored) for stored in counts if stored.startswith(DENSE)}
+        write_embedding(folder, embedding, config.width, sizes=dense, make=make)
+    num_parameters = sum(counts[stored] for stored in sizes)
+    write_weights(folder, sizes, make, max_shard_bytes=max_shard_bytes, num_parameters=num_parameters)
     generation = {
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,

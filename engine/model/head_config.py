@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from trine.engine.errors import UsageError
 
 Task = Literal["masked_lm", "pretraining", "classification", "tagging", "features"]
-# How the tokens of a sequence become one vector. Several are concatenated in this order.
+# How the tokens of a sequence become one vector; the vectors of several ways are concatenated.
 Pooling = Literal["cls", "max", "mean", "mean_sqrt", "weighted_mean", "last"]
 # What is learned: one class of several, any number of them, or numbers.
 Problem = Literal["single_label", "multi_label", "regression"]
@@ -60,9 +60,8 @@ class EmbeddingConfig:
     def __post_init__(self) -> None:
         for mode in self.pooling:
             _one_of("pooling", mode, get_args(Pooling))
-        order = tuple(mode for mode in get_args(Pooling) if mode in self.pooling)
-        if self.pooling != order or not order:
-            raise UsageError(f"pooling is {self.pooling}; give at least one of {get_args(Pooling)}, in this order")
+        if not self.pooling or len(set(self.pooling)) != len(self.pooling):
+            raise UsageError(f"pooling is {self.pooling}; give one or more of {get_args(Pooling)}, each once")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}; it must be above 0")
         if self.default_prompt is not None and self.default_prompt not in dict(self.prompts):

@@ -45,6 +45,9 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model"),
     *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
+    # Of sentence encoders: `sentence.py`.
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("[0-9]_*/config.json", "[0-9]_*/model.safetensors"),
 )
 
 
@@ -85,17 +88,29 @@ class StoredTensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint folder."""
+    value = _parsed(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """A JSON list from a checkpoint folder."""
+    value = _parsed(path)
+    if not isinstance(value, list):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON list")
+    return value
+
+
+def _parsed(path: Path) -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; give the folder of a Hugging Face checkpoint"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
 
 
 @contextmanager
@@ -168,6 +183,15 @@ def open_file(path: Path, stack: ExitStack) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again") from None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free metadata in the header of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}); copy it again") from None
+
+
 def write_weights(
     folder: Path,
     sizes: Mapping[str, int],
@@ -213,7 +237,7 @@ def copy_companions(checkpoint: Path, folder: Path) -> None:
                 shutil.copy(path, target)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """Write aside and rename."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

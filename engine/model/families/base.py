@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.head_config import Task
+from trine.engine.model.head_config import HeadConfig, Task
 from trine.engine.model.transformer import Transformer
 
 HfConfig = Mapping[str, Any]
@@ -142,7 +142,7 @@ class Family:
         names = self.gated_names if config.mlp == "gated" and self.gated_names else self.names
         names = self.stacked_names if stacked else names
         if config.head is not None:
-            names = {**names, **self.task_names[config.head.task]}
+            names = {**names, **self.task_names.get(config.head.task, {}), **_dense_names(config.head)}
         num_layers = max(config.num_layers, 0 if config.encoder is None else config.encoder.num_layers)
         return [
             rule
@@ -168,7 +168,7 @@ class Family:
     def is_of_another_task(self, config: ModelConfig, stored: str) -> bool:
         """Whether a stored name, which a model of this config does not have, is of another task."""
         name = stored if self.is_of_prefix(stored) else self.prefix + stored
-        modules = {module for names in self.task_names.values() for module in (*names, self.head)}
+        modules = {self.head, *(module for names in self.task_names.values() for module in names)}
         return config.head is not None and any(name == one or name.startswith(f"{one}.") for one in modules)
 
     def _rule(
@@ -193,6 +193,12 @@ class Family:
             stacked=stacked,
             row=stored in self.as_rows,
         )
+
+
+def _dense_names(head: HeadConfig) -> Names:
+    """Layers of a sentence encoder, which stand in files of their own (`sentence.py`)."""
+    count = 0 if head.embedding is None else len(head.embedding.dense)
+    return {f"dense.{number}": (f"head.dense.{number}",) for number in range(count)}
 
 
 @lru_cache(maxsize=8)

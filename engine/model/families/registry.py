@@ -6,6 +6,7 @@ the family's format cannot express is refused on writing, field by field.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -86,6 +87,16 @@ def config_from_hf(hf: HfConfig) -> ModelConfig:
         raise CheckpointError(f"config.json does not describe a {family.name} model: {error}") from None
 
 
+def features_from_hf(hf: HfConfig) -> ModelConfig:
+    """The config of the base class of the model that config.json describes, which ends in its hidden states."""
+    family = family_for(hf)
+    if family.shape == "encoder-decoder":
+        raise CheckpointError(f"a {family.name} model as a sentence encoder is not supported")
+    if family.shape == "encoder":
+        return config_from_hf({**hf, "architectures": [family.tasks["features"]]})
+    return replace(config_from_hf(hf), head=HeadConfig(task="features"))
+
+
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """What config.json holds for a model of this config stored in `dtype` ("float32", ...).
 
@@ -96,7 +107,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         raise CheckpointError(f"family {config.family!r} is not known; known: {', '.join(FAMILIES)}")
     hf = {
         **family.to_hf(config),
-        "architectures": [family.architecture if config.head is None else family.tasks[config.head.task]],
+        "architectures": [_architecture(family, config)],
         "model_type": family.model_types[0],
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -114,10 +125,25 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return dict(sorted(hf.items()))
 
 
+def _architecture(family: Family, config: ModelConfig) -> str:
+    """The class of transformers that the model is."""
+    if config.head is None:
+        return family.architecture
+    if family.shape == "decoder" and config.head.task == "features":
+        return re.sub("(ForCausalLM|LMHeadModel)$", "Model", family.architecture)
+    if config.head.task not in family.tasks:
+        raise CheckpointError(
+            f"the {family.name} format cannot express a head for {config.head.task}; choose another family"
+        )
+    return family.tasks[config.head.task]
+
+
 def _written_head(config: ModelConfig) -> HeadConfig | None:
     """What config.json says of the head: of features nothing, whose pooler and embeddings stand in other files."""
     head = config.head
-    return HeadConfig(task="features") if head is not None and head.task == "features" else head
+    if head is None or head.task != "features":
+        return head
+    return HeadConfig(task="features") if FAMILIES[config.family].shape == "encoder" else None
 
 
 def new_config(family: str, *, sizes: Mapping[str, int], settings: HfConfig) -> ModelConfig:
