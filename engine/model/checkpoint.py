@@ -138,12 +138,17 @@ class Opened:
 
 
 @contextmanager
-def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
-    """Open and check a folder. Raises `CheckpointError` naming the file, key or shape that is wrong."""
+def open_checkpoint(folder: Path | str, *, head_settings: Mapping[str, Any] | None = None) -> Iterator[Opened]:
+    """Open and check a folder. Raises `CheckpointError` naming the file, key or shape that is wrong.
+
+    `head_settings`: keys of config.json, for another head than the folder's own (`new_head.py`); what the folder lacks
+    of it, or has in another shape, is missing from the rules.
+    """
     folder = Path(folder)
     hf = read_hf_config(folder)
     form = read_format(hf)
-    config = _config(folder, {key: value for key, value in hf.items() if key not in CONFIG_KEYS})
+    plain = {key: value for key, value in hf.items() if key not in CONFIG_KEYS}
+    config = _config(folder, plain) if head_settings is None else config_from_hf({**plain, **head_settings})
     family = FAMILIES[config.family]
     with open_weights(folder) as files, open_dense(folder) as dense:
         stored = _normalised(files if form is None else form.tensors(files), family, config) | dense
@@ -153,8 +158,10 @@ def open_checkpoint(folder: Path | str) -> Iterator[Opened]:
         stacked = {rule.stored for rule in family.rules(config, stacked=True) if rule.stacked}
         rules = family.rules(config, stacked=not stacked.isdisjoint(stored))
         quantized = {} if form is None else quantized_rules(model, rules, form, stored)
-        stored = _of_the_task(stored, config, family, rules, quantized)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if head_settings is not None:
+            rules = [rule for rule in rules if not _is_of_head(rule) or _fits(rule, shapes, stored)]
+        stored = _of_the_task(stored, config, family, rules, quantized)
         _check(folder, rules, shapes, stored, quantized)
         note = "" if form is None or form.by_layer else f"{form.name} weights are held as numbers"
         yield Opened(model, rules, stored, quantized, note)
@@ -295,6 +302,15 @@ def _normalised(files: Mapping[str, StoredTensor], family: Family, config: Model
     if config.head is not None and config.head.task == "features":
         stored = {name.removeprefix(family.prefix): tensor for name, tensor in stored.items()}
     return stored
+
+
+def _is_of_head(rule: TensorRule) -> bool:
+    return all(name.startswith("head.") or name == "lm_bias" for name in rule.ours)
+
+
+def _fits(rule: TensorRule, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> bool:
+    found = stored.get(rule.stored)
+    return found is not None and found.shape == rule.stored_shape([shapes[name] for name in rule.ours])
 
 
 def _of_the_task(

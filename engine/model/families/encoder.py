@@ -155,13 +155,15 @@ def read_dropout(hf: HfConfig) -> float:
 
 def write_head(config: ModelConfig) -> dict[str, Any]:
     """The labels and the problem of the task; `architectures` is written with the family."""
-    head = config.head
-    if head is None or not head.labels:
-        return {}
-    hf: dict[str, Any] = {
-        "id2label": {str(number): label for number, label in enumerate(head.labels)},
-        "label2id": {label: number for number, label in enumerate(head.labels)},
-    }
-    if head.problem is not None:
-        hf["problem_type"] = next(name for name, problem in _PROBLEMS.items() if problem == head.problem)
+    return {} if config.head is None else labels_to_hf(config.head.labels, config.head.problem)
+
+
+def labels_to_hf(labels: tuple[str, ...], problem: Problem | None) -> dict[str, Any]:
+    """What config.json says of classes."""
+    hf: dict[str, Any] = {}
+    if labels:
+        hf["id2label"] = {str(number): label for number, label in enumerate(labels)}
+        hf["label2id"] = {label: number for number, label in enumerate(labels)}
+    if problem is not None:
+        hf["problem_type"] = next(name for name, ours in _PROBLEMS.items() if ours == problem)
     return hf
