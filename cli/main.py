@@ -19,7 +19,7 @@ from trine.cli import (
     doctor,
     export,
     generate,
-    import_gguf,
+    import_model,
     merge,
     prune,
     quantize,
@@ -71,7 +71,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
-app.command("import")(import_gguf.import_gguf)
+app.command("import")(import_model.import_model)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)

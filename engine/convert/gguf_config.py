@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trine.engine.convert.plain import half_split_rows
 from trine.engine.errors import CheckpointError
 from trine.engine.model.gguf import GgufFile, Value
 
@@ -141,7 +142,7 @@ def rows_of(file: GgufFile, name: str, num_rows: int) -> Tensor | None:
     heads = heads if module == "attn_q" else read.whole("attention.head_count_kv", heads)
     if num_rows % (2 * heads):
         raise CheckpointError(f"{file.path} has {name!r} of {num_rows} rows, which {heads} heads do not divide")
-    return torch.arange(num_rows).view(heads, -1, 2).transpose(1, 2).flatten()
+    return half_split_rows(num_rows, heads)
 
 
 class _Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf.quants import quantize
+from safetensors.torch import save_file
+
+from trine.engine.model.checkpoint import load_model
 
 Trine = Callable[..., tuple[int, str, str]]
 
@@ -66,6 +71,46 @@ def test_without_codes_in_a_dtype(trine: Trine, file: Path, tmp_path: Path) -> N
     status, printed, _ = trine("import", file, "--out", tmp_path / "out", "--dequantize", "--dtype", "float32")
     assert status == 0
     assert "0 stay codes, the others are float32" in printed
+
+
+def test_folders_of_meta_and_states_of_gpt2(succeeds: Callable[..., str], tmp_path: Path) -> None:
+    meta, state = tmp_path / "meta", tmp_path / "state"
+    meta.mkdir()
+    state.mkdir()
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40, "norm_eps": 1e-5}
+    (meta / "params.json").write_text(json.dumps(sizes))
+    matrices = {"tok_embeddings": (40, 16), "output": (40, 16), "norm": (16,)}
+    matrices |= {f"layers.0.attention.w{name}": (16, 16) for name in "qkvo"}
+    matrices |= {f"layers.0.feed_forward.w{i}": (16, 24) if i == 2 else (24, 16) for i in (1, 2, 3)}
+    matrices |= {f"layers.0.{name}_norm": (16,) for name in ("attention", "ffn")}
+    tensors = {f"{name}.weight": torch.ones(shape) for name, shape in matrices.items()}
+    save_file(tensors, meta / "consolidated.safetensors")
+    told = succeeds("import", meta, "--out", tmp_path / "a", "--dtype", "bf16", "--max-positions", "64")
+    assert "a: Llama in Meta's format, 1 piece, " in told
+    assert "context 64, special tokens of unknown" in told
+    matrices = {"wte": (40, 16), "wpe": (32, 16), "ln_f": (16,), "h.0.ln_1": (16,), "h.0.ln_2": (16,)}
+    matrices |= {"h.0.attn.c_attn": (48, 16), "h.0.attn.c_proj": (16, 16)}
+    matrices |= {"h.0.mlp.c_fc": (64, 16), "h.0.mlp.c_proj": (16, 64)}
+    tensors = {f"transformer.{name}.weight": torch.ones(shape) for name, shape in matrices.items()}
+    save_file(tensors, state / "ckpt.safetensors")
+    told = succeeds("import", state, "--out", tmp_path / "b", "--heads", 2, "--activation", "gelu")
+    assert "b: GPT-2's state, layers [out, in], " in told
+    assert [load_model(tmp_path / name).config.family for name in "ab"] == ["llama", "gpt2"]
+
+
+def test_options_and_files_that_do_not_belong_are_refused(trine: Trine, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(b"x")
+    (tmp_path / "odd").mkdir()
+    for arguments, words in (
+        ((file, "--heads", 2), "--heads does not belong to a model like"),
+        ((tmp_path / "ckpt.pt",), "ckpt.pt is a pickle file, which can run code and is never opened"),
+        ((tmp_path / "odd",), "odd is nothing that trine import reads: a .gguf file"),
+        ((tmp_path / "none.gguf",), "none.gguf; give a local file or folder"),
+    ):
+        status, _, said = trine("import", *arguments, "--out", tmp_path / "out")
+        assert status != 0
+        assert said.count("\n") == 1
+        assert words in said
 
 
 def test_what_is_wrong_is_one_line(trine: Trine, file: Path, tmp_path: Path) -> None:
