@@ -67,6 +67,10 @@ def serve(
         int, typer.Option(metavar="N", help="Completions on their way; more are answered 429.")
     ] = 256,
     max_prompts: Annotated[int, typer.Option(metavar="N", help="Prompts in one request.")] = 128,
+    max_texts_in_flight: Annotated[
+        int, typer.Option(metavar="N", help="Texts to embed, classify or compare on their way; more are answered 429.")
+    ] = 4096,
+    max_texts: Annotated[int, typer.Option(metavar="N", help="Such texts in one request.")] = 2048,
     max_n: Annotated[int, typer.Option(metavar="N", help="Completions of one prompt.")] = 32,
     max_logprobs: Annotated[int, typer.Option(metavar="N", help="Likeliest tokens shown for a position.")] = 20,
     max_body_bytes: Annotated[int, typer.Option(metavar="N", help="Of a request.")] = 2**23,
@@ -79,6 +83,8 @@ def serve(
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A line on stderr for each request.")] = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API: completions, chat, streaming. Ctrl-C or SIGTERM ends it.
+
+    An encoder answers embeddings, score and rerank, a classifier classify (of one class score and rerank too).
 
     /health: the process is alive. /ready: the engine answers. /metrics: for Prometheus.
     """
@@ -109,6 +115,8 @@ def serve(
         names=tuple(served_model_name or [default_name(checkpoint)]),
         max_in_flight=max_in_flight,
         max_prompts=max_prompts,
+        max_texts_in_flight=max_texts_in_flight,
+        max_texts=max_texts,
         max_n=max_n,
         max_logprobs=max_logprobs,
         max_body_bytes=max_body_bytes,

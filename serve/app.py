@@ -1,6 +1,7 @@
 """The routes, and what stands before them: the key, the size of a body, errors in OpenAI's form.
 
 POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /v1/models/{name}   GET /metrics
+POST /v1/embeddings    POST /v1/classify    POST /v1/score    POST /v1/rerank          where the model gives vectors
 POST /v1/load_lora_adapter   POST /v1/unload_lora_adapter    where the operator allows it (`adapters.py`)
 GET /health            the process is alive                         open without a key
 GET /ready             a model is loaded and the engine answers     open without a key
@@ -22,10 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trine.serve.adapters import AdapterChanges
 from trine.serve.answers import Answer
-from trine.serve.errors import ApiError, unavailable
+from trine.serve.errors import ApiError, unavailable, wrong_kind
 from trine.serve.jobs import Job, chat_job, completion_job, prompts_of, with_adapter
 from trine.serve.metrics import CONTENT_TYPE
-from trine.serve.response import GenerationResponse
+from trine.serve.pooling_answers import PoolingAnswer
+from trine.serve.pooling_bodies import ClassifyBody, EmbeddingBody, PoolingBody, RerankBody, ScoreBody
+from trine.serve.pooling_jobs import PoolingJob, classify_job, embedding_job, num_texts, rerank_job, score_job
+from trine.serve.response import EngineResponse
 from trine.serve.schemas import (
     ChatBody,
     CompletionBody,
@@ -60,6 +64,26 @@ def make_app(service: Service) -> ASGIApp:
         body = parse_body(ChatBody, await _read(request, service))
         return await _generate(service, body, 1, lambda loaded: chat_job(body, loaded))
 
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        body = parse_body(EmbeddingBody, await _read(request, service))
+        return await _pool(service, body, "input", lambda loaded: embedding_job(body, loaded))
+
+    @app.post("/v1/classify")
+    async def classify(request: Request) -> Response:
+        body = parse_body(ClassifyBody, await _read(request, service))
+        return await _pool(service, body, "input", lambda loaded: classify_job(body, loaded))
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        body = parse_body(ScoreBody, await _read(request, service))
+        return await _pool(service, body, "text_2", lambda loaded: score_job(body, loaded))
+
+    @app.post("/v1/rerank")
+    async def rerank(request: Request) -> Response:
+        body = parse_body(RerankBody, await _read(request, service))
+        return await _pool(service, body, "documents", lambda loaded: rerank_job(body, loaded))
+
     @app.get("/v1/models")
     async def models() -> Response:
         loaded = service.require()
@@ -84,7 +108,10 @@ def make_app(service: Service) -> ASGIApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(service.link.stats, service.in_flight), media_type=CONTENT_TYPE)
+        return Response(
+            service.metrics.text(service.link.stats, service.completions.count, service.texts.count),
+            media_type=CONTENT_TYPE,
+        )
 
     @app.get("/health")
     async def health() -> Response:
@@ -107,15 +134,37 @@ async def _generate(
 ) -> Response:
     loaded = service.require()
     model = service.model_name(body.model)
+    if not loaded.generates:
+        raise wrong_kind("completes no texts", generates=False, kind=loaded.pooling.kind if loaded.pooling else None)
     check_limits(body, max_n=service.settings.max_n, max_logprobs=service.settings.max_logprobs)
     completions = prompts * (body.n or 1)
-    service.admit(completions)
+    service.completions.enter(completions, param="n")
     try:
         job = with_adapter(await make_job(loaded), service.adapter(model))
         answer = Answer.to(job, loaded, model)
-        return GenerationResponse(service, answer, completions)  # counts them out when it ends
+        # It counts them out when it ends.
+        return EngineResponse(service, answer, admission=service.completions, admitted=completions)
     except BaseException:
-        service.leave(completions)
+        service.completions.leave(completions)
+        raise
+
+
+async def _pool(
+    service: Service, body: PoolingBody, param: str, make_job: Callable[[Loaded], Awaitable[PoolingJob]]
+) -> Response:
+    loaded = service.require()
+    model = service.model_name(body.model)
+    if service.adapter(model) is not None:
+        raise ApiError(400, f"{model!r} is an adapter, and vectors are the model's own; name the model", param="model")
+    texts, limit = num_texts(body), service.settings.max_texts
+    if texts > limit:
+        raise ApiError(400, f"the request holds {texts} texts; this server takes {limit} in one", param=param)
+    service.texts.enter(texts, param=param)
+    try:
+        answer = PoolingAnswer(await make_job(loaded), model)
+        return EngineResponse(service, answer, admission=service.texts, admitted=texts)
+    except BaseException:
+        service.texts.leave(texts)
         raise
 
 

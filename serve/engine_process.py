@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ from trine.engine.generate.engine import Engine
 from trine.engine.generate.grammar import Grammar
 from trine.engine.generate.load import load_draft, load_for_inference
 from trine.engine.generate.logprobs import TokenLogprobs
-from trine.engine.generate.records import EngineConfig, GenerationRequest, Output
+from trine.engine.generate.pooling_info import describe
+from trine.engine.generate.records import EngineConfig, GenerationRequest, Output, PoolingRequest
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.log import format_duration, say
 from trine.engine.model.checkpoint import resolve_checkpoint
-from trine.serve.messages import Delta, Logprob, Ready, Sampling, Start, Stats, Submit
+from trine.serve.messages import Delta, Logprob, Pool, Pooling, Ready, Sampling, Start, Stats, Submit
 from trine.serve.worker import connect, work
 
 # Of stored keys and values; None stores them as they are computed.
@@ -35,8 +37,11 @@ class RealEngine:
     def __init__(self, engine: Engine, folder: Path) -> None:
         self._engine, self._folder = engine, folder
 
-    def add(self, request: Submit) -> None:
+    def add(self, request: Submit | Pool) -> None:
         """As `Engine.add`."""
+        if isinstance(request, Pool):
+            self._engine.add(to_pooling_request(request))
+            return
         self._engine.add(
             GenerationRequest(
                 id=request.id,
@@ -82,6 +87,17 @@ def to_params(sampling: Sampling) -> SamplingParams:
     return SamplingParams(**{name: getattr(sampling, name) for name in Sampling.__struct_fields__})
 
 
+def to_pooling_request(pool: Pool) -> PoolingRequest:
+    """The engine's own type."""
+    types = pool.token_types
+    return PoolingRequest(
+        id=pool.id,
+        inputs=tuple(tuple(ids) for ids in pool.inputs),
+        token_types=None if types is None else tuple(tuple(each) for each in types),
+        priority=pool.priority,
+    )
+
+
 def load(start: Start) -> tuple[RealEngine, Ready]:
     """The model on its device and the engine around it."""
     set_threads(start.threads)
@@ -106,23 +122,32 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
     for name, adapter in start.adapters:
         lent.load_adapter(name, adapter)
     engine.prepare()
-    _warm_up(engine, model.config.max_positions)
-    stats = engine.stats()
+    pooling = describe(model, folder)
+    _warm_up(engine, model.config.max_positions, pools=pooling is not None)
+    stats, context_len = engine.stats(), model.config.max_positions
+    if engine.generates:
+        context_len = min(context_len, stats.kv_blocks_total * stats.block_size)
     ready = Ready(
         folder=str(folder),
         vocab_size=tokenizer.vocab_size,
-        context_len=min(model.config.max_positions, stats.kv_blocks_total * stats.block_size),
+        context_len=context_len,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        generates=engine.generates,
+        pooling=None if pooling is None else Pooling(**asdict(pooling)),
     )
     return lent, ready
 
 
-def _warm_up(engine: Engine, context_len: int) -> None:
+def _warm_up(engine: Engine, context_len: int, *, pools: bool) -> None:
     """A few tokens, alone and side by side: what is compiled or allocated at first use is so before anybody waits."""
     began = time.monotonic()
+    if pools:
+        engine.add(PoolingRequest(id="warm-up", inputs=((0,), (0,) * min(3, context_len))))
+        while engine.has_work:
+            engine.step()
     new_tokens = min(3, context_len - 1)
-    for n in (1, 3):
+    for n in (1, 3) if engine.generates else ():
         params = SamplingParams(max_tokens=new_tokens, n=n, seed=0, ignore_eos=True)
         engine.add(GenerationRequest(id="warm-up", prompt_ids=(0,), params=params, salt="warm-up"))
         while engine.has_work:
@@ -146,6 +171,7 @@ def _to_delta(output: Output) -> Delta:
         if output.prompt_logprobs is None
         else [None if entry is None else _to_logprob(entry) for entry in output.prompt_logprobs],
         error=output.error,
+        vector=None if output.vector is None else output.vector.astype("<f4").tobytes(),
     )
 
 

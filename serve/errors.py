@@ -81,11 +81,38 @@ def too_long(prompt_tokens: int, context_len: int, param: str) -> ApiError:
     )
 
 
-def server_full(limit: int) -> ApiError:
-    """429: as many completions as the server takes are on their way."""
+def input_too_long(number: int, num_tokens: int, max_tokens: int) -> ApiError:
+    """400 for a text that an encoder does not take whole."""
+    return ApiError(
+        400,
+        f"input {number} has {num_tokens} tokens but the model takes {max_tokens}; shorten it, or set "
+        "truncate_prompt_tokens to -1 to have its end left out",
+        param="input",
+        code="context_length_exceeded",
+        details={"n_prompt_tokens": num_tokens, "n_ctx": max_tokens},
+    )
+
+
+ROUTES = {
+    "embedding": "/v1/embeddings, /v1/score or /v1/rerank",
+    "classification": "/v1/classify (with one class /v1/score or /v1/rerank)",
+}
+
+
+def wrong_kind(lacks: str, *, generates: bool, kind: str | None) -> ApiError:
+    """400 where a model does not do what a route is for; what it can do instead is said."""
+    if kind == "tagging":
+        return ApiError(400, f"this model tags tokens and {lacks}; use `trine classify`", code="wrong_kind_of_model")
+    routes = [ROUTES[kind]] if kind is not None else []
+    routes += ["/v1/completions"] if generates else []
+    return ApiError(400, f"this model {lacks}; use {' or '.join(routes)}", code="wrong_kind_of_model")
+
+
+def server_full(limit: int, what: str = "completions") -> ApiError:
+    """429: as many completions, or texts, as the server takes are on their way."""
     return ApiError(
         429,
-        f"the server is full: it takes {limit} completions at once; try again later",
+        f"the server is full: it takes {limit} {what} at once; try again later",
         code="server_full",
         retry_after=1,
     )

@@ -32,6 +32,7 @@ from trine.serve.messages import (
     LoadAdapter,
     Ping,
     Pong,
+    Pool,
     ProtocolError,
     Ready,
     Refused,
@@ -119,7 +120,7 @@ class EngineLink:
             else:
                 raise self._die(message.error if isinstance(message, Failed) else None, message)
 
-    async def submit(self, call: Call, requests: Sequence[Submit]) -> None:
+    async def submit(self, call: Call, requests: Sequence[Submit | Pool]) -> None:
         """Hand over a call's requests, and wait where the engine is behind in reading."""
         self._check_alive()
         for request in requests:

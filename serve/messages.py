@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: typed messages, in frames, over one socket.
 
-    API -> engine      Start  Submit  Abort  Ping  LoadAdapter  UnloadAdapter  Stop
+    API -> engine      Start  Submit  Pool  Abort  Ping  LoadAdapter  UnloadAdapter  Stop
     engine -> API      Ready  Failed  Refused  Step  Pong  AdapterChanged
 
 A frame is its length (4 bytes, big-endian) and one MessagePack value that `msgspec` checks against the types below:
@@ -86,6 +86,18 @@ class Submit(_Message, frozen=True):
     adapter: str | None = None
 
 
+class Pool(_Message, frozen=True):
+    """A vector of each input; answered by `Refused`, or by deltas whose choice is the number of the input.
+
+    `token_types`: of each id; None is 0 for all.
+    """
+
+    id: str
+    inputs: list[list[int]]
+    token_types: list[list[int]] | None = None
+    priority: int = 0
+
+
 class Abort(_Message, frozen=True):
     """Stop a request at once; nothing more comes of it. Unknown ids (it has just ended) are fine."""
 
@@ -117,14 +129,34 @@ class Stop(_Message, frozen=True):
     """End the process."""
 
 
+class Pooling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What the model's vectors are: `trine.engine.generate.pooling_info.PoolingInfo`, field for field."""
+
+    kind: Literal["embedding", "classification", "tagging"]
+    dim: int
+    max_tokens: int
+    labels: tuple[str, ...] = ()
+    activation: Literal["sigmoid", "softmax", "identity"] = "identity"
+    score_activation: Literal["sigmoid", "softmax", "identity"] = "identity"
+    token_types: int = 0
+    lower_case: bool = False
+    prompts: tuple[tuple[str, str], ...] = ()
+    default_prompt: str | None = None
+    similarity: str = "cosine"
+    normalized: bool = False
+    dimensions: tuple[int, ...] = ()
+
+
 class Ready(_Message, frozen=True):
-    """Loaded: from which folder, and what it can take."""
+    """Loaded: from which folder, and what it can take. `generates` texts, gives vectors (`pooling`), or both."""
 
     folder: str
     vocab_size: int
     context_len: int
     device: str
     dtype: str
+    generates: bool = True
+    pooling: Pooling | None = None
 
 
 class Failed(_Message, frozen=True):
@@ -156,7 +188,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     `text` and `token_ids` are the new ones; text lags behind ids where a character or a stop string is unfinished.
     `logprobs` has one entry for each new id, where asked for. The counts are totals so far. `prompt_logprobs` comes
-    once, with the first delta of a choice; its first entry is None.
+    once, with the first delta of a choice; its first entry is None. `vector`: of an input of a `Pool`, float32 numbers,
+    the lower byte first; of a tagger those of its tokens one after another.
     """
 
     id: str
@@ -171,6 +204,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     cached_tokens: int = 0
     prompt_logprobs: list[Logprob | None] | None = None
     error: str | None = None
+    vector: bytes | None = None
 
 
 class Stats(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -210,7 +244,7 @@ class AdapterChanged(_Message, frozen=True):
     error: str | None = None
 
 
-ToEngine = Start | Submit | Abort | Ping | LoadAdapter | UnloadAdapter | Stop
+ToEngine = Start | Submit | Pool | Abort | Ping | LoadAdapter | UnloadAdapter | Stop
 ToServer = Ready | Failed | Refused | Step | Pong | AdapterChanged
 
 _encoder = msgspec.msgpack.Encoder()

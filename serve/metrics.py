@@ -36,22 +36,29 @@ class Metrics:
 
         self._first = histogram("trine_time_to_first_token_seconds", "From request to first token.", _FIRST_TOKEN)
         self._between = histogram("trine_inter_token_latency_seconds", "Between tokens of a choice.", _BETWEEN)
-        self._whole = histogram("trine_e2e_request_latency_seconds", "From request to last token.", _WHOLE)
-        self._prompt_len = histogram("trine_request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._whole = histogram("trine_e2e_request_latency_seconds", "From request to last token or vector.", _WHOLE)
+        self._prompt_len = histogram("trine_request_prompt_tokens", "Tokens of a prompt or text.", _TOKENS)
         self._answer_len = histogram("trine_request_generation_tokens", "Tokens of a finished choice.", _TOKENS)
-        self._prompts = Counter("trine_prompt_tokens", "Tokens of all prompts.", registry=self._registry)
+        self._prompts = Counter("trine_prompt_tokens", "Tokens of all prompts and texts.", registry=self._registry)
         self._answers = Counter("trine_generation_tokens", "Tokens generated.", registry=self._registry)
         self._success = Counter(
-            "trine_request_success", "Choices that finished.", ["finished_reason"], registry=self._registry
+            "trine_request_success", "Choices and texts that finished.", ["finished_reason"], registry=self._registry
         )
         self._http = Counter(
             "trine_http_requests", "Answered requests.", ["method", "path", "status"], registry=self._registry
         )
         self._in_flight = Gauge("trine_completions_in_flight", "Completions admitted.", registry=self._registry)
+        self._texts = Gauge("trine_texts_in_flight", "Texts to embed or classify admitted.", registry=self._registry)
 
     def observe(self, call: Call, delta: Delta) -> None:
         """One delta has come from the engine."""
         now = time.monotonic()
+        if delta.vector is not None:
+            self._prompts.inc(delta.prompt_tokens)
+            self._prompt_len.observe(delta.prompt_tokens)
+            self._success.labels("stop").inc()
+            self._whole.observe(now - call.started)
+            return
         key = (delta.id, delta.choice)
         if delta.id not in call.first_token:
             call.first_token[delta.id] = now
@@ -71,10 +78,11 @@ class Metrics:
         """One HTTP request was answered. `path` is a route, odd methods are one: strangers cannot make series."""
         self._http.labels(method if method in _METHODS else "other", path, str(status)).inc()
 
-    def text(self, stats: Stats, in_flight: int) -> bytes:
+    def text(self, stats: Stats, in_flight: int, texts: int) -> bytes:
         """The page."""
         self._engine.stats = stats
         self._in_flight.set(in_flight)
+        self._texts.set(texts)
         return generate_latest(self._registry)
 
 

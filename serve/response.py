@@ -22,24 +22,28 @@ from trine.serve.answers import Answer
 from trine.serve.call import Call
 from trine.serve.errors import ApiError
 from trine.serve.messages import Delta, Logprob
-from trine.serve.service import Service
+from trine.serve.pooling_answers import PoolingAnswer
+from trine.serve.service import Admission, Service
 
 DONE = b"data: [DONE]\n\n"
 PING = b": \n\n"
 
 
-class GenerationResponse(Response):
+class EngineResponse(Response):
     """The response to one job; it hands the job to the engine when it is called."""
 
-    def __init__(self, service: Service, answer: Answer, completions: int) -> None:
-        """`completions` were admitted for it and are counted out at the end."""
+    def __init__(
+        self, service: Service, answer: Answer | PoolingAnswer, *, admission: Admission, admitted: int
+    ) -> None:
+        """`admitted` completions or texts were counted in for it and are counted out at the end."""
         super().__init__()
         self._service = service
         self._answer = answer
-        self._completions = completions
-        self._body = answer.job.body
+        self._admission, self._admitted = admission, admitted
+        # Vectors and scores are whole; texts may be streamed.
+        self._streamed = answer if isinstance(answer, Answer) and answer.job.body.stream else None
         job = answer.job
-        unread = service.settings.max_unread_tokens * completions if self._body.stream else None
+        unread = None if self._streamed is None else service.settings.max_unread_tokens * admitted
         self._call = Call([request.id for request in job.requests], job.n, abort=service.link.abort, max_waiting=unread)
         self._outcome = "the client went away"
         self._started = False
@@ -52,23 +56,23 @@ class GenerationResponse(Response):
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._service.link.release(self._call)
-            self._service.leave(self._completions)
+            self._admission.leave(self._admitted)
             for task in (work, gone):
                 task.cancel()
             (failure, _) = await asyncio.gather(work, gone, return_exceptions=True)
-            self._service.log(self._call, self._answer.job.id, self._body.user, self._outcome)
+            self._service.log(self._call, self._answer.job.id, self._answer.job.body.user, self._outcome)
         if isinstance(failure, Exception) and not isinstance(failure, ClientStalledError):
             raise failure
 
     async def _work(self, send: Send) -> None:
         try:
             await self._service.link.submit(self._call, self._answer.job.requests)
-            if self._body.stream:
-                await self._stream(send)
+            if self._streamed is not None:
+                await self._stream(send, self._streamed)
             else:
                 await self._whole(send)
             usage = self._answer.usage()
-            self._outcome = f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+            self._outcome = f"{usage['prompt_tokens']} + {usage.get('completion_tokens', 0)} tokens"
         except ApiError as error:
             self._outcome = f"{error.status} {error.code}: {error.message}"
             if self._started:
@@ -87,31 +91,19 @@ class GenerationResponse(Response):
         await self._send_start(send, "application/json", 200, {"content-length": str(len(body))})
         await self._send_body(send, body, more=False)
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, answer: Answer) -> None:
         ping = self._service.settings.ping_seconds
         while not self._call.done:
             deltas = await self._call.take(ping)
             if not self._started:
                 await self._send_start(send, "text/event-stream; charset=utf-8", 200, {"cache-control": "no-cache"})
-            frames = b"".join(self._frames(delta) for delta in deltas) if deltas else PING
+            frames = b"".join(_frames(answer, delta) for delta in deltas) if deltas else PING
             if frames:
                 await self._send_body(send, frames)
-        options = self._body.stream_options
-        last = _event(self._answer.usage_chunk()) if options is not None and options.include_usage else b""
+        options = answer.job.body.stream_options
+        last = _event(answer.usage_chunk()) if options is not None and options.include_usage else b""
         await self._send_body(send, last + DONE)
         await self._send_body(send, b"", more=False)
-
-    def _frames(self, delta: Delta) -> bytes:
-        answer, options = self._answer, self._body.stream_options
-        answer.count(delta)
-        with_usage = options is not None and bool(options.include_usage)
-        usage = answer.usage() if with_usage and options is not None and options.continuous_usage_stats else None
-        frames = b""
-        if (opening := answer.opening(delta)) is not None:
-            frames = _event({**opening, "usage": usage} if with_usage else opening)
-        if answer.says_something(delta):
-            frames += _event(answer.chunk(delta, usage, with_usage=with_usage))
-        return frames
 
     async def _send_start(self, send: Send, kind: str, status: int, headers: dict[str, str]) -> None:
         self._started = True
@@ -166,6 +158,20 @@ class _Parts:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def _frames(answer: Answer, delta: Delta) -> bytes:
+    """The events of one piece."""
+    options = answer.job.body.stream_options
+    answer.count(delta)
+    with_usage = options is not None and bool(options.include_usage)
+    usage = answer.usage() if with_usage and options is not None and options.continuous_usage_stats else None
+    frames = b""
+    if (opening := answer.opening(delta)) is not None:
+        frames = _event({**opening, "usage": usage} if with_usage else opening)
+    if answer.says_something(delta):
+        frames += _event(answer.chunk(delta, usage, with_usage=with_usage))
+    return frames
 
 
 async def _disconnected(receive: Receive) -> None:

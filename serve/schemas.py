@@ -30,7 +30,9 @@ UNSUPPORTED_IN_CHAT = frozenset((
 # fmt: on
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Fields are strict; what is not among them is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -99,14 +101,14 @@ TokenIds = Annotated[list[TokenId], Field(max_length=MAX_IDS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """`include_usage`: one more chunk with the counts at the end; `continuous_usage_stats`: counts in every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """A schema that the text must match. Name and description are for people; `strict` changes nothing."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -115,7 +117,7 @@ class JsonSchema(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """text, any JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -128,7 +130,7 @@ class ResponseFormat(_Body):
         return self
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(Body):
     """What the text must match: exactly one of these. `grammar` is in the Lark-like syntax of llguidance."""
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
@@ -143,7 +145,7 @@ class StructuredOutputs(_Body):
         return self
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What completions and chat share."""
 
     model: str | None = None
@@ -187,14 +189,14 @@ class GenerationBody(_Body):
         return self
 
 
-class LoadAdapterBody(_Body):
+class LoadAdapterBody(Body):
     """POST /v1/load_lora_adapter."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class UnloadAdapterBody(_Body):
+class UnloadAdapterBody(Body):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
@@ -215,7 +217,7 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class Message(_Body):
+class Message(Body):
     """One turn. A list of text parts becomes one text, joined by line ends."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -248,8 +250,8 @@ class ChatBody(GenerationBody):
         return self
 
 
-BodyT = TypeVar("BodyT", bound=_Body)
-_UNSUPPORTED: dict[type[_Body], frozenset[str]] = {
+BodyT = TypeVar("BodyT", bound=Body)
+_UNSUPPORTED: dict[type[Body], frozenset[str]] = {
     CompletionBody: UNSUPPORTED_IN_COMPLETIONS,
     ChatBody: UNSUPPORTED_IN_CHAT,
 }

@@ -112,7 +112,7 @@ class _Run:
         tokenizer = Tokenizer.load(ready.folder)
         template = ChatTemplate.of(tokenizer)
         _ = tokenizer.token_bytes, tokenizer.special_ids  # computed now, not by the first request
-        self._service.load(tokenizer, template, ready.context_len)
+        self._service.load(tokenizer, template, ready)
 
     def _announce(self, address: str, ready: Ready) -> None:
         if self._settings.host not in ("127.0.0.1", "localhost", "::1") and not self._settings.api_keys:
@@ -130,14 +130,12 @@ class _Run:
         service, seconds = self._service, self._settings.drain_seconds
         service.ending = True
         if service.in_flight:
-            say(
-                f"draining: {service.in_flight} completions may end within {seconds:g} s; a second signal does not wait"
-            )
+            say(f"draining: {service.under_way} may end within {seconds:g} s; a second signal does not wait")
         deadline = asyncio.get_running_loop().time() + seconds
         while service.in_flight and len(self._signals) < 2 and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         if service.in_flight:
-            say(f"{service.in_flight} completions are cut off")
+            say(f"{service.under_way} are cut off")
             service.link.fail_all(unavailable("the server is shutting down", "shutting_down", RETRY_WHILE_ENDING))
             await asyncio.sleep(0.1)
         if service.link.failure is not None:

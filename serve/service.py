@@ -11,6 +11,7 @@ from trine.serve.call import Call
 from trine.serve.errors import ApiError, server_full, unavailable
 from trine.serve.link import RETRY_AFTER_DEATH, EngineLink
 from trine.serve.logprobs import TokenNames
+from trine.serve.messages import Pooling, Ready
 from trine.serve.metrics import Metrics
 from trine.serve.settings import ServerSettings
 
@@ -33,6 +34,31 @@ class Loaded:
     template: ChatTemplate | None
     context_len: int
     created: int
+    generates: bool = True
+    pooling: Pooling | None = None
+
+
+class Admission:
+    """How many of something are on their way, at most `limit`."""
+
+    def __init__(self, what: str, limit: int) -> None:
+        self.count = 0
+        self.what, self._limit = what, limit
+
+    def enter(self, number: int, *, param: str) -> None:
+        """Count them in, before anything is done for them. Raises `ApiError` 429 where they are too many, 400 where
+        they always are: `param` asks for them.
+        """
+        limit, what = self._limit, self.what
+        if number > limit:
+            raise ApiError(400, f"one request asks for {number} {what}; this server takes {limit} at once", param=param)
+        if self.count + number > limit:
+            raise server_full(limit, what)
+        self.count += number
+
+    def leave(self, number: int) -> None:
+        """Count them out."""
+        self.count -= number
 
 
 class Service:
@@ -42,17 +68,34 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.link = EngineLink(engine_command, on_delta=self.metrics.observe)
-        self.in_flight = 0
+        self.completions = Admission("completions", settings.max_in_flight)
+        self.texts = Admission("texts", settings.max_texts_in_flight)
         self.ending = False
         self.adapters = [name for name, _ in settings.start.adapters]
         self._loaded: Loaded | None = None
 
-    def load(self, tokenizer: Tokenizer, template: ChatTemplate | None, context_len: int) -> None:
+    def load(self, tokenizer: Tokenizer, template: ChatTemplate | None, ready: Ready) -> None:
         """The engine is ready; from now on requests are taken."""
-        names = TokenNames(tokenizer)
         self._loaded = Loaded(
-            tokenizer=tokenizer, names=names, template=template, context_len=context_len, created=int(time.time())
+            tokenizer=tokenizer,
+            names=TokenNames(tokenizer),
+            template=template,
+            context_len=ready.context_len,
+            created=int(time.time()),
+            generates=ready.generates,
+            pooling=ready.pooling,
         )
+
+    @property
+    def in_flight(self) -> int:
+        """Completions and texts that are on their way."""
+        return self.completions.count + self.texts.count
+
+    @property
+    def under_way(self) -> str:
+        """The same in words."""
+        counted = [each for each in (self.completions, self.texts) if each.count]
+        return " and ".join(f"{each.count} {each.what}" for each in counted)
 
     def why_not_ready(self) -> ApiError | None:
         """503 while nothing can be taken, with the reason."""
@@ -90,21 +133,6 @@ class Service:
     def adapter(self, model: str) -> str | None:
         """The adapter that a model's name stands for; None for the model itself."""
         return model if model in self.adapters else None
-
-    def admit(self, completions: int) -> None:
-        """Count completions in, before anything is done for them. Raises `ApiError` 429 where they are too many."""
-        limit = self.settings.max_in_flight
-        if completions > limit:
-            raise ApiError(
-                400, f"one request asks for {completions} completions; this server takes {limit} at once", param="n"
-            )
-        if self.in_flight + completions > limit:
-            raise server_full(limit)
-        self.in_flight += completions
-
-    def leave(self, completions: int) -> None:
-        """Count them out."""
-        self.in_flight -= completions
 
     def log(self, call: Call, request_id: str, user: str | None, outcome: str) -> None:
         """One line for a request that has ended, where the operator wants them."""

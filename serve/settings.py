@@ -20,6 +20,8 @@ class ServerSettings:
         names: what `model` may be in a request; the first is the one that is shown.
         max_in_flight: completions (prompts times n) that may be on their way; more are answered 429.
         max_prompts: in one request.
+        max_texts_in_flight: texts to embed, classify or compare that may be on their way; more are answered 429.
+        max_texts: in one request.
         max_n, max_logprobs: the largest n, and the most likely tokens shown for a position.
         max_body_bytes: of a request.
         max_unread_tokens: of a stream, for each of its choices; a client that leaves more unread is cut off.
@@ -38,6 +40,8 @@ class ServerSettings:
     names: tuple[str, ...] = ()
     max_in_flight: int = 256
     max_prompts: int = 128
+    max_texts_in_flight: int = 4096
+    max_texts: int = 2048
     max_n: int = 32
     max_logprobs: int = 20
     max_body_bytes: int = 2**23
@@ -53,7 +57,10 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port {self.port} does not exist; give one from 1 to 65535, or 0 for any free one")
-        for name in ("max_in_flight", "max_prompts", "max_n", "max_body_bytes", "max_unread_tokens"):
+        for name in (
+            "max_in_flight", "max_prompts", "max_texts_in_flight", "max_texts", "max_n", "max_body_bytes",
+            "max_unread_tokens",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("read_seconds", "write_seconds", "ping_seconds", "ready_seconds"):

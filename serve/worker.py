@@ -32,6 +32,7 @@ from trine.serve.messages import (
     LoadAdapter,
     Ping,
     Pong,
+    Pool,
     ProtocolError,
     Ready,
     Refused,
@@ -57,7 +58,7 @@ ORPHAN_SECONDS = 5.0
 class Computes(Protocol):
     """An engine, in messages."""
 
-    def add(self, request: Submit) -> None:
+    def add(self, request: Submit | Pool) -> None:
         """Take a request, or raise a `TrineError` and have changed nothing."""
 
     def abort(self, request_id: str) -> None:
@@ -132,7 +133,7 @@ def _loop(connection: socket.socket, inbox: queue.Queue[ToEngine | None], engine
 
 def _take(engine: Computes, message: ToEngine) -> ToServer | None:
     """Act on one message; returns what there is to answer."""
-    if isinstance(message, Submit):
+    if isinstance(message, Submit | Pool):
         return _add(engine, message)
     if isinstance(message, Abort):
         engine.abort(message.id)
@@ -159,7 +160,7 @@ def _change_adapters(engine: Computes, message: LoadAdapter | UnloadAdapter) -> 
     return AdapterChanged(number=message.number)
 
 
-def _add(engine: Computes, request: Submit) -> Refused | None:
+def _add(engine: Computes, request: Submit | Pool) -> Refused | None:
     try:
         engine.add(request)
     except UsageError as error:

@@ -19,11 +19,11 @@ from trine.engine.model.transformer import Transformer
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine works with."""
+    """What an engine works with; without a runner where the model generates nothing."""
 
     pool: BlockPool
     scheduler: Scheduler
-    runner: Runner
+    runner: Runner | None
     drafter: Drafter | None
 
 
@@ -32,6 +32,8 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
 
     Raises `UsageError` where sizes, modes or the draft do not fit the model or this machine.
     """
+    if not model.config.causal:
+        return _assemble_encoder(config, draft)
     compute_dtype = config.compute_dtype or model.dtype
     kv_dtype = config.kv_dtype or compute_dtype
     if config.deterministic:
@@ -77,6 +79,28 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
         deterministic=config.deterministic,
     )
     return Parts(pool, scheduler, runner, drafter)
+
+
+def _assemble_encoder(config: EngineConfig, draft: Transformer | None) -> Parts:
+    """Without a cache. Raises `UsageError` for what belongs to one, or to generating."""
+    asked = {
+        "kv_bytes": config.kv_bytes,
+        "kv_dtype": config.kv_dtype,
+        "deterministic": config.deterministic,
+        "speculate": config.speculate,
+        "a draft model": draft,
+    }
+    for name, value in asked.items():
+        if value:
+            raise UsageError(f"{name} is for models that generate, and this one is an encoder; leave it out")
+    pool = BlockPool(0, config.block_size, prefix_caching=False)
+    scheduler = Scheduler(
+        pool,
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=min(config.max_running, config.max_batch_tokens),
+        max_waiting=config.max_waiting,
+    )
+    return Parts(pool, scheduler, None, None)
 
 
 def _make_drafter(draft: Transformer, model: Transformer, vocab_size: int, config: EngineConfig) -> Drafter:

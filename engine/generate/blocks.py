@@ -23,11 +23,14 @@ from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens each. `prefix_caching`: whether the scheduler shares by content."""
+    """`num_blocks` blocks (none where nothing is cached) of `block_size` tokens each.
+
+    `prefix_caching`: whether the scheduler shares by content.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
-        if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"a pool needs at least one block of one token, got {num_blocks} of {block_size}")
+        if num_blocks < 0 or block_size < 1:
+            raise ValueError(f"a pool has blocks of at least one token, got {num_blocks} of {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching

@@ -5,6 +5,9 @@
              the host does its part while the device computes: `EngineConfig.overlap`)
     abort    forgets a request at once
 
+Requests are for completions (`GenerationRequest`) or for vectors of whole texts (`PoolingRequest`, `pooler.py`), where
+the model gives them; both wait and run side by side.
+
     load_adapter, unload_adapter    LoRA adapters that requests can name; several are computed in one batch
 
 Synchronous and without threads: the same calls give the same outputs. What a seeded or greedy request returns does not
@@ -30,8 +33,9 @@ from trine.engine.generate.intake import Intake
 from trine.engine.generate.lookup import propose
 from trine.engine.generate.plain import end_ids
 from trine.engine.generate.plan import Chunk, Plan
-from trine.engine.generate.records import EngineConfig, EngineStats, GenerationRequest, Output
-from trine.engine.generate.runner import Computed, Unread
+from trine.engine.generate.pooler import Pooler, pools
+from trine.engine.generate.records import EngineConfig, EngineStats, GenerationRequest, Output, PoolingRequest
+from trine.engine.generate.runner import Computed, Runner, Unread
 from trine.engine.generate.sequence import PENDING, Sequence, State
 from trine.engine.generate.turns import Turn, run_turns
 from trine.engine.log import format_bytes, say, say_once, warn
@@ -41,7 +45,7 @@ from trine.engine.model.lora_base import check_base
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 
-__all__ = ["Engine", "EngineConfig", "EngineStats", "GenerationRequest", "Output"]
+__all__ = ["Engine", "EngineConfig", "EngineStats", "GenerationRequest", "Output", "PoolingRequest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,8 @@ class Engine:
         self._intake = Intake(tokenizer, end_ids(model, tokenizer), model.config.max_positions)
         parts = assemble(model, tokenizer.vocab_size, config, draft)
         self._pool, self._scheduler = parts.pool, parts.scheduler
-        self._runner, self._drafter = parts.runner, parts.drafter
+        self._generator, self._drafter = parts.runner, parts.drafter
+        self._pooler = Pooler(model, tokenizer.vocab_size) if pools(model) else None
         self._overlaps = config.overlap
         self._entries: dict[str, Entry] = {}
         self._drafts: dict[Sequence, Draft] = {}  # for the step that verifies them
@@ -102,33 +107,57 @@ class Engine:
         return self._scheduler.num_waiting < self.config.max_waiting
 
     @property
+    def generates(self) -> bool:
+        """Whether it completes texts."""
+        return self._generator is not None
+
+    @property
     def num_decode_steps(self) -> int:
         """Kinds of decoding steps that were captured or compiled; 0 where the model's forward computes them."""
-        return self._runner.num_decode_steps
+        return 0 if self._generator is None else self._generator.num_decode_steps
+
+    @property
+    def _runner(self) -> Runner:
+        """Raises `UsageError` where the model generates nothing."""
+        if self._generator is None:
+            raise UsageError("this model is an encoder: it completes no text and takes no adapter; ask it for vectors")
+        return self._generator
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """On a GPU, capture the graphs of all decoding steps that can come, and say what it took; without this each is
         captured when it first comes up, and somebody waits for it.
         """
-        self._runner.prepare()
+        if self._generator is not None:
+            self._generator.prepare()
         if self._drafter is not None:
             self._drafter.prepare()
 
-    def add(self, request: GenerationRequest) -> None:
+    def add(self, request: GenerationRequest | PoolingRequest) -> None:
         """Queue a request; it changes nothing where it raises.
 
         Raises:
             UsageError: the id is in use, the prompt is empty, an id lies outside the vocabulary, the grammar cannot be
-                used, or there is no such adapter.
-            ContextLengthError: the prompt leaves no room for a token, in the model's context or in the cache.
+                used, there is no such adapter, or the model does not do what is asked.
+            ContextLengthError: the prompt leaves no room for a token, in the model's context or in the cache; an input
+                is longer than the context.
             QueueFullError: too many are waiting.
         """
-        if request.id in self._entries:
+        pooler = self._pooler
+        if request.id in self._entries or (pooler is not None and pooler.knows(request.id)):
             raise UsageError(f"request id {request.id!r} is in use; give every request an id of its own")
+        if isinstance(request, PoolingRequest):
+            if pooler is None:
+                raise UsageError(
+                    "this model generates text and gives no vectors; take an encoder, or a folder whose modules.json "
+                    "says how tokens become one vector"
+                )
+            pooler.add(request, self._scheduler)
+            return
+        bank = self._runner.adapters
         self._intake.check(request)
         ids, params = list(request.prompt_ids), request.params
-        adapter = NO_ADAPTER if request.adapter is None else self._runner.adapters.slot(request.adapter)
+        adapter = NO_ADAPTER if request.adapter is None else bank.slot(request.adapter)
         matcher = self._intake.matcher(request)
         completion = self._intake.completion(request, 0, matcher)
         sequence = Sequence(
@@ -149,13 +178,20 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Forget a request: nothing of it is computed or returned any more. Unknown ids are passed over."""
         for sequence in self._scheduler.abort(request_id):
-            self._runner.release(sequence)
+            self._release(sequence)
         self._entries.pop(request_id, None)
+
+    def _release(self, sequence: Sequence) -> None:
+        """A sequence ended: forget what was kept for it."""
+        if not sequence.pools:
+            self._runner.release(sequence)
+        elif self._pooler is not None:
+            self._pooler.release(sequence)
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the adapters that are loaded."""
-        return self._runner.adapters.names
+        return () if self._generator is None else self._generator.adapters.names
 
     def load_adapter(self, name: str, folder: Path | str, *, base: Path | str | None = None) -> None:
         """Read a LoRA adapter in PEFT's layout; requests can name it from now on. It changes nothing where it raises.
@@ -205,22 +241,21 @@ class Engine:
         deciding = started if self._drafter is None else time.perf_counter()
         plan = self._scheduler.schedule()
         scheduled = time.perf_counter()
-        if not plan.chunks:
+        if not plan.chunks and not plan.pooled:
             self._scheduler.commit(plan)
             return self._land()
-        try:
-            computed = self._runner.forward(plan, None if self._flight is None else self._flight.unread)
-        except BaseException:
-            self._scheduler.drop(plan)
-            self._runner.reset()
-            raise
-        if self._may_wait(plan):
+        computed, pooled = self._compute(plan)
+        if computed is None:
+            self._scheduler.commit(plan)
+            outputs = self._land()
+        elif self._may_wait(plan):
             flight = self._launch(plan, computed)
             outputs = self._land()
             self._flight = flight
         else:
             outputs = self._land()
             outputs += self._advance(plan, computed)
+        outputs += self._end_pooled(plan, pooled)
         self._steps += 1
         self._schedule_seconds += scheduled - deciding
         self._step_seconds += time.perf_counter() - started
@@ -234,7 +269,7 @@ class Engine:
             running=self._scheduler.num_running,
             kv_blocks_used=self._pool.num_used,
             kv_blocks_total=self._pool.num_blocks,
-            kv_bytes=self._runner.cache.num_bytes,
+            kv_bytes=0 if self._generator is None else self._generator.cache.num_bytes,
             block_size=self.config.block_size,
             prefix_query_tokens=counters.prefix_queries,
             prefix_hit_tokens=counters.prefix_hits,
@@ -249,6 +284,30 @@ class Engine:
         )
 
     # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _compute(self, plan: Plan) -> tuple[Computed | None, list[Output]]:
+        """The forward passes of a plan: of its chunks, if there are any, and of what is computed whole."""
+        computed = None
+        pooled: list[Output] = []
+        try:
+            if plan.chunks:
+                computed = self._runner.forward(plan, None if self._flight is None else self._flight.unread)
+            if plan.pooled:
+                assert self._pooler is not None
+                pooled = self._pooler.compute(plan.pooled)
+        except BaseException:
+            self._scheduler.drop(plan)
+            if self._generator is not None:
+                self._generator.reset()
+            raise
+        return computed, pooled
+
+    def _end_pooled(self, plan: Plan, outputs: list[Output]) -> list[Output]:
+        """What was computed whole has ended."""
+        for sequence in plan.pooled:
+            self._release(sequence)
+            self._prompt_tokens += len(sequence.tokens)
+        return outputs
 
     @property
     def _guesses(self) -> bool:

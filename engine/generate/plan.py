@@ -38,13 +38,15 @@ class Plan:
         chunks: what to compute; each sequence at most once.
         copies: (source block, target block), to be done before the forward and in this order.
         preempted: running sequences that lost their blocks; they wait to be computed again.
+        pooled: sequences that are computed whole, without a cache, beside the chunks.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    pooled: list[Sequence] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all chunks."""
-        return sum(chunk.count for chunk in self.chunks)
+        """Tokens of all chunks and of what is computed whole."""
+        return sum(chunk.count for chunk in self.chunks) + sum(len(sequence.tokens) for sequence in self.pooled)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from trine.engine.errors import UsageError
@@ -95,10 +97,28 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Output:
-    """What a step added to one completion.
+class PoolingRequest:
+    """One request for a vector of each of several inputs: their embeddings, or the logits of their classes.
 
     Attributes:
+        id: unique among those in the engine.
+        inputs: ids of each, at least one; special tokens included.
+        token_types: 0 or 1 for each id (the text of a pair that it belongs to); None is 0 for all.
+        priority: lower goes first.
+    """
+
+    id: str
+    inputs: tuple[tuple[int, ...], ...]
+    token_types: tuple[tuple[int, ...], ...] | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """What a step added to one completion, or the vector of one input.
+
+    Attributes:
+        choice: number of the completion, or of the input.
         text: new text; joined over the outputs of a choice, its whole text.
         token_ids: new ids, the one that ended the text included.
         logprobs: of each new id, where asked for.
@@ -108,6 +128,7 @@ class Output:
         cached_tokens: tokens of the prompt that were found in the cache.
         prompt_logprobs: of each id of the prompt (None for the first), once, in the first output of a choice.
         error: why the choice failed; it ended then, and no other did.
+        vector: float32 [D], of an input of a pooling request; its only output.
     """
 
     request_id: str
@@ -122,6 +143,7 @@ class Output:
     stop_reason: int | str | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
+    vector: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +151,7 @@ class EngineStats:
     """Where an engine stands, and its totals since it started.
 
     Attributes:
-        waiting, running: completions in the queue, and computed in turns.
+        waiting, running: completions and inputs in the queue, and completions computed in turns.
         kv_blocks_used, kv_blocks_total: blocks that somebody holds, and all; of `block_size` tokens each.
         kv_bytes: size of the cache.
         prefix_query_tokens, prefix_hit_tokens: prompt tokens of admitted completions, and those found in the cache.

@@ -10,6 +10,10 @@ A step has a budget of tokens. It goes, in this order, to
 so a long prompt neither stops what is being decoded nor the short prompts behind it, and yet advances in every step. A
 prompt waits for another that computes most of the same tokens already (`prefix.py`).
 
+Sequences that are wanted as one vector (`Sequence.pools`) need no blocks and are computed whole. They have a queue of
+their own and, before prefill, all that decoding leaves, or half of it while prompts are on their way. Their first one
+goes in every step, beyond that share if it must; prefill does not pay for that.
+
 Order. A sequence of priority p stands as if it had come p * `patience` steps later than it did: lower priorities go
 first, and nobody waits for ever. Whoever comes first can always go on: a sequence is admitted with all the blocks
 its tokens need, and where decoding finds no block, the running sequence that comes last gives its blocks back, and is
@@ -56,7 +60,8 @@ class Scheduler:
         pool: the blocks.
         max_batch_tokens: tokens of one step, at least `max_running`.
         max_running: sequences computed in turns.
-        max_waiting: sequences in the queue; `add` refuses more. (Forks and preempted ones are always taken.)
+        max_waiting: sequences in the queue; where so many are, `add` refuses more. (Forks and preempted ones are always
+            taken.)
         patience: steps that one level of priority is worth.
         longer_beyond: a sequence that grows beyond so many tokens is computed anew, from its beginning (longrope).
 
@@ -95,6 +100,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # by rank; those that are gone leave at the next step
         self._num_running = 0
         self._waiting = WaitingQueue()
+        self._pooling = WaitingQueue()  # those that are computed whole
         self._by_request: dict[str, dict[str, Sequence]] = {}
 
     @property
@@ -104,35 +110,37 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences in the queue, preempted ones included."""
-        return len(self._waiting)
+        """Sequences in the queues, preempted ones included."""
+        return len(self._waiting) + len(self._pooling)
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is not finished."""
         return bool(self._by_request)
 
-    def add(self, sequence: Sequence) -> None:
-        """Put a new sequence in the queue.
+    def add(self, *sequences: Sequence) -> None:
+        """Put a new sequence, or all of one request, in the queue; it changes nothing where it raises.
 
         Raises:
             QueueFullError: `max_waiting` are waiting.
             ContextLengthError: it would not fit in the cache even alone.
             UsageError: its id is in use, or it has no token, or no room for one more.
         """
-        assert sequence.state is State.WAITING, f"{sequence.id} was added before"
-        self._check(sequence)
+        for sequence in sequences:
+            assert sequence.state is State.WAITING, f"{sequence.id} was added before"
+            self._check(sequence)
         if self.num_waiting >= self.max_waiting:
             raise QueueFullError(
                 f"{self.num_waiting} requests are waiting, the limit is {self.max_waiting}; try again later"
             )
-        sequence.arrival = self._arrivals
-        self._arrivals += 1
-        sequence.rank = (self._steps + sequence.priority * self.patience, sequence.arrival, sequence.choice)
-        if self._grew_longer(sequence):
-            sequence.become_longer()
-        self._by_request.setdefault(sequence.request_id, {})[sequence.id] = sequence
-        self._enqueue(sequence)
+        for sequence in sequences:
+            sequence.arrival = self._arrivals
+            self._arrivals += 1
+            sequence.rank = (self._steps + sequence.priority * self.patience, sequence.arrival, sequence.choice)
+            if not sequence.pools and self._grew_longer(sequence):
+                sequence.become_longer()
+            self._by_request.setdefault(sequence.request_id, {})[sequence.id] = sequence
+            self._enqueue(sequence)
 
     def fork(self, source: Sequence, *, choice: int, id: str) -> Sequence:  # noqa: A002
         """A new sequence with the prompt of a running one, for another choice of its request.
@@ -179,10 +187,10 @@ class Scheduler:
         """The sequence needs no more steps. What it has computed stays findable until its room is needed."""
         if sequence.state is State.FINISHED:
             return
-        if sequence.state is State.RUNNING:
+        if sequence.state is State.WAITING:
+            self._queue_of(sequence).remove(sequence)
+        elif not sequence.pools:
             self._give_back(sequence)
-        else:
-            self._waiting.remove(sequence)
         sequence.state = State.FINISHED
         siblings = self._by_request[sequence.request_id]
         del siblings[sequence.id]
@@ -208,6 +216,7 @@ class Scheduler:
             plan.preempted.append(sequence)
         decoding = self._decode(plan)
         left = self.max_batch_tokens - len(decoding)
+        left -= self._pool(plan, left)
         left -= self._prefill(plan, left)
         self._add_drafts(decoding, left)
         plan.chunks = decoding + plan.chunks
@@ -232,6 +241,8 @@ class Scheduler:
             sequence.num_computed = chunk.start + chunk.count - chunk.num_draft + chunk.accepted
             sequence.draft.clear()
             share(self.pool, sequence)
+        for sequence in plan.pooled:
+            self.finish(sequence)
 
     def drop(self, plan: Plan) -> None:
         """The forward of the plan failed: nothing of it counts. Sequences whose copies were lost are computed again."""
@@ -243,6 +254,9 @@ class Scheduler:
             sequence.draft.clear()
             if sequence.state is State.RUNNING and not targets.isdisjoint(sequence.blocks):
                 self._preempt(sequence)
+        for sequence in plan.pooled:
+            if sequence.state is State.RUNNING:
+                self._enqueue(sequence)
 
     def _check(self, sequence: Sequence) -> None:
         if sequence.id in self._by_request.get(sequence.request_id, {}):
@@ -252,6 +266,8 @@ class Scheduler:
                 f"{len(sequence.tokens)} tokens in a sequence of at most {sequence.max_total_tokens}; expected at "
                 "least one, and no more than the sequence may hold"
             )
+        if sequence.pools:
+            return
         # The last token of a sequence is never fed, so its key and value need no place.
         needed = max(len(sequence.tokens), sequence.max_total_tokens - 1)
         room = self.pool.num_blocks * self.pool.block_size
@@ -283,6 +299,15 @@ class Scheduler:
         if plan.preempted:
             self._running = [sequence for sequence in self._running if sequence.state is State.RUNNING]
         return chunks
+
+    def _pool(self, plan: Plan, budget: int) -> int:
+        """Sequences that are computed whole; returns the tokens of the budget that they take."""
+        prompts = len(self._waiting) > 0 or any(sequence.num_uncomputed > 1 for sequence in self._running)
+        share = budget // 2 if prompts else budget
+        plan.pooled = self._pooling.take_whole(share)
+        for sequence in plan.pooled:
+            sequence.state = State.RUNNING
+        return min(share, sum(len(sequence.tokens) for sequence in plan.pooled))
 
     def _prefill(self, plan: Plan, budget: int) -> int:
         """Chunks of prompts, within the budget; returns the tokens taken."""
@@ -385,7 +410,10 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
-        self._waiting.push(sequence)
+        self._queue_of(sequence).push(sequence)
+
+    def _queue_of(self, sequence: Sequence) -> WaitingQueue:
+        return self._pooling if sequence.pools else self._waiting
 
     def _run(self, sequence: Sequence) -> None:
         sequence.state = State.RUNNING

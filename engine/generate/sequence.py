@@ -40,6 +40,7 @@ class Sequence:
         salt: sequences share cached blocks only under the same salt (a tenant, an adapter).
         adapter: the slot of the LoRA adapter it is computed with; -1 for none.
         reads_cache: False computes every token, as log-probabilities of a prompt need; its blocks can still be shared.
+        pools: it is wanted as a whole, for one vector: computed in a single step, without a cache.
         draft: tokens guessed to follow `tokens`, to be verified in one step. The scheduler shortens what does not fit.
 
     The scheduler's own:
@@ -64,6 +65,7 @@ class Sequence:
     salt: bytes = b""
     adapter: int = -1
     reads_cache: bool = True
+    pools: bool = False
     draft: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int | None = None

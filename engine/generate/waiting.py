@@ -49,3 +49,17 @@ class WaitingQueue:
         while self._by_work and self._tickets.get(self._by_work[0][2]) != self._by_work[0][1]:
             heapq.heappop(self._by_work)
         return self._by_work[0][2] if self._by_work else None
+
+    def take_whole(self, budget: int) -> list[Sequence]:
+        """Remove and return those that are computed whole in the next step: the first one, however long it is, and of
+        the others those of least work that fit in the rest of the budget. So a long text neither waits for ever nor
+        keeps short ones waiting.
+        """
+        taken: list[Sequence] = []
+        candidate = self.first()
+        while candidate is not None and (not taken or len(candidate.tokens) <= budget):
+            self.remove(candidate)
+            taken.append(candidate)
+            budget -= len(candidate.tokens)
+            candidate = self.smallest()
+        return taken

@@ -122,7 +122,7 @@ def test_audit_names_what_is_wrong() -> None:
         pool.audit([blocks, [7]])
 
 
-@pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 16), (4, 0)])
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(-1, 16), (4, 0)])
 def test_a_pool_without_room_is_refused(num_blocks: int, block_size: int) -> None:
     with pytest.raises(ValueError, match=f"got {num_blocks} of {block_size}"):
         BlockPool(num_blocks, block_size)
