@@ -1,10 +1,15 @@
 """Objectives: from a batch and a model to a loss.
 
 An objective returns the sum of the loss over valid tokens and their number, never a mean: the trainer adds up the
-sums of all micro-batches (and ranks) of a step and divides once, by the valid tokens of the whole step.
+sums of all micro-batches (and ranks) of a step and divides once, by the valid tokens of the whole step. One that learns
+two things at once returns a sum for each, and each is divided by its own number.
+
+Those of encoders are in `encoder_objectives.py`, that of encoder-decoders in `seq2seq.py`.
 """
 
 from __future__ import annotations
+
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +17,21 @@ from torch import Tensor
 from trine.engine.data.batch import IGNORED, Batch
 from trine.engine.model.transformer import Transformer
 from trine.kernels.cross_entropy.op import linear_cross_entropy
+
+
+class Objective(Protocol):
+    """What the trainer asks of an objective; `batch` is one that the data was made into for it."""
+
+    def loss(
+        self,
+        model: Transformer,
+        batch: Any,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        checkpoint_activations: bool = False,
+    ) -> tuple[Tensor, int]:
+        """The summed losses, a scalar or one for each of `batch.counts`, and how many terms the first one has."""
+        ...
 
 
 class CausalLM:

@@ -36,7 +36,7 @@ def log_start(metrics: MetricsFile, setup: Setup, meter: Meter, *, peak_source: 
         peak_flops=meter.peak_flops,
         peak_source=peak_source,
         steps=recipe.train.steps,
-        tokens_per_step=recipe.train.batch_size * recipe.data.seq_len,
+        tokens_per_step=round(recipe.train.batch_size * setup.stream.tokens_per_sample),
     )
 
 

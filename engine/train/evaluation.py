@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from trine.engine.data.objectives import CausalLM
 from trine.engine.log import format_duration
 from trine.engine.train.early_stopping import EarlyStopping
 from trine.engine.train.ema import Ema
@@ -19,7 +18,8 @@ from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.progress import Progress
 from trine.engine.train.recipe import OWN_SET, Recipe
 from trine.engine.train.resolve import Setup
-from trine.engine.train.subject import Subject
+from trine.engine.train.scoring import score_name
+from trine.engine.train.subject import Subject, make_scorer
 from trine.engine.train.validation import ValidationResult, sample, validate
 
 
@@ -91,6 +91,7 @@ class Evaluator:
                 weights=entry.weights,
                 loss=entry.result.loss,
                 bits_per_byte=entry.result.bits_per_byte,
+                **entry.result.scores,
                 tokens=entry.result.tokens,
                 seconds=entry.seconds,
             )
@@ -116,7 +117,7 @@ class Evaluator:
                 with self.weights(kind), self.subject.computing():
                     result = validate(
                         self.subject.model,
-                        CausalLM(),
+                        make_scorer(self.setup),
                         data,
                         batch_size=batch_size,
                         compute_dtype=self.setup.compute_dtype,
@@ -154,5 +155,6 @@ def _described(name: str, entries: list[Evaluation]) -> str:
     for entry in entries:
         bits = entry.result.bits_per_byte
         shown = f"{entry.result.loss:.4f}" + ("" if bits is None else f", {bits:.4f} bits per byte")
+        shown += "".join(f", {score_name(key)} {value:.4f}" for key, value in entry.result.scores.items())
         parts.append(f"averaged weights {shown}" if entry.weights == "ema" else f"{name} loss {shown}")
     return f"{'; '.join(parts)} ({format_duration(sum(entry.seconds for entry in entries))})"

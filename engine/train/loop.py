@@ -239,20 +239,20 @@ class Trainer:
             batch_size=recipe.train.batch_size,
             micro_batch_size=self.setup.micro_batch_size,
         )
-        num_valid = steps.count_valid(pieces)
+        counts = steps.count_valid(pieces)
         with self.subject.computing():
             loss = steps.accumulate_gradients(
                 self.subject.model,
                 self.subject.objective,
                 pieces,
-                num_valid=num_valid,
+                num_valid=counts,
                 seed=recipe.train.seed,
                 compute_dtype=self.setup.compute_dtype,
                 checkpoint_activations=recipe.train.checkpoint_activations,
             )
         result = steps.check_and_clip(self.subject.trained, loss, max_norm=recipe.optim.grad_clip, step=self.step + 1)
         self.watch.check(result.loss, step=self.step + 1)
-        factor = lr_factor(recipe.schedule, step=self.step, steps=recipe.train.steps)
+        factor = lr_factor(recipe.schedule, step=self.step, steps=recipe.train.steps, width=self.setup.config.width)
         self.optimizer.step(factor)
         self.subject.trained.zero_grad(set_to_none=True)
         self.step += 1
@@ -262,7 +262,7 @@ class Trainer:
         self.next_sample += recipe.train.batch_size
         self.loss = result.loss
         self.smoothed.update(result.loss)
-        self.meter.end_step(tokens=num_valid, processed=recipe.train.batch_size * recipe.data.seq_len)
+        self.meter.end_step(tokens=counts[0], processed=steps.count_tokens(pieces))
         self.energy.update()
         log_step(
             metrics, progress, self.setup, self.meter, result, self.smoothed, self.energy,

@@ -18,8 +18,9 @@ def source_lines(stream: Stream, *, num_samples: int, batch_size: int) -> list[s
     weights = sum(use.source.weight for use in uses)
     return [
         f"source       {use.source.folder}: {use.source.weight / weights:.1%} at first, "
-        f"{use.samples / num_samples:.1%} of the run = {format_count(round(use.samples * stream.tokens_per_sample))} tokens = "
-        f"{use.epochs:.2f} epochs of {format_count(use.num_tokens)}{_end(use, num_samples, batch_size)}"
+        f"{use.samples / num_samples:.1%} of the run = "
+        f"{format_count(round(use.samples * stream.tokens_per_sample))} tokens = {use.epochs:.2f} epochs of "
+        f"{format_count(use.num_tokens)}{_end(use, num_samples, batch_size)}"
         for use in uses
     ]
 

@@ -78,7 +78,7 @@ def plan_lines(setup: Setup) -> str:
     memory = estimate_memory(setup)
     parameters = count_parameters(config)
     per_token = training_flops_per_token(setup)
-    per_step = recipe.train.batch_size * recipe.data.seq_len
+    per_step = round(recipe.train.batch_size * setup.stream.tokens_per_sample)
     tokens = recipe.train.steps * per_step
     peak, how = peak_flops(setup.device, setup.compute_dtype)
     at_peak = tokens * per_token / peak

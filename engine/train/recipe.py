@@ -17,21 +17,13 @@ import tomli_w
 from pydantic import AfterValidator, Field, model_validator
 
 from trine.engine.config import Settings, apply_overrides, parse, read_toml
-from trine.engine.errors import UsageError
-from trine.engine.model.quantized.scheme import Scheme, make_scheme
-from trine.kernels.lora.op import MAX_RANK
+from trine.engine.train.recipe_data import DataSettings
+from trine.engine.train.recipe_model import AdapterSettings, DistillSettings, ModelSettings, QuantizationSettings
+from trine.engine.train.recipe_objective import PAIRS, ObjectiveSettings
+from trine.engine.train.recipe_types import BelowOne, Count, Finite, Fraction, PathValue, Positive, Rate
 
 RECIPE = "recipe.toml"  # its name in a run folder
 OWN_SET = "validation"  # the name of the data's own validation split among the sets of an evaluation
-
-# TOML spells paths as strings and tuples as lists; only these two fields' own rules are lax, not those of their items.
-PathValue = Annotated[Path, Field(strict=False)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _named_once(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,146 +39,6 @@ def _set_names(sets: dict[str, Path]) -> dict[str, Path]:
                 f"{name!r} cannot name a set: letters, digits, _ . - and not {OWN_SET!r}, the data's own split"
             )
     return sets
-
-
-class ModelSettings(Settings):
-    """A new model by `family` and sizes, or `init_from` a checkpoint (then only `dropout` may be set beside it).
-
-    What is left out is chosen by `resolve`: num_kv_heads = num_heads, head_dim = width / num_heads, max_positions =
-    data.seq_len, vocab_size = the tokenizer's, ffn_width = 8/3 width (gated) or 4 width, tie_embeddings and the rest by
-    the custom of the family.
-    """
-
-    family: str | None = None
-    init_from: PathValue | None = None
-    vocab_size: Positive | None = None
-    width: Positive | None = None
-    num_layers: Positive | None = None
-    num_heads: Positive | None = None
-    num_kv_heads: Positive | None = None
-    head_dim: Positive | None = None
-    ffn_width: Positive | None = None
-    max_positions: Positive | None = None
-    tie_embeddings: bool | None = None
-    rope_theta: Rate | None = None
-    norm_eps: Rate | None = None
-    init_std: Rate | None = None
-    dropout: BelowOne = 0.0
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> ModelSettings:
-        sizes = {"width": self.width, "num_layers": self.num_layers, "num_heads": self.num_heads}
-        if self.init_from is not None:
-            extra = sorted(self.model_fields_set - {"init_from", "dropout"})
-            if extra:
-                raise ValueError(f"{extra[0]} has no effect beside init_from (the checkpoint decides); remove it")
-        elif self.family is None:
-            raise ValueError("give family (llama, qwen3, gpt2, ...) for a new model or init_from for a checkpoint")
-        else:
-            missing = [name for name, value in sizes.items() if value is None]
-            if missing:
-                raise ValueError(f"{', '.join(missing)} required for a new model")
-        return self
-
-
-class AdapterSettings(Settings):
-    """LoRA: `model.init_from` is frozen; a low-rank change of its linear layers is trained and saved, in PEFT's layout.
-
-    A layer adds scale B A x, with scale = `alpha` / `rank`, or `alpha` / sqrt(`rank`) with `use_rslora`; `dropout`
-    falls on x. `targets` are the layers by their names in the checkpoint. With `init_from`, a PEFT folder, an adapter
-    is trained further, and only `dropout` may be set beside it. What is left out is chosen by `resolve`: rank 16, alpha
-    2 rank, targets ["all-linear"], no `use_rslora`.
-    """
-
-    init_from: PathValue | None = None
-    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
-    alpha: Rate | None = None
-    targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
-    use_rslora: bool | None = None
-    dropout: BelowOne = 0.0
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> AdapterSettings:
-        extra = sorted(self.model_fields_set - {"init_from", "dropout"})
-        if self.init_from is not None and extra:
-            raise ValueError(f"{extra[0]} has no effect beside init_from (the adapter decides); remove it")
-        return self
-
-
-class QuantizationSettings(Settings):
-    """Quantization-aware training: the weights of the layers, and activations where the scheme says so, are rounded
-    while losses are computed; at the end `final/` is quantized too, by `method`, into `final-SCHEME/`.
-
-    `scheme`, `group_size` (32, 64, 128, "channel") and `symmetric` are those of `trine quantize`.
-    """
-
-    scheme: str
-    group_size: int | str | None = None
-    symmetric: bool = True
-    method: Literal["rtn", "rtn-mse"] = "rtn"
-
-    @model_validator(mode="after")
-    def _known(self) -> QuantizationSettings:
-        try:
-            self.scheme_settings  # noqa: B018 - for what it raises
-        except UsageError as error:
-            told = str(error).replace("--group-size", "group_size").replace("--asymmetric", "symmetric = false")
-            raise ValueError(told) from None
-        return self
-
-    @property
-    def scheme_settings(self) -> Scheme:
-        """The scheme that these name."""
-        size = None if self.group_size is None else str(self.group_size)
-        return make_scheme(self.scheme, group_size=size, symmetric=self.symmetric)
-
-
-class DistillSettings(Settings):
-    """A `teacher`, a checkpoint with the data's vocabulary, which may be quantized.
-
-    The loss is `weight` times the distance of its distribution at `temperature`, and 1 - `weight` times the usual one.
-    """
-
-    teacher: PathValue
-    temperature: Rate = 2.0
-    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
-
-
-class SourceSettings(Settings):
-    """One folder made by `trine data prepare`, its share of the training tokens, and how much of it may be seen.
-
-    After `max_epochs` passes or `max_tokens` tokens the source gives no more and the others share what is left.
-    """
-
-    path: PathValue
-    weight: Rate = 1.0
-    max_epochs: Rate | None = None
-    max_tokens: Positive | None = None
-
-
-class DataSettings(Settings):
-    """Where tokens come from (`path`, or weighted `sources`) and how they are cut into sequences."""
-
-    path: PathValue | None = None
-    sources: Annotated[tuple[SourceSettings, ...], Field(strict=False)] = ()
-    seq_len: Positive
-    document_mask: bool = True
-
-    @model_validator(mode="after")
-    def _one_spelling(self) -> DataSettings:
-        if (self.path is None) == (not self.sources):
-            raise ValueError('give either path = "DIR" or sources = [{path = "DIR", weight = 1.0}, ...]')
-        return self
-
-    @property
-    def mixed(self) -> tuple[SourceSettings, ...]:
-        """All sources, `path` as one without limits."""
-        return self.sources if self.path is None else (SourceSettings(path=self.path),)
-
-    @property
-    def weighted(self) -> list[tuple[Path, float]]:
-        """All sources as (folder, weight)."""
-        return [(source.path, source.weight) for source in self.mixed]
 
 
 class TrainSettings(Settings):
@@ -247,14 +99,16 @@ class ScheduleSettings(Settings):
     of all steps spent decaying.
     """
 
-    kind: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "wsd", "inverse_sqrt", "noam", "constant"] = "cosine"
     warmup_steps: Count = 0
     final_ratio: Fraction | None = None
     decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _effective(self) -> ScheduleSettings:
-        if self.final_ratio is not None and self.kind in ("inverse_sqrt", "constant"):
+        if self.kind == "noam" and not self.warmup_steps:
+            raise ValueError('kind = "noam" rises for warmup_steps and falls from there; set warmup_steps (4000, say)')
+        if self.final_ratio is not None and self.kind in ("inverse_sqrt", "noam", "constant"):
             raise ValueError(f'final_ratio has no effect with kind = "{self.kind}"; remove it')
         if self.decay_fraction is not None and self.kind != "wsd":
             raise ValueError(f'decay_fraction has no effect with kind = "{self.kind}"; use kind = "wsd" or remove it')
@@ -294,6 +148,7 @@ class EvalSettings(Settings):
     validation is `train.micro_batch_size` sequences, or `batch_size` where given. `sets` are evaluated beside the
     data's own validation split, which is called "validation"; `main` is the one that decides (see evaluation.py). The
     run ends early once its loss has not fallen by more than `min_improvement` for `patience` evaluations (0 = never).
+    Of sequence-to-sequence examples the targets of `exact_match_examples` (256; 0 = none) are generated and compared.
     """
 
     every: Count = 250
@@ -306,6 +161,7 @@ class EvalSettings(Settings):
     sample_prompts: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_named_once)] = ()
     sample_tokens: Positive = 64
     sample_temperature: Annotated[Finite, Field(ge=0)] = 0.8
+    exact_match_examples: Count | None = None
 
 
 class CheckpointSettings(Settings):
@@ -368,6 +224,7 @@ class Recipe(Settings):
     adapter: AdapterSettings | None = None
     quantization: QuantizationSettings | None = None
     distill: DistillSettings | None = None
+    objective: ObjectiveSettings = ObjectiveSettings()
     data: DataSettings
     train: TrainSettings
     optim: OptimSettings = OptimSettings()
@@ -383,7 +240,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Recipe:
-        if self.schedule.warmup_steps >= self.train.steps and self.schedule.kind not in ("constant", "inverse_sqrt"):
+        if self.schedule.warmup_steps >= self.train.steps and self.schedule.kind in ("cosine", "linear", "wsd"):
             raise ValueError(
                 f"schedule.warmup_steps = {self.schedule.warmup_steps} leaves nothing of train.steps = "
                 f"{self.train.steps}; warm up for fewer steps"
@@ -404,11 +261,38 @@ class Recipe(Settings):
             raise ValueError('export.weights = "ema" needs an average of the weights; set ema.decay (0.999, say)')
         self._check_retention()
         self._check_adapter()
+        self._check_objective()
         if self.spike.action == "rollback" and self.checkpoint.every == 0:
             raise ValueError(
                 'spike.action = "rollback" has nothing to go back to with checkpoint.every = 0; set checkpoint.every'
             )
         return self
+
+    def _check_objective(self) -> None:
+        kind, data = self.objective.kind, self.data
+        if kind != "causal_lm":
+            for section in ("adapter", "quantization", "distill"):
+                if getattr(self, section) is not None:
+                    raise ValueError(f'[{section}] goes with objective.kind = "causal_lm", not "{kind}"; leave it out')
+        belongs = {
+            "document_mask": kind in ("causal_lm", "masked_lm") and not self.objective.next_sentence,
+            "target_len": kind == "seq2seq",
+            "packing": kind == "seq2seq",
+            "validation": self.objective.from_examples,
+            "tokenizer": self.objective.from_examples and self.model.init_from is None,
+            "truncate": self.objective.from_examples,
+        }
+        for key, used in belongs.items():
+            if not used and getattr(data, key) not in (None, False):
+                beside = f'objective.kind = "{kind}"' if key != "tokenizer" else "model.init_from, or prepared data"
+                beside = "objective.next_sentence = true" if key == "document_mask" and kind == "masked_lm" else beside
+                raise ValueError(f"data.{key} has no effect with {beside}; remove it")
+        if belongs["tokenizer"] and data.tokenizer is None:
+            raise ValueError("data.tokenizer, a folder, is needed to encode examples for a new model; give it")
+        if kind not in ("causal_lm", *PAIRS) and self.eval.sample_prompts:
+            raise ValueError(f'eval.sample_prompts has no effect with objective.kind = "{kind}"; remove it')
+        if kind != "seq2seq" and self.eval.exact_match_examples is not None:
+            raise ValueError(f'eval.exact_match_examples has no effect with objective.kind = "{kind}"; remove it')
 
     def _check_adapter(self) -> None:
         if self.adapter is None:

@@ -8,29 +8,31 @@ run folder keeps.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trine.engine.config import Settings
-from trine.engine.data.samples import SampleStream
-from trine.engine.data.stream import MixedSource
-from trine.engine.data.validation import ValidationSet
+from trine.engine.data.stream import Stream
 from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
 from trine.engine.model.checkpoint import open_checkpoint, read_config, resolve_checkpoint
 from trine.engine.model.config import DropoutConfig, ModelConfig, default_ffn_width
-from trine.engine.model.families.registry import FAMILIES, config_to_hf, new_config
+from trine.engine.model.families.base import HfConfig
+from trine.engine.model.families.registry import config_to_hf, new_config
 from trine.engine.model.lora import resolve_adapter
 from trine.engine.model.lora_weights import ALL_LINEAR
 from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.evaluation_sets import open_sets
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
-from trine.engine.train.recipe import ModelSettings, Recipe
+from trine.engine.train.recipe import Recipe
+from trine.engine.train.recipe_model import ModelSettings
+from trine.engine.train.recipe_objective import ObjectiveSettings
 from trine.engine.train.rounding import check_layers
+from trine.engine.train.shape import check_shape, new_settings, wanted_task, with_head
+from trine.engine.train.task_data import EvaluationSet, TaskData, find_labels, tokenizer_folder
 from trine.engine.train.teacher import find_teacher
 
 # Settings of a new model that are customary today, where the class defaults of the family's format are older.
@@ -38,11 +40,13 @@ _CUSTOMS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-5},
     "qwen2": {"rope_theta": 1_000_000.0, "tie_word_embeddings": True},
     "qwen3": {"rope_theta": 1_000_000.0, "tie_word_embeddings": True},
+    "marian": {"activation_function": "relu", "scale_embedding": True},  # as in the first Transformer
 }
 _SIZES = (
     "vocab_size", "num_kv_heads", "head_dim", "ffn_width", "max_positions", "tie_embeddings", "norm_eps", "init_std",
 )  # fmt: skip
 DEFAULT_RANK = 16
+DEFAULT_EXACT_MATCHES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +54,23 @@ class Setup:
     """A resolved recipe and what it names.
 
     `weights` is the folder the first weights come from, None for new ones; with an adapter that of the base, and
-    `adapter_from` that of the adapter. `teacher` is that of a distillation.
+    `adapter_from` that of the adapter. `teacher` is that of a distillation. `fresh_head`: the weights are those of
+    another task, and the head that the objective needs is new.
     """
 
     recipe: Recipe
     config: ModelConfig
     weights: Path | None
     tokenizer: Tokenizer
-    stream: SampleStream
-    evaluation_sets: dict[str, ValidationSet]  # by name; empty where nothing is evaluated
+    stream: Stream
+    evaluation_sets: dict[str, EvaluationSet]  # by name; empty where nothing is evaluated
     device: torch.device
     threads: int
     compute_dtype: torch.dtype
     dtype_reason: str
     adapter_from: Path | None = None
     teacher: Path | None = None
+    fresh_head: bool = False
 
     @property
     def micro_batch_size(self) -> int:
@@ -81,48 +87,62 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     if device.type == "cuda":
         make_deterministic()  # before the first matrix product on the GPU
     compute_dtype, reason = choose_dtype(device, recipe.train.compute_dtype)
-    stream = _open_stream(recipe)
-    tokenizer = Tokenizer.load(stream.tokenizer_dir)
-    adapter = recipe.adapter
+    adapter, objective = recipe.adapter, recipe.objective
+    if recipe.model.init_from is None:
+        check_shape(objective, recipe.model.family, named=f'model.family = "{recipe.model.family}"')
     if continue_from is not None:
         _check_kind(continue_from, adapter=adapter is not None)
     weights = continue_from if adapter is None else None
     adapter_from = None if adapter is None else continue_from or adapter.init_from
     if weights is None and recipe.model.init_from is not None:
         weights = resolve_checkpoint(recipe.model.init_from)
+    tokenizer_dir = tokenizer_folder(recipe, weights)
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    fresh_head, longest = False, max(recipe.data.seq_len, recipe.data.target_len or 0)
     if recipe.model.init_from is not None:
         assert weights is not None
         config = _pretrained_config(recipe, weights, tokenizer)
+        check_shape(objective, config.family, named=f"the {config.family} model in {weights}")
+        labels = find_labels(recipe, _known_labels(objective, config))
+        headed = with_head(config, weights, objective, labels, recipe.model.dropout)
+        fresh_head = not _same_head(config, headed)
+        config = headed
     else:
-        config = new_model_config(recipe.model, tokenizer, default_positions=recipe.data.seq_len)
+        assert recipe.model.family is not None
+        labels = find_labels(recipe)
+        settings = new_settings(objective, recipe.model.family, tokenizer, labels, recipe.model.dropout)
+        config = new_model_config(recipe.model, tokenizer, default_positions=longest, settings=settings)
+    data = TaskData(recipe=recipe, config=config, tokenizer=tokenizer, tokenizer_dir=tokenizer_dir, labels=labels)
+    stream = _open_stream(data)
     teacher = None
     if recipe.distill is not None:
         teacher = find_teacher(recipe.distill, config, tokenizer, seq_len=recipe.data.seq_len)
     if recipe.quantization is not None:
         check_layers(config, recipe.quantization)
-    if config.max_positions < recipe.data.seq_len:
-        raise UsageError(
-            f"data.seq_len = {recipe.data.seq_len} exceeds the model's context of {config.max_positions}; shorten it"
-        )
-    evaluation_sets, main = open_sets(recipe, tokenizer)
+    if config.max_positions < longest and config.positions != "relative":
+        name = "seq_len" if longest == recipe.data.seq_len else "target_len"
+        raise UsageError(f"data.{name} = {longest} exceeds the model's context of {config.max_positions}; shorten it")
+    evaluation_sets, main = open_sets(data)
     _check_prompts(recipe, tokenizer, config)
-    resolved = _close(recipe, config, threads=threads, device=device, compute_dtype=compute_dtype, main=main)
+    resolved = _close(data, threads=threads, device=device, compute_dtype=compute_dtype, main=main)
     return Setup(
         recipe=resolved, config=config, weights=weights, adapter_from=adapter_from, tokenizer=tokenizer, stream=stream,
         evaluation_sets=evaluation_sets, device=device, threads=threads, compute_dtype=compute_dtype,
-        dtype_reason=reason, teacher=teacher,
+        dtype_reason=reason, teacher=teacher, fresh_head=fresh_head,
     )  # fmt: skip
 
 
-def new_model_config(model: ModelSettings, tokenizer: Tokenizer, *, default_positions: int) -> ModelConfig:
-    """The `ModelConfig` of a new model. Raises `UsageError` naming the key and value that cannot be."""
+def new_model_config(
+    model: ModelSettings, tokenizer: Tokenizer, *, default_positions: int, settings: HfConfig
+) -> ModelConfig:
+    """The `ModelConfig` of a new model; `settings` are keys of config.json that its objective needs.
+
+    Raises `UsageError` naming the key and value that cannot be.
+    """
+    assert model.family is not None
     assert model.width is not None
     assert model.num_layers is not None
     assert model.num_heads is not None
-    if model.family is None or model.family not in FAMILIES:
-        near = get_close_matches(str(model.family), FAMILIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"model.family = {model.family!r} is not known; known: {', '.join(FAMILIES)}{hint}")
     if model.head_dim is None and model.width % model.num_heads:
         raise UsageError(
             f"model.width = {model.width} is not a multiple of model.num_heads = {model.num_heads}; "
@@ -143,7 +163,7 @@ def new_model_config(model: ModelSettings, tokenizer: Tokenizer, *, default_posi
         "max_positions": model.max_positions or default_positions,
         "ffn_width": model.ffn_width or model.width,
     }
-    settings = _CUSTOMS.get(model.family, {})
+    settings = {**_CUSTOMS.get(model.family, {}), **settings}
     if model.rope_theta is not None:
         settings = {**settings, "rope_theta": model.rope_theta, "rotary_emb_base": model.rope_theta}
     config = new_config(model.family, sizes=sizes, settings=settings)
@@ -197,13 +217,21 @@ def _told(value: Any) -> Any:
     return "a section" if isinstance(value, Settings) else value
 
 
-def _open_stream(recipe: Recipe) -> SampleStream:
-    stream = SampleStream(
-        [MixedSource(s.path, s.weight, s.max_epochs, s.max_tokens) for s in recipe.data.mixed],
-        seq_len=recipe.data.seq_len,
-        seed=recipe.train.seed,
-        document_mask=recipe.data.document_mask,
-    )
+def _known_labels(objective: ObjectiveSettings, config: ModelConfig) -> tuple[str, ...] | None:
+    """The labels of a checkpoint that has a head for the same task."""
+    head = config.head
+    return head.labels if head is not None and head.task == wanted_task(objective) and head.labels else None
+
+
+def _same_head(old: ModelConfig, new: ModelConfig) -> bool:
+    """Whether the parameters of two heads are the same ones."""
+    if old.head is None or new.head is None:
+        return old.head is new.head
+    return replace(old.head, dropout=0.0) == replace(new.head, dropout=0.0)
+
+
+def _open_stream(data: TaskData) -> Stream:
+    stream, recipe = data.stream(), data.recipe
     wanted = recipe.train.steps * recipe.train.batch_size
     if stream.num_samples is not None and wanted > stream.num_samples:
         raise UsageError(
@@ -250,15 +278,10 @@ def _check_prompts(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig) ->
 
 
 def _close(
-    recipe: Recipe,
-    config: ModelConfig,
-    *,
-    threads: int,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    main: str | None,
+    data: TaskData, *, threads: int, device: torch.device, compute_dtype: torch.dtype, main: str | None
 ) -> Recipe:
     """The recipe with every open setting filled in."""
+    recipe, config = data.recipe, data.config
     model = recipe.model
     if model.init_from is None:
         sizes = {key: getattr(config, key) for key in _SIZES}
@@ -294,5 +317,30 @@ def _close(
         adapter = adapter.model_copy(
             update={"rank": rank, "alpha": 2.0 * rank, "targets": (ALL_LINEAR,), "use_rslora": False, **given}
         )
-    closed = {"model": model, "adapter": adapter, "train": train, "optim": optim, "schedule": schedule}
-    return recipe.model_copy(update={**closed, "eval": recipe.eval.model_copy(update={"main": main})})
+    objective = recipe.objective.closed()
+    if objective.kind in ("classification", "tagging"):
+        objective = objective.model_copy(update={"labels": data.labels})
+    evaluation: dict[str, Any] = {"main": main}
+    if objective.kind == "seq2seq" and recipe.eval.exact_match_examples is None:
+        evaluation["exact_match_examples"] = DEFAULT_EXACT_MATCHES
+    closed = {
+        "model": model,
+        "adapter": adapter,
+        "objective": objective,
+        "data": recipe.data.model_copy(update=_data_settings(data)),
+        "train": train,
+        "optim": optim,
+        "schedule": schedule,
+        "eval": recipe.eval.model_copy(update=evaluation),
+    }
+    return recipe.model_copy(update=closed)
+
+
+def _data_settings(data: TaskData) -> dict[str, Any]:
+    """What of `[data]` is open, by objective."""
+    kind = data.recipe.objective.kind
+    if kind == "seq2seq":
+        return {"target_len": data.recipe.data.target_len or data.recipe.data.seq_len}
+    if kind == "causal_lm" or (kind == "masked_lm" and not data.recipe.objective.value("next_sentence")):
+        return {"document_mask": data.document_mask}
+    return {}

@@ -17,7 +17,10 @@ from trine.engine.log import say, warn
 from trine.engine.train.resolve import Setup, changed_settings
 from trine.engine.train.step_folder import TrainerState, read_step_recipe
 
-_BREAKING = ("data.seq_len", "data.document_mask", "train.seed", "optim.name", "optim.state_dtype", "model.", "adapter")
+_BREAKING = (
+    "data.seq_len", "data.document_mask", "data.target_len", "train.seed", "optim.name", "optim.state_dtype", "model.",
+    "adapter", "objective.kind", "objective.labels", "objective.next_sentence",
+)  # fmt: skip
 # Changes of these do not touch what is computed; data folders may move, their fingerprint is compared instead.
 _FREE = (
     "run.",
@@ -28,6 +31,8 @@ _FREE = (
     "export.",
     "data.path",
     "data.sources",
+    "data.validation",
+    "data.tokenizer",
     "train.device",
     "train.threads",
 )

@@ -34,7 +34,7 @@ from trine.engine.quantize.fake import fake_quantize_activations
 from trine.engine.quantize.methods import METHODS
 from trine.engine.quantize.run import Settings, quantize_checkpoint
 from trine.engine.train.durable import remove_folder
-from trine.engine.train.recipe import QuantizationSettings
+from trine.engine.train.recipe_model import QuantizationSettings
 from trine.kernels.mlp.activation import activate, gated
 
 _HEAD = ("lm_head.weight",)

@@ -1,14 +1,18 @@
 """Learning-rate schedules: pure functions of the step.
 
-A schedule is a factor in [0, 1] by which every learning rate of the recipe is multiplied. It is computed from the
-number of updates already made (`step`, from 0), so nothing about it has to be saved. With W warm-up steps and N steps:
+A schedule is a factor by which every learning rate of the recipe is multiplied, in [0, 1] but for noam. It is computed
+from the number of updates already made (`step`, from 0), so nothing about it has to be saved. With W warm-up steps and
+N steps:
 
     warm-up        (step + 1) / W                                   for step < W, reaching 1 at step W - 1
     constant       1
     cosine         r + (1 - r) * (1 + cos(pi p)) / 2                p = (step - W) / (N - W), r = final_ratio
     linear         r + (1 - r) * (1 - p)
     wsd            1, then linear to r over the last `decay_fraction` of all N steps  (warm-up, stable, decay)
-    inverse_sqrt   sqrt(max(W, 1) / (step + 1))                     Vaswani et al. 2017, Raffel et al. 2020
+    inverse_sqrt   sqrt(max(W, 1) / (step + 1))                     Raffel et al. 2020
+    noam           C^-0.5 min((step + 1)^-0.5, (step + 1) W^-1.5)    warm-up included; Vaswani et al. 2017, section 5.3
+
+With noam, C is the width of the model and `optim.lr` a scale, 1.0 in the paper.
 
 p never reaches 1 during training (the last step is N - 1), so that no update is made with a rate of zero.
 """
@@ -20,9 +24,11 @@ import math
 from trine.engine.train.recipe import ScheduleSettings
 
 
-def lr_factor(schedule: ScheduleSettings, *, step: int, steps: int) -> float:
-    """Factor on the learning rates for the update number `step` (from 0) of `steps`."""
+def lr_factor(schedule: ScheduleSettings, *, step: int, steps: int, width: int) -> float:
+    """Factor on the learning rates for the update number `step` (from 0) of `steps`, of a model of this `width`."""
     warmup = schedule.warmup_steps
+    if schedule.kind == "noam":
+        return float(width**-0.5 * min((step + 1) ** -0.5, (step + 1) * warmup**-1.5))
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "constant":

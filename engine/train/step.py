@@ -1,9 +1,10 @@
 """One training step: gradients of a whole batch, computed in pieces, checked and clipped.
 
 The loss of a step is the sum of all token losses divided by the number of valid tokens in the whole step, whatever the
-pieces: with a ragged number of valid tokens per piece, the mean of means would weight tokens unequally. With several
-ranks, each would take its share of the samples, `num_valid` would be the sum over ranks, and gradients would be summed
-before `check_and_clip`; nothing else here would change.
+pieces: with a ragged number of valid tokens per piece, the mean of means would weight tokens unequally. Where an
+objective makes several sums, each is divided by its own number, and the loss is what they come to together. With
+several ranks, each would take its share of the samples, `num_valid` would be the sum over ranks, and gradients would be
+summed before `check_and_clip`; nothing else here would change.
 
 Random numbers (dropout) are seeded for every piece from the seed and the piece's first sample. So no generator state
 has to survive an interruption, and neither evaluation nor sampling can disturb training.
@@ -14,13 +15,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trine.engine.data.batch import Batch
-from trine.engine.data.objectives import CausalLM
-from trine.engine.data.samples import SampleStream
+from trine.engine.data.objectives import Objective
+from trine.engine.data.stream import Stream
 from trine.engine.errors import NonFiniteError
 from trine.engine.model.transformer import Transformer
 from trine.kernels.gradient_norm import gradient_norm
@@ -31,7 +32,7 @@ class Micro:
     """A piece of a step: `batch` and the index of its first sample."""
 
     first_sample: int
-    batch: Batch
+    batch: Any
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,37 @@ class StepResult:
     grad_norm: float
 
 
-def micro_batches(stream: SampleStream, *, first_sample: int, batch_size: int, micro_batch_size: int) -> list[Micro]:
+def micro_batches(stream: Stream, *, first_sample: int, batch_size: int, micro_batch_size: int) -> list[Micro]:
     """The pieces of the step that starts at `first_sample`, in order."""
     starts = range(first_sample, first_sample + batch_size, micro_batch_size)
     return [Micro(start, stream.batch(start, micro_batch_size)) for start in starts]
 
 
-def count_valid(pieces: Sequence[Micro]) -> int:
-    """Targets that count, over all pieces."""
-    return sum(piece.batch.num_valid for piece in pieces)
+def count_valid(pieces: Sequence[Micro]) -> tuple[int, ...]:
+    """Terms of each sum of the objective, over all pieces; targets that count."""
+    return tuple(map(sum, zip(*(piece.batch.counts for piece in pieces), strict=True)))
+
+
+def count_tokens(pieces: Sequence[Micro]) -> int:
+    """Tokens that go through the model, padding left out."""
+    return sum(piece.batch.num_tokens for piece in pieces)
 
 
 def accumulate_gradients(
     model: Transformer,
-    objective: CausalLM,
+    objective: Objective,
     pieces: Sequence[Micro],
     *,
-    num_valid: int,
+    num_valid: Sequence[int],
     seed: int,
     compute_dtype: torch.dtype,
     checkpoint_activations: bool,
 ) -> Tensor:
     """Add d(sum of losses / num_valid) to `.grad`; returns that loss (scalar tensor, no graph)."""
     device = model.device
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    scale = torch.full((), 1.0 / max(1, num_valid), dtype=torch.float32, device=device)
+    scale = torch.tensor([1.0 / max(1, count) for count in num_valid], dtype=torch.float32, device=device)
+    scale = scale[0] if len(num_valid) == 1 else scale
+    total = torch.zeros_like(scale)
     for piece in pieces:
         torch.manual_seed(piece_seed(seed, piece.first_sample))
         loss_sum, _ = objective.loss(
@@ -77,7 +84,7 @@ def accumulate_gradients(
         )
         loss_sum.backward(scale)  # type: ignore[no-untyped-call]
         total += loss_sum.detach()
-    return total * scale
+    return (total * scale).sum()
 
 
 def check_and_clip(model: nn.Module, loss: Tensor, *, max_norm: float, step: int) -> StepResult:

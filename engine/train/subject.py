@@ -1,5 +1,5 @@
 """What a run trains, and by which loss: a whole model, an adapter on a frozen one, or weights that will be quantized;
-by the next tokens alone, or by a teacher too.
+by the objective of the recipe, or by a teacher too.
 
 The loop asks of a `Subject` a model that computes, the module whose parameters are trained and saved, and the
 objective, and knows no more of all that.
@@ -15,15 +15,19 @@ from pathlib import Path
 
 import torch
 
-from trine.engine.data.objectives import CausalLM
+from trine.engine.data.encoder_objectives import Classification, MaskedLM, Regression, Tagging
+from trine.engine.data.objectives import CausalLM, Objective
+from trine.engine.data.seq2seq import Seq2Seq
 from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.init import initialize
 from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_weights import LoraWeights
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.adapter import adapt
+from trine.engine.train.recipe_objective import PAIRS
 from trine.engine.train.resolve import Setup
 from trine.engine.train.rounding import Rounding
+from trine.engine.train.scoring import ClassScorer, MaskedScorer, NextTokenScorer, NumberScorer, Scorer, Seq2SeqScorer
 from trine.engine.train.teacher import distillation
 
 Trained = Transformer | LoraWeights
@@ -39,14 +43,14 @@ class Subject:
 
     model: Transformer
     trained: Trained
-    objective: CausalLM
+    objective: Objective
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
     finish: Callable[[Path], object] = lambda final: None
 
 
 def make_subject(setup: Setup) -> Subject:
     """New weights by the recipe's seed, or those that the run starts or continues from."""
-    recipe, objective = setup.recipe, CausalLM()
+    recipe, objective = setup.recipe, make_objective(setup)
     if recipe.distill is not None:
         assert setup.teacher is not None
         objective = distillation(recipe.distill, setup.teacher, dtype=setup.compute_dtype, device=setup.device)
@@ -60,6 +64,32 @@ def make_subject(setup: Setup) -> Subject:
     return Subject(
         model=model, trained=model, objective=objective, computing=rounding.computing, finish=rounding.export
     )
+
+
+def make_objective(setup: Setup) -> Objective:
+    """The objective of the recipe, without a teacher."""
+    settings = setup.recipe.objective
+    if settings.kind == "masked_lm":
+        return MaskedLM(next_sentence=settings.value("next_sentence"))
+    if settings.kind in PAIRS:
+        return Seq2Seq(label_smoothing=settings.value("label_smoothing"))
+    if settings.kind == "classification":
+        return Classification(label_smoothing=settings.value("label_smoothing"))
+    others: dict[str, Objective] = {"causal_lm": CausalLM(), "regression": Regression(), "tagging": Tagging()}
+    return others[settings.kind]
+
+
+def make_scorer(setup: Setup) -> Scorer:
+    """What an evaluation of the recipe's objective measures, before its first batch."""
+    recipe, kind = setup.recipe, setup.recipe.objective.kind
+    if kind in PAIRS:
+        return Seq2SeqScorer(exact=recipe.eval.exact_match_examples or 0)
+    if kind in ("classification", "tagging"):
+        return ClassScorer(recipe.objective.labels or (), words=kind == "tagging")
+    others: dict[str, Callable[[], Scorer]] = {
+        "causal_lm": NextTokenScorer, "masked_lm": MaskedScorer, "regression": NumberScorer,
+    }  # fmt: skip
+    return others[kind]()
 
 
 def save_weights(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:

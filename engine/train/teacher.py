@@ -11,7 +11,7 @@ from trine.engine.errors import DataError, UsageError
 from trine.engine.model.checkpoint import load_model, open_checkpoint, resolve_checkpoint
 from trine.engine.model.config import ModelConfig
 from trine.engine.text.tokenizer import Tokenizer
-from trine.engine.train.recipe import DistillSettings
+from trine.engine.train.recipe_model import DistillSettings
 
 
 def find_teacher(settings: DistillSettings, student: ModelConfig, tokenizer: Tokenizer, *, seq_len: int) -> Path:

@@ -18,7 +18,8 @@ from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.train import step as steps
 from trine.engine.train.ema import Ema
 from trine.engine.train.loop import train
-from trine.engine.train.recipe import AdapterSettings, EmaSettings, Recipe
+from trine.engine.train.recipe import EmaSettings, Recipe
+from trine.engine.train.recipe_model import AdapterSettings
 from trine.engine.train.step_folder import read_state
 
 MakeRecipe = Callable[..., Recipe]

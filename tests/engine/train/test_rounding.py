@@ -17,9 +17,11 @@ from trine.engine.model.transformer import Transformer
 from trine.engine.quantize.check import check_folder
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.loop import train
-from trine.engine.train.recipe import QuantizationSettings, Recipe
+from trine.engine.train.recipe import Recipe
+from trine.engine.train.recipe_model import QuantizationSettings
 from trine.engine.train.resolve import resolve
 from trine.engine.train.rounding import Rounding
+from trine.engine.train.scoring import NextTokenScorer
 from trine.engine.train.validation import validate
 
 MakeRecipe = Callable[..., Recipe]
@@ -111,7 +113,7 @@ def test_at_4_bits_it_loses_less_than_rounding_after_training(
     for run in ("plain", "aware"):
         model = load_model(tmp_path / run / "final")
         with Rounding(model, QuantizationSettings(**settings), stored=torch.float32).computing():
-            losses[run] = validate(model, CausalLM(), data, batch_size=4, compute_dtype=torch.float32).loss
+            losses[run] = validate(model, NextTokenScorer(), data, batch_size=4, compute_dtype=torch.float32).loss
     assert losses["aware"] < losses["plain"] - 0.02, losses
 
 

@@ -11,7 +11,7 @@ from trine.engine.train.schedule import lr_factor
 
 
 def factors(settings: ScheduleSettings, steps: int) -> list[float]:
-    return [lr_factor(settings, step=step, steps=steps) for step in range(steps)]
+    return [lr_factor(settings, step=step, steps=steps, width=1) for step in range(steps)]
 
 
 def test_warmup_rises_linearly_and_reaches_one_on_its_last_step() -> None:

@@ -1,0 +1,86 @@
+"""The part of a recipe that says what is learned."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+
+from trine.engine.config import Settings
+from trine.engine.train.recipe_types import BelowOne, Fraction
+
+Kind = Literal["causal_lm", "masked_lm", "span_corruption", "seq2seq", "classification", "regression", "tagging"]
+Name = Annotated[str, Field(min_length=1)]
+
+# The settings of each kind with what they are where a recipe leaves them out; None stays open until the data is read.
+_HIDDEN = {"mask_fraction": 0.15, "mask_share": 0.8, "random_share": 0.1, "whole_words": False, "next_sentence": False}
+_TEXT = {"text_field": "text", "pair_field": None, "label_field": "label"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "causal_lm": {},
+    "masked_lm": _HIDDEN,
+    "span_corruption": {"noise_density": 0.15, "mean_span": 3.0, "label_smoothing": 0.0},
+    "seq2seq": {"source_field": "source", "target_field": "target", "label_smoothing": 0.0},
+    "classification": {**_TEXT, "labels": None, "label_smoothing": 0.0},
+    "regression": _TEXT,
+    "tagging": {"words_field": "words", "labels_field": "labels", "labels": None},
+}
+# Kinds that learn from labelled examples, JSON lines, instead of prepared text.
+EXAMPLES = ("seq2seq", "classification", "regression", "tagging")
+PAIRS = ("span_corruption", "seq2seq")
+assert set(DEFAULTS) == set(get_args(Kind))
+
+
+def _each_once(labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if labels is not None and len(set(labels)) < len(labels):
+        raise ValueError(f"labels {list(labels)} must be different ones")
+    return labels
+
+
+class ObjectiveSettings(Settings):
+    """What is learned, from text (`causal_lm`, `masked_lm`, `span_corruption`) or from labelled examples.
+
+    Settings that belong to another `kind` are refused; docs/training.md says which belong to which. `resolve` fills in
+    what is left out (`DEFAULTS`), and `labels` from the data.
+    """
+
+    kind: Kind = "causal_lm"
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    mask_share: Fraction | None = None
+    random_share: Fraction | None = None
+    whole_words: bool | None = None
+    next_sentence: bool | None = None
+    noise_density: Annotated[float, Field(gt=0, lt=1)] | None = None
+    mean_span: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    label_smoothing: BelowOne | None = None
+    source_field: Name | None = None
+    target_field: Name | None = None
+    text_field: Name | None = None
+    pair_field: Name | None = None
+    label_field: Name | None = None
+    words_field: Name | None = None
+    labels_field: Name | None = None
+    labels: Annotated[tuple[Name, ...], Field(strict=False, min_length=2), AfterValidator(_each_once)] | None = None
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ObjectiveSettings:
+        for name in sorted(self.model_fields_set - {"kind"}):
+            if getattr(self, name) is not None and name not in DEFAULTS[self.kind]:
+                kinds = ", ".join(repr(kind) for kind, known in DEFAULTS.items() if name in known)
+                raise ValueError(f'{name} has no effect with kind = "{self.kind}"; it belongs to {kinds}: remove it')
+        if (shares := (self.value("mask_share") or 0) + (self.value("random_share") or 0)) > 1:
+            raise ValueError(f"mask_share and random_share are {shares:g} together; they are shares of one, at most 1")
+        return self
+
+    def value(self, name: str) -> Any:
+        """A setting, or what it is where the recipe leaves it out; None where the kind has none such."""
+        given = getattr(self, name)
+        return DEFAULTS[self.kind].get(name) if given is None else given
+
+    @property
+    def from_examples(self) -> bool:
+        """Whether it learns from labelled examples."""
+        return self.kind in EXAMPLES
+
+    def closed(self) -> ObjectiveSettings:
+        """With everything filled in that has a default."""
+        return self.model_copy(update={name: self.value(name) for name in DEFAULTS[self.kind]})
