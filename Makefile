@@ -16,7 +16,7 @@ test: lint types ## lint, types and the fast tests; kernels in the interpreter a
 	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m "not slow" $(INTERPRETER_ARGS) tests/interpreter
 	$(BIN)/python -m trine.kernels.aot --check
-test-slow: $(VENV)/.develop $(VENV)/triton-3.6 $(VENV)/lm-eval ## the wide and long tests; kernels compiled for sm_90 with the oldest triton too
+test-slow: $(VENV)/.develop $(VENV)/triton-3.6 $(VENV)/lm-eval/datasets ## the wide and long tests; kernels compiled for sm_90 with the oldest triton too
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 $(BIN)/pytest -m slow $(INTERPRETER_ARGS) tests/interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest -k every_pair $(INTERPRETER_ARGS) tests/kernels/test_attention_support.py
@@ -48,7 +48,9 @@ $(VENV)/.develop: pyproject.toml constraints.txt | $(BIN)/python
 # The oldest triton that Trine runs on, beside the pinned one: PYTHONPATH puts it first.
 $(VENV)/triton-3.6: | $(VENV)/.develop
 	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet --target $@ triton==3.6.0
-# The part of lm-evaluation-harness that asks a server; all it could need is hundreds of megabytes.
-$(VENV)/lm-eval: | $(VENV)/.develop
-	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet --target $@ lm-eval==0.4.13
-	$(PIP_INSTALL) --quiet --target $@ requests aiohttp tenacity
+# lm-evaluation-harness with what asking a server and running a task import; all it could need is far more.
+$(VENV)/lm-eval/datasets: | $(VENV)/.develop
+	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet --upgrade --target $(@D) lm-eval==0.4.13 \
+		colorama==0.4.6 datasets==5.2.0 dill==0.4.1 lxml==6.1.3 multiprocess==0.70.19 pandas==3.1.1 portalocker==4.4.2 \
+		sacrebleu==2.6.0 tabulate==0.10.0 xxhash==4.1.0
+	$(PIP_INSTALL) --quiet --upgrade --target $(@D) requests aiohttp tenacity

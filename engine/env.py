@@ -137,6 +137,14 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def stay_offline() -> None:
+    """Have Hugging Face's libraries and lm-evaluation-harness open no connection and start no processes.
+
+    To be called before they are imported: they read this then.
+    """
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", DISABLE_MULTIPROC="1")
+
+
 def why_threads() -> str:
     """The reason for the number of threads that `set_threads(0)` takes."""
     return "OMP_NUM_THREADS" if _named_threads() else "all physical cores this process may use"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,14 @@ def test_json_is_one_object_with_everything(
         (["--data", "DATA", "--stride", "0"], 2, "stride"),
         (["--data", "DATA", "--bos"], 2, "bos"),
         (["--data", "DATA", "--dtype", "int3"], 2, "int3"),
+        (["--data", "DATA", "--limit", "3"], 2, "--limit does not go with --data"),
+        (["--data", "DATA", "--task-data", "DATA"], 2, "--task-data does not go with --data"),
+        (["--tasks", "piqa"], 2, "--task-data DIR"),
+        (["--tasks", ",", "--task-data", "."], 2, "names no task"),
+        (["--tasks", "piqa", "--data", "DATA"], 2, "--data does not go with --tasks"),
+        (["--tasks", "piqa", "--task-data", ".", "--no-bos"], 2, "--bos does not go with --tasks"),
+        (["--tasks", "piqa", "boolq", "--task-data", "."], 2, "unexpected 'boolq'"),
+        (["--tasks", "piqa", "--task-data", ".", "--limit", "0"], 2, "limit must be 1 or more"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -91,3 +100,15 @@ def test_bad_options_are_one_line(
     assert len(lines) == 1
     assert expected in lines[0]
     assert "Traceback" not in err
+
+
+def test_tasks_without_the_harness_say_what_to_install(
+    trine: Trine, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    out = tmp_path / "out"
+    status, _, err = trine("eval", tiny_checkpoint, "--tasks", "piqa", "--task-data", tmp_path, "--out", out)
+    assert status == 1
+    assert "pip install 'trine[eval]'" in err
+    assert not out.exists()

@@ -1,0 +1,171 @@
+"""lm-evaluation-harness on Trine: the answers of its own class for `transformers`, tasks from local files, resuming.
+
+The harness is not among the development tools: `make test-slow` installs it into a folder of its own, so it runs in
+processes of its own here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from trine.engine.evaluate.scoring import Pair, score
+from trine.engine.generate.load import load_for_inference
+
+FOLDER = Path(__file__).resolve().parents[3] / ".venv/lm-eval"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (FOLDER / "datasets").is_dir(), reason="no lm-eval; `make test-slow` installs it"),
+]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(FOLDER)}
+# Rounding of float32, where a log-likelihood is a sum over dozens of tokens.
+TOLERANCE = 2e-6
+
+
+def run(*command: object, cwd: Path | None = None, status: int | None = 0) -> tuple[str, str]:
+    """What a Python process of the harness printed, on stdout and on stderr; `status` None: it failed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=ENVIRONMENT, cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status if status is not None else done.returncode, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def begins_texts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with a tokenizer that puts a beginning-of-text token before each text."""
+    folder = tmp_path_factory.mktemp("bos") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = tokenizer.id_to_token(1)
+    tokenizer.add_special_tokens([bos])
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": bos}))
+    return folder
+
+
+def test_answers_equal_those_of_the_class_for_transformers(tiny_checkpoint: Path, begins_texts: Path) -> None:
+    out, _ = run(Path(__file__).with_name("against_hf.py"), tiny_checkpoint, begins_texts)
+    for both in json.loads(out.splitlines()[-1]).values():
+        ours, theirs = both["ours"], both["theirs"]
+        assert ours["generate"] == theirs["generate"]
+        for kind in ("loglikelihood", "greedy"):
+            for (value, greedy), (expected, expected_greedy) in zip(ours[kind], theirs[kind], strict=True):
+                assert value == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+                assert greedy == expected_greedy
+        assert {greedy for _, greedy in theirs["greedy"]} == {True, False}
+        for value, expected in zip(ours["rolling"], theirs["rolling"], strict=True):
+            assert value == pytest.approx(expected, rel=TOLERANCE)
+    plain, begun = (both["ours"]["loglikelihood"] for both in json.loads(out.splitlines()[-1]).values())
+    assert plain[10] != begun[10]
+
+
+@pytest.fixture(scope="module")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks of the harness in the layouts of local files, and one of our own that generates."""
+    folder = tmp_path_factory.mktemp("data")
+    goals = [
+        {"goal": f"add {n}", "sol1": f"return first + {n}", "sol2": "the cat sat", "label": n % 2} for n in range(12)
+    ]
+    (folder / "piqa").mkdir()
+    pq.write_table(pa.Table.from_pylist(goals[:7]), folder / "piqa/validation-00000-of-00002.parquet")
+    pq.write_table(pa.Table.from_pylist(goals[7:]), folder / "piqa/validation-00001-of-00002.parquet")
+    (folder / "EleutherAI/lambada_openai").mkdir(parents=True)
+    write_lines(
+        folder / "EleutherAI/lambada_openai/test.jsonl", [{"text": f"cat number {n} sat on the mat"} for n in range(9)]
+    )
+    (folder / "tiny").mkdir()
+    write_lines(folder / "tiny/test.jsonl", [{"question": f"the cat {n}", "answer": "mat"} for n in range(5)])
+    (folder / "tiny.yaml").write_text(
+        "task: tiny\ndataset_path: nobody/tiny\noutput_type: generate_until\ntest_split: test\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs: {until: ['\\n'], max_gen_toks: 6}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluate(*arguments: object, cwd: Path) -> tuple[str, str]:
+    return run("-m", "trine.cli", "eval", *arguments, cwd=cwd)
+
+
+def test_tasks_are_scored_from_local_files_and_go_on_where_they_ended(
+    tiny_checkpoint: Path, task_data: Path, tmp_path: Path
+) -> None:
+    options = ["--task-data", task_data, "--out", tmp_path / "out", "--json"]
+    tasks = ["--tasks", "piqa,lambada_openai,tiny"]
+    out, _ = evaluate(tiny_checkpoint, *tasks, *options, "--samples", cwd=tmp_path)
+    record = json.loads(out)
+    assert json.loads((tmp_path / "out/results.json").read_text()) == record
+    [model] = record["models"]
+    assert set(model["data"]) == {
+        "piqa/validation-00000-of-00002.parquet", "piqa/validation-00001-of-00002.parquet",
+        "EleutherAI/lambada_openai/test.jsonl", "tiny/test.jsonl",
+    }  # fmt: skip
+    assert {name: count["effective"] for name, count in model["n-samples"].items()} == {
+        "piqa": 12, "lambada_openai": 9, "tiny": 5,
+    }  # fmt: skip
+
+    # The scores are those of the answers, which equal the forward pass.
+    loaded, tokenizer = load_for_inference(tiny_checkpoint)
+    examples = [json.loads(line) for line in (tmp_path / "out/samples/piqa.jsonl").read_text().splitlines()]
+    right = 0
+    for example in examples:
+        goal = f"Question: {example['doc']['goal']}\nAnswer:"
+        ids = tokenizer.encode(goal)
+        pairs = [
+            Pair(ids, tokenizer.encode(f"{goal} {example['doc'][choice]}")[len(ids) :]) for choice in ("sol1", "sol2")
+        ]
+        values = [one.log_likelihood for _, one in sorted(score(loaded, pairs))]
+        assert [each[0][0] for each in example["resps"]] == pytest.approx(values, abs=1e-4)
+        right += values.index(max(values)) == example["doc"]["label"]
+    assert model["results"]["piqa"]["acc,none"] == pytest.approx(right / 12)
+
+    # Half of the answers are lost: the rest is found again, and the scores are the same.
+    answers = tmp_path / "out/answers.jsonl"
+    lines = answers.read_bytes().splitlines(keepends=True)
+    answers.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"key": "torn')
+    out, err = evaluate(tiny_checkpoint, *tasks, *options, cwd=tmp_path)
+    again = json.loads(out)["models"][0]
+    assert again["results"] == model["results"]
+    assert "were answered before" in err
+    assert len(answers.read_bytes().splitlines()) == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--tasks", "boolq"], "needs its split 'validation'"),
+        (["--tasks", "piqa", "--num-fewshot", "2"], "needs its split 'train' (there are: validation)"),
+        (["--tasks", "lambada_opnai"], "did you mean lambada_openai"),
+        (["--tasks", "tiny", "--max-gen-tokens", "64"], "--max-gen-tokens"),
+        (["--tasks", "tiny", "--chat"], "no chat template"),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    tiny_checkpoint: Path, task_data: Path, tmp_path: Path, arguments: list[str], expected: str
+) -> None:
+    out, err = run(
+        "-m", "trine.cli", "eval", tiny_checkpoint, *arguments, "--task-data", task_data, "--out", tmp_path, status=None
+    )
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("trine: ")]
+    assert len(lines) == 1
+    assert expected in lines[0]
