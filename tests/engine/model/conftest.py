@@ -247,6 +247,12 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 @pytest.fixture(scope="session")
+def perturb_model() -> Callable[[torch.nn.Module], None]:
+    """See `perturb`."""
+    return perturb
+
+
+@pytest.fixture(scope="session")
 def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """By name: a perturbed tiny model of transformers, saved once per session."""
     pairs: dict[str, Pair] = {}
