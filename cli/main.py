@@ -14,9 +14,11 @@ import typer
 from trine.cli import (
     bench,
     chat,
+    classify,
     data,
     data_inspect,
     doctor,
+    embed,
     export,
     generate,
     import_model,
@@ -70,6 +72,8 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("embed")(embed.embed)
+app.command("classify")(classify.classify)
 app.command("merge")(merge.merge)
 app.command("import")(import_model.import_model)
 app.command("export")(export.export)

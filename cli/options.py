@@ -68,6 +68,19 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=DIR", help="A LoRA adapter in PEFT's layout (repeatable)."),
 ]
+BulkFile = Annotated[
+    str,
+    typer.Argument(metavar="FILE", help="A text a line, .jsonl or .parquet (also .gz, .bz2, .xz, .zst), or a URL."),
+]
+BulkField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Field of a .jsonl line, or column of a .parquet file, with the text.", show_default="text"
+    ),
+]
+BatchTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens computed together.")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long, instead of refusing them.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin anew where an unfinished run lies.")]
 Draft = Annotated[
     Path | None,
     typer.Option(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trine.engine.generate.classes import activated
 from trine.serve.messages import Delta
 from trine.serve.pooling_bodies import ClassifyBody, EmbeddingBody, RerankBody, ScoreBody
 from trine.serve.pooling_jobs import PoolingJob
@@ -80,17 +81,6 @@ class PoolingAnswer:
             scores: list[float] = activated(values_RD, pooling.score_activation)[:, 0].tolist()
             return scores
         return [similarity(values_RD[one], values_RD[two], pooling.similarity) for one, two in self.job.pairs]
-
-
-def activated(logits_RL: Vectors, activation: str) -> Vectors:
-    """sigmoid, softmax over the last axis, or the logits themselves."""
-    if activation == "sigmoid":
-        positive = 1 / (1 + np.exp(-np.abs(logits_RL)))
-        return np.where(logits_RL >= 0, positive, 1 - positive)
-    if activation == "softmax":
-        powers = np.exp(logits_RL - logits_RL.max(axis=-1, keepdims=True))
-        return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
-    return logits_RL
 
 
 def similarity(one_D: Vectors, two_D: Vectors, kind: str) -> float:

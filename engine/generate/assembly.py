@@ -32,8 +32,8 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
 
     Raises `UsageError` where sizes, modes or the draft do not fit the model or this machine.
     """
-    if not model.config.causal:
-        return _assemble_encoder(config, draft)
+    if model.head is not None:
+        return _assemble_pooling(config, draft)
     compute_dtype = config.compute_dtype or model.dtype
     kv_dtype = config.kv_dtype or compute_dtype
     if config.deterministic:
@@ -81,7 +81,7 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
     return Parts(pool, scheduler, runner, drafter)
 
 
-def _assemble_encoder(config: EngineConfig, draft: Transformer | None) -> Parts:
+def _assemble_pooling(config: EngineConfig, draft: Transformer | None) -> Parts:
     """Without a cache. Raises `UsageError` for what belongs to one, or to generating."""
     asked = {
         "kv_bytes": config.kv_bytes,
@@ -92,7 +92,7 @@ def _assemble_encoder(config: EngineConfig, draft: Transformer | None) -> Parts:
     }
     for name, value in asked.items():
         if value:
-            raise UsageError(f"{name} is for models that generate, and this one is an encoder; leave it out")
+            raise UsageError(f"{name} is for models that generate, and this one gives vectors; leave it out")
     pool = BlockPool(0, config.block_size, prefix_caching=False)
     scheduler = Scheduler(
         pool,

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from trine.engine.errors import DataError, UsageError
-from trine.engine.generate.engine import Engine, Output
+from trine.engine.generate.bulk_progress import BulkProgress
+from trine.engine.generate.engine import Engine
 from trine.engine.generate.offline import Prompt, complete_each
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
-from trine.engine.log import format_count, format_duration, is_terminal, say
+from trine.engine.log import say
 
-_LINE_SECONDS = 10.0
 _SYNC_SECONDS = 5.0
 _SETTINGS: dict[str, Any] = {field.name: field.default for field in fields(SamplingParams)}
 _OPTIONAL = ("stop_reason", "logprobs", "prompt_logprobs", "error")
@@ -98,7 +98,7 @@ def run_file(
     done = _finished(out, choices)
     if done:
         say(f"{out} has the completions of {done} of {len(choices)} prompts; going on with the rest")
-    progress = _Progress(len(choices), done)
+    progress = BulkProgress(len(choices), done, what="generating", unit="prompts")
     failed = 0
     lines = (line for number, line in enumerate(read_lines(prompts, params, named)) if number >= done)
     ids: dict[int, str | int | None] = {}
@@ -111,7 +111,9 @@ def run_file(
     with out.open("ab") as file, progress:
         synced = time.monotonic()
         block: list[str] = []
-        for completion in complete_each(engine, feed(), first_index=done, on_output=progress.count):
+        for completion in complete_each(
+            engine, feed(), first_index=done, on_output=lambda output: progress.count(len(output.token_ids))
+        ):
             number = completion.prompt_index
             failed += completion.error is not None
             block.append(to_json(completion, ids[number]))
@@ -121,7 +123,7 @@ def run_file(
             file.flush()
             block.clear()
             del ids[number]
-            progress.finish_line()
+            progress.finish(1)
             if time.monotonic() - synced > _SYNC_SECONDS:
                 os.fsync(file.fileno())
                 synced = time.monotonic()
@@ -252,51 +254,3 @@ def _record(text: bytes) -> dict[str, Any] | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-class _Progress:
-    """Prompts done, tokens per second, time left: a bar on a terminal, a line now and then in a log."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.tokens = 0
-        self._total, self._before, self._done = total, done, done
-        self._begin = self._shown = time.monotonic()
-        self._bar: Any = None
-        if is_terminal():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("generating", total=total, completed=done)
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._begin
-
-    def count(self, output: Output) -> None:
-        """New tokens of any prompt."""
-        self.tokens += len(output.token_ids)
-
-    def finish_line(self) -> None:
-        """One more prompt is done and written."""
-        self._done += 1
-        rate = f"{format_count(self.tokens / max(self.seconds, 1e-9))} tokens/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=f"generating, {rate}")
-        elif time.monotonic() - self._shown >= _LINE_SECONDS:
-            self._shown = time.monotonic()
-            left = (self._total - self._done) * self.seconds / (self._done - self._before)
-            say(f"generating: {self._done}/{self._total} prompts, {rate}, {format_duration(left)} left")

@@ -120,7 +120,7 @@ class Engine:
     def _runner(self) -> Runner:
         """Raises `UsageError` where the model generates nothing."""
         if self._generator is None:
-            raise UsageError("this model is an encoder: it completes no text and takes no adapter; ask it for vectors")
+            raise UsageError("this model gives vectors: it completes no text and takes no adapter; ask it for vectors")
         return self._generator
 
     @torch.inference_mode()

@@ -1,0 +1,87 @@
+"""A result file on its way: written beside its place, resumed after a crash, renamed when it is whole.
+
+.OUT.partial   what is there so far
+.OUT.json      what the run is, and how much of the partial file counts: written after every part, atomically
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trine.engine.errors import UsageError
+
+
+class Unfinished:
+    """`with Unfinished(out, job) as file: file.rows; file.append(...); file.finish()`.
+
+    Args:
+        out: the file that shall be. Raises `UsageError` where it exists.
+        job: all that decides about its content. Raises `UsageError` where an unfinished run of another job lies here.
+        restart: begin anew whatever lies here.
+    """
+
+    def __init__(self, out: Path, job: dict[str, Any], *, restart: bool = False) -> None:
+        if out.exists():
+            raise UsageError(f"{out} exists; choose another --out or remove it")
+        self.out = out
+        self.partial = out.with_name(f".{out.name}.partial")
+        self._state = out.with_name(f".{out.name}.json")
+        self._job = json.loads(json.dumps(job))
+        known = {} if restart else self._read()
+        self.rows, self._bytes = known.get("rows", 0), known.get("bytes", 0)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.partial.open("r+b" if known else "wb")
+        self._file.truncate(self._bytes)
+        self._file.seek(self._bytes)
+        self._note()
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, data: bytes, *, rows: int) -> None:
+        """Write a part that holds so many rows; it counts when this returns."""
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._bytes += len(data)
+        self.rows += rows
+        self._note()
+
+    def finish(self, made: Path | None = None) -> None:
+        """Give the file its name: the partial file, or `made` of it."""
+        self._file.close()
+        (self.partial if made is None else made).replace(self.out)
+        self.partial.unlink(missing_ok=True)
+        self._state.unlink()
+
+    def _read(self) -> dict[str, Any]:
+        """What an interrupted run noted; nothing where there is none, or where its file is shorter than it says."""
+        try:
+            known = json.loads(self._state.read_text(encoding="utf-8"))
+            size = self.partial.stat().st_size
+        except (OSError, json.JSONDecodeError):
+            return {}
+        if not isinstance(known, dict) or size < known.get("bytes", 0):
+            return {}
+        before = known.get("job", {})
+        changed = [name for name in {**self._job, **before} if before.get(name) != self._job.get(name)]
+        if changed:
+            raise UsageError(
+                f"an unfinished run for {self.out} was not made from the same {' and '.join(changed)}; begin anew with "
+                "--restart, or choose another --out"
+            )
+        return known
+
+    def _note(self) -> None:
+        aside = self._state.with_name(f"{self._state.name}.aside")
+        aside.write_text(json.dumps({"job": self._job, "rows": self.rows, "bytes": self._bytes}), encoding="utf-8")
+        aside.replace(self._state)
