@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection, int4_projection
+from trine.kernels.cpu.layer import Cache, DecodeLayer
+from trine.kernels.cpu.projection import Projection, int4_projection
 from trine.kernels.cpu.step import DecodeStep, StepInputs
 
 CONTEXT, STEPS, BLOCK = 128, 24, 16

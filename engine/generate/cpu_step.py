@@ -3,31 +3,33 @@
 It computes layers of Llama's shape only (windows, softcaps and partial rotations included), so it is used where a model
 has nothing but what is known here, and where its logits were seen to equal those of the model's own forward on a short
 text: any doubt leaves the forward in place. The weights of q, k, v and of gate, up come to lie side by side in memory,
-which the model's parameters then share; products of more than a few rows keep a copy of all weights in a layout of
-their own.
+which the model's layers then share (`cpu_weights.py`). Products of more than a few rows are those of the quantized
+layers; of all other weights they keep a copy in a layout of their own.
 
 Shapes: R sequences with one new token each, M entries of a table row, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from trine.engine.generate.cpu_weights import joined, rounds_inputs, why_not_joined
 from trine.engine.log import say_once
 from trine.engine.model.blocks import MLP, Attention, Block
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Linear, RMSNorm
 from trine.engine.model.paged_cache import PagedCache, PagedStep
+from trine.engine.model.quantized.layers import QuantizedLinear, QuantizedMLP
 from trine.engine.model.rotary import rotary_tables
 from trine.engine.model.transformer import Transformer
 from trine.kernels.cpu.compiled import available, why_not
-from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection
+from trine.kernels.cpu.layer import Cache, DecodeLayer
+from trine.kernels.cpu.projection import Projection
 from trine.kernels.cpu.step import DecodeStep, StepInputs
 
 # Fields of `ModelConfig` that are looked at below, or that do not change a decoding step.
@@ -39,6 +41,8 @@ _KNOWN = {
 }  # fmt: skip
 # How far logits may be from those of the model's forward, relative to the largest: products round differently.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+# Where layers round their inputs to codes: an input between two codes becomes the one or the other by its last bit.
+_ROUNDED_TOLERANCE = 0.05
 _PROBE_TOKENS = 5
 
 
@@ -47,7 +51,7 @@ class CpuDecoder:
 
     def __init__(self, model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) -> None:
         self._model, self._compute_dtype = model, compute_dtype
-        layers = [_layer(block, cache, model.config) for block in model.layers]
+        layers = [_layer(block, cache, model.config, compute_dtype) for block in model.layers]
         bias = None if model.head_bias is None else model.head_bias.detach()
         output = Projection(model.head_weight.detach(), bias=bias)
         self._step = DecodeStep(layers, model.norm.weight.detach(), output)
@@ -92,7 +96,7 @@ def make_decoder(model: Transformer, cache: PagedCache, compute_dtype: torch.dty
     if reason is None:
         decoder = CpuDecoder(model, cache, compute_dtype)
         difference = _difference(model, cache, decoder, compute_dtype)
-        if not difference <= _TOLERANCE[compute_dtype]:
+        if not difference <= _tolerance(model, compute_dtype):
             decoder, reason = None, f"their logits were {difference:.1e} from the model's"
     if reason is not None:
         say_once(f"decoding runs operation by operation, not in compiled steps: {reason}")
@@ -124,10 +128,18 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
         return f"the cache holds {cache.dtype}"
     if not available():
         return why_not()
-    known = {Attention, MLP, Block, Linear, RMSNorm}
+    known = {Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm}
     parts = [part for block in model.layers for part in block.modules()]
     other = [part for part in parts if type(part) not in known]
-    return f"the model has a {type(other[0]).__name__}" if other else None
+    if other:
+        return f"the model has a {type(other[0]).__name__}"
+    reasons = (why_not_joined(layers) for block in model.layers for layers in _groups(block))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _tolerance(model: Transformer, compute_dtype: torch.dtype) -> float:
+    rounding = any(rounds_inputs(layers) for block in model.layers for layers in _groups(block))
+    return max(_TOLERANCE[compute_dtype], _ROUNDED_TOLERANCE if rounding else 0.0)
 
 
 def _default(field: Any) -> Any:
@@ -136,17 +148,29 @@ def _default(field: Any) -> Any:
     )
 
 
-def _layer(block: Any, cache: PagedCache, config: ModelConfig) -> DecodeLayer:
+def _groups(block: Any) -> list[list[nn.Module]]:
+    """The linear layers of a block, those with one input together: as `DecodeLayer` takes them."""
     attention, mlp = block.self_attn, block.mlp
+    return [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
+
+
+def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: torch.dtype) -> DecodeLayer:
+    attention = block.self_attn
     layer = attention.layer
+    qkv, out, gate_up, down = (joined(layers, compute_dtype) for layers in _groups(block))
     scales = (cache.k_scale_LPSK, cache.v_scale_LPSK)
     return DecodeLayer(
         attention_norm_C=block.input_layernorm.weight.detach(),
         mlp_norm_C=block.post_attention_layernorm.weight.detach(),
-        qkv=_joined((attention.q_proj, attention.k_proj, attention.v_proj)),
-        out=_joined((attention.o_proj,)),
-        gate_up=_joined((mlp.gate_proj, mlp.up_proj)),
-        down=_joined((mlp.down_proj,)),
+        qkv=qkv,
+        out=out,
+        gate_up=gate_up,
+        down=down,
         cache=Cache(
             cache.k_LPSKD[layer], cache.v_LPSKD[layer], *(None if scale is None else scale[layer] for scale in scales)
         ),
@@ -160,18 +184,6 @@ def _layer(block: Any, cache: PagedCache, config: ModelConfig) -> DecodeLayer:
         window=None if attention.window is None else attention.window - 1,
         softcap=config.attention_softcap,
     )
-
-
-def _joined(layers: Sequence[Linear]) -> Projection:
-    """The layers' weights as one, which their parameters then are views of."""
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    assert len(biases) in (0, len(layers))
-    weight = layers[0].weight.detach()
-    if len(layers) > 1:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, part in zip(layers, torch.split(weight, [len(layer.weight) for layer in layers]), strict=True):
-            layer.weight.data = part
-    return Projection(weight, bias=torch.cat(biases) if biases else None)
 
 
 def _difference(model: Transformer, cache: PagedCache, decoder: CpuDecoder, compute_dtype: torch.dtype) -> float:

@@ -12,8 +12,8 @@ are fp32 and results are rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -98,6 +98,28 @@ def from_lanes(weight: LanesWeight) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = torch.stack((codes << 4 >> 4, codes >> 4), dim=-1).flatten(1)
     zeros = None if weight.zeros is None else _from_tiles(weight.zeros, weight.num_features)
     return codes[:, : weight.width].contiguous(), _from_tiles(weight.scales, weight.num_features), zeros
+
+
+def join_lanes(weights: Sequence[LanesWeight]) -> tuple[LanesWeight, list[LanesWeight]]:
+    """The outputs of several weights as those of one, and the weights again, in its memory.
+
+    Bits, groups and scales are alike, and all but the last have whole tiles.
+    """
+    first = weights[0]
+    words, scales = (torch.cat([getattr(one, name) for one in weights]) for name in ("words", "scales"))
+    zeros = None if first.zeros is None else torch.cat([one.zeros for one in weights if one.zeros is not None])
+    joined = replace(
+        first, words=words, scales=scales, zeros=zeros, num_features=sum(one.num_features for one in weights)
+    )
+    tiles = [len(one.words) for one in weights]
+    parts = zip(
+        weights,
+        words.split(tiles),
+        scales.split(tiles),
+        [None] * len(weights) if zeros is None else zeros.split(tiles),
+        strict=True,
+    )
+    return joined, [replace(one, words=word, scales=scale, zeros=zero) for one, word, scale, zero in parts]
 
 
 def codes_matvec(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None) -> Tensor:

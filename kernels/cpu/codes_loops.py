@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import prange, types
+from numba.extending import overload
 
 from trine.kernels.cpu.compiled import parallel, serial
 from trine.kernels.cpu.lanes_loops import (
@@ -26,14 +27,38 @@ from trine.kernels.cpu.lanes_loops import (
     store_codes,
     store_lanes,
 )
+from trine.kernels.cpu.memory_loops import floats, halves, shorts
 
 # Numbers of K that are dequantized at once; chunks are multiples.
 DEPTH = 32
+# Kinds of scales that come by address.
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+
+
+def load_scales(scales: Any, place: Any) -> Any:
+    """scales[place + lane] in fp32, of an array; or of (address, kind), the kind of numbers not known in compiling."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(load_scales)
+def _load_scales(scales: Any, place: Any) -> Any:  # Numba wants what it returns to have the same annotations
+    def from_array(scales: Any, place: Any) -> Any:
+        return load_lanes(scales, place)
+
+    def from_address(scales: Any, place: Any) -> Any:
+        address, kind = scales
+        if kind == FLOAT32:
+            return load_lanes(floats(address + 4 * place, LANES), 0)
+        if kind == BFLOAT16:
+            return load_lanes(shorts(address + 2 * place, LANES), 0)
+        return load_lanes(halves(address + 2 * place, LANES), 0)
+
+    return from_array if isinstance(scales, types.Array) else from_address
 
 
 @serial
-def multiply_tile(weight: Any, tile: Any, shifts: Any, x_MX: Any, rows: Any, y_MN: Any) -> None:
-    """y[rows] of the 16 outputs of a tile."""
+def multiply_tile(weight: Any, tile: Any, shifts: Any, x_MX: Any, rows: Any, y_MN: Any, place: Any) -> None:
+    """y[rows, place + lane] of the 16 outputs of a tile."""
     words, scales, zeros, shape = weight
     chunk_words, per_group = shape[2], shape[3]
     C = x_MX.shape[1] // (chunk_words * len(shifts))
@@ -52,34 +77,40 @@ def multiply_tile(weight: Any, tile: Any, shifts: Any, x_MX: Any, rows: Any, y_M
             for j in range(chunk_words):
                 loaded = load_words(words, (first + j) * LANES)
                 sums = add_codes(sums, loaded, shifts, None, x_MX, k + j * len(shifts), rows)
-        totals = add_scaled(totals, sums, scales, group)
-    store_lanes(totals, y_MN, rows, tile * LANES)
+        totals = add_scaled(totals, sums, load_scales(scales, group))
+    store_lanes(totals, y_MN, rows, place)
+
+
+@serial
+def multiply_rows(weight: Any, tile: Any, shifts: Any, x_MX: Any, y_MN: Any, place: Any) -> None:
+    """y[:, place + lane] of the 16 outputs of a tile: rows by eights, fours, twos and one."""
+    M = x_MX.shape[0]
+    m: Any = np.int64(0)
+    while M - m >= 8:
+        rows = (m, m + 1, m + 2, m + 3, m + 4, m + 5, m + 6, m + 7)
+        multiply_tile(weight, tile, shifts, x_MX, rows, y_MN, place)
+        m += 8
+    if M - m >= 4:
+        multiply_tile(weight, tile, shifts, x_MX, (m, m + 1, m + 2, m + 3), y_MN, place)
+        m += 4
+    if M - m >= 2:
+        multiply_tile(weight, tile, shifts, x_MX, (m, m + 1), y_MN, place)
+        m += 2
+    if M - m == 1:
+        multiply_tile(weight, tile, shifts, x_MX, (m,), y_MN, place)
 
 
 @parallel
 def multiply_codes(weight: Any, shifts: Any, x_MX: Any, bias_N: Any, y_MN: Any) -> None:
-    """y = x w^T + bias in fp32; the bias may be empty. Rows of x by eights, fours, twos and one."""
+    """y = x w^T + bias in fp32; the bias may be empty."""
     words, scales, zeros, shape = weight
     M, N = x_MX.shape[0], shape[0]
     num_tiles = (N + LANES - 1) // LANES
     whole = y_MN if N % LANES == 0 else np.empty((M, num_tiles * LANES), np.float32)
     for unit in prange(num_tiles):
         weight = (words, scales, zeros, shape)  # threads are not given tuples of tuples
-        # One type each, or everything is compiled once for every type.
-        tile: Any = np.int64(unit)
-        m: Any = np.int64(0)
-        while M - m >= 8:
-            rows = (m, m + 1, m + 2, m + 3, m + 4, m + 5, m + 6, m + 7)
-            multiply_tile(weight, tile, shifts, x_MX, rows, whole)
-            m += 8
-        if M - m >= 4:
-            multiply_tile(weight, tile, shifts, x_MX, (m, m + 1, m + 2, m + 3), whole)
-            m += 4
-        if M - m >= 2:
-            multiply_tile(weight, tile, shifts, x_MX, (m, m + 1), whole)
-            m += 2
-        if M - m == 1:
-            multiply_tile(weight, tile, shifts, x_MX, (m,), whole)
+        tile: Any = np.int64(unit)  # one type, or everything is compiled once for every type
+        multiply_rows(weight, tile, shifts, x_MX, whole, tile * LANES)
     if N % LANES or bias_N.shape[0] > 0:
         for m in range(M):
             for n in range(N):

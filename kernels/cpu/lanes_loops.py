@@ -212,18 +212,18 @@ def _joined(builder: Any, kind: Any, sums: Any) -> list[Any]:
 
 
 @intrinsic
-def add_scaled(typing: Any, totals: Any, sums: Any, scales: Any, place: Any) -> Any:
-    """totals + sums scales[place + lane]; the first of totals' ways takes it."""
+def add_scaled(typing: Any, totals: Any, sums: Any, scale: Any) -> Any:
+    """totals + sums scale, a scale for each lane; the first of totals' ways takes it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        totals, sums, scales, place = arguments
-        numbers = load_as_floats(context, builder, signature.args[2], scales, place)
+        totals, sums, scale = arguments
+        numbers = builder.extract_value(scale, 0)
         for m, part in enumerate(_joined(builder, signature.args[1], sums)):
             total = multiply_add(builder, part, numbers, builder.extract_value(totals, m))
             totals = builder.insert_value(totals, total, m)
         return totals
 
-    return totals(totals, sums, scales, types.int64), generate
+    return totals(totals, sums, scale), generate
 
 
 @intrinsic

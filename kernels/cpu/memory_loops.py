@@ -90,6 +90,12 @@ def shorts(address: int, count: int) -> Any:
 
 
 @serial
+def halves(address: int, count: int) -> Any:
+    """int16 at an address: the bits of fp16."""
+    return carray(pointer(address), (count,), np.int16)
+
+
+@serial
 def bytes_at(address: int, count: int) -> Any:
     """int8 at an address."""
     return carray(pointer(address), (count,), np.int8)

@@ -1,10 +1,10 @@
 """Products of a few rows with a range of a weight's rows, by one thread. Imports Numba (see `compiled.py`).
 
-Inputs are prepared once for all rows of a weight (`prepare`): cut into blocks, and rounded to int8 with a scale for
-every 64 of them where the weight's codes are multiplied as they are. That error is about that of the weight's own
-rounding to 8 bits.
+Inputs are prepared once for all rows of a weight (`prepare`): cut into blocks, and rounded to int8 where the weight's
+codes are multiplied as they are. They are with a scale for every 64 inputs, an error about that of the weight's own
+rounding to 8 bits, or with one for the row, where that is what a quantized model asks for.
 
-A projection is eight int64 (`FIELDS`); `prepare` and `multiply_range` are called by address.
+A projection is thirteen int64 (`FIELDS`); `prepare` and `multiply_range` are called by address.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from trine.kernels.cpu.compiled import callback, serial
-from trine.kernels.cpu.memory_loops import bytes_at, floats, longs, shorts, words
+from trine.kernels.cpu.memory_loops import bytes_at, call_with, floats, longs, shorts, words
 from trine.kernels.cpu.numbers_loops import dot
+from trine.kernels.cpu.quantize import LIMIT, SMALLEST_SCALE
+from trine.kernels.cpu.quantize_loops import quantize_row, scale_of
 from trine.kernels.cpu.vector_loops import (
     CODE_BLOCK,
     FLOAT_BLOCK,
@@ -33,11 +35,25 @@ from trine.kernels.cpu.vector_loops import (
     int8_rows_4,
 )
 
-# Kinds of weights; the last two are multiplied by inputs of int8.
-FLOAT32, BFLOAT16, INT8, INT8_CODES, INT4_CODES = range(5)
-# What describes a projection. Addresses of what is not there are 0; steps are in bytes.
-FIELDS = ("kind", "weight", "outputs", "inputs", "step", "scales", "scales_step", "bias")
-KIND, WEIGHT, OUTPUTS, INPUTS, STEP, SCALES, SCALES_STEP, BIAS = range(len(FIELDS))
+# Kinds of weights. Those of codes are multiplied by inputs of int8, `INT8_TOKENS` with one scale a row. `TILES` is the
+# layout "lanes" (`codes.py`), multiplied by the function at `multiply`.
+FLOAT32, BFLOAT16, INT8, TILES, INT8_CODES, INT8_TOKENS, INT4_CODES = range(7)
+# The longest chunk of a row of `TILES`.
+LONGEST_CHUNK = 128
+# What describes a projection. Addresses of what is not there are 0; steps are in bytes. From `multiply` on: of `TILES`.
+FIELDS = (
+    "kind", "weight", "outputs", "inputs", "step", "scales", "scales_step", "bias",
+    "multiply", "zeros", "scales_kind", "chunk", "groups",
+)  # fmt: skip
+(
+    KIND, WEIGHT, OUTPUTS, INPUTS, STEP, SCALES, SCALES_STEP, BIAS, MULTIPLY_TILES, ZEROS, SCALES_KIND, CHUNK, GROUPS,
+) = range(len(FIELDS))  # fmt: skip
+
+
+@serial
+def unit_of(kind: int) -> int:
+    """Outputs that are computed together, of which a thread takes whole ones."""
+    return LANES if kind == TILES else STREAMS
 
 
 @serial
@@ -45,20 +61,22 @@ def blocks_of(kind: int, num_inputs: int) -> Any:
     """(blocks, numbers of a block) of the inputs of a projection; 4 bits take blocks in pairs."""
     if kind == INT4_CODES:
         return (num_inputs + 2 * CODE_BLOCK - 1) // (2 * CODE_BLOCK) * 2, CODE_BLOCK
-    size = CODE_BLOCK if kind == INT8_CODES else FLOAT_BLOCK
+    size = CODE_BLOCK if kind >= INT8_CODES else FLOAT_BLOCK
     return (num_inputs + size - 1) // size, size
 
 
 @serial
 def prepared_bytes(kind: int, num_inputs: int) -> Any:
     """Bytes of one prepared row."""
+    if kind == TILES:
+        return 4 * ((num_inputs + LONGEST_CHUNK - 1) // LONGEST_CHUNK * LONGEST_CHUNK)
     blocks, size = blocks_of(kind, num_inputs)
     return blocks * (size + 4 + 4 * LANES) if kind >= INT8_CODES else 4 * blocks * size
 
 
 @serial
-def round_block(x_S: Any, codes_S: Any, sums_L: Any) -> Any:
-    """Codes of a block of inputs and the sums of fours of them; its scale."""
+def round_block(x_S: Any, codes_S: Any) -> Any:
+    """Codes of a block of inputs; its scale."""
     largest = np.float32(0)
     for j in range(CODE_BLOCK):
         largest = max(largest, abs(x_S[j]))
@@ -66,11 +84,16 @@ def round_block(x_S: Any, codes_S: Any, sums_L: Any) -> Any:
     factor = np.float32(1) / scale
     for j in range(CODE_BLOCK):
         codes_S[j] = np.int8(np.rint(x_S[j] * factor))
+    return scale
+
+
+@serial
+def sum_fours(codes_S: Any, sums_L: Any) -> None:
+    """The sums of fours of a block's codes."""
     for j in range(LANES):
         first, second = np.int32(codes_S[4 * j]), np.int32(codes_S[4 * j + 1])
         third, fourth = np.int32(codes_S[4 * j + 2]), np.int32(codes_S[4 * j + 3])
         sums_L[j] = first + second + third + fourth
-    return scale
 
 
 @serial
@@ -78,17 +101,35 @@ def cut(x_K: Any, first: int, begin: int, block_S: Any) -> None:
     """The inputs from `begin` on, of those from `first` on; 0 before and beyond."""
     for j in range(block_S.shape[0]):
         k = first + j
-        block_S[j] = x_K[k] if begin <= k < x_K.shape[0] else np.float32(0)
+        block_S[j] = 0
+        if begin <= k < x_K.shape[0]:
+            block_S[j] = x_K[k]
+
+
+@serial
+def fill_chunks(x: Any, num_inputs: int, chunk: int, place: int) -> None:
+    """Rows filled up with zeros to whole chunks, where they are not already (those are read as they are)."""
+    filled = (num_inputs + chunk - 1) // chunk * chunk
+    if filled == num_inputs:
+        return
+    rows = floats(place, x.shape[0] // num_inputs * filled)
+    for m in range(x.shape[0] // num_inputs):
+        for k in range(filled):
+            rows[m * filled + k] = x[m * num_inputs + k] if k < num_inputs else np.float32(0)
 
 
 @callback("void(int64, int64, int64, int64)")
 def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
     """Blocks of the rows at x (fp32, [M, K]) to `place`: numbers; or codes [M, B, 64], scales [M, B], sums [M, B, 16].
 
-    The last block ends with the row (4 bits: is filled up), so that no weight is read beyond its row.
+    The last block ends with the row (4 bits: is filled up), so that no weight is read beyond its row. For tiles: whole
+    rows, filled up to chunks.
     """
     projection = longs(fields, len(FIELDS))
     kind, K = projection[KIND], projection[INPUTS]
+    if kind == TILES:
+        fill_chunks(floats(x, num_rows * K), K, projection[CHUNK], place)
+        return
     if kind < INT4_CODES and K < CODE_BLOCK:
         return  # read as they are
     blocks, size = blocks_of(kind, K)
@@ -96,9 +137,13 @@ def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
     codes = bytes_at(place, num_rows * blocks * size)
     scales = floats(place + num_rows * blocks * size, num_rows * blocks)
     sums = words(place + num_rows * blocks * (size + 4), num_rows * blocks * LANES)
-    part_S = np.empty(size, np.float32)
+    part_S, rounded_K = np.empty(size, np.float32), np.empty(K if kind == INT8_TOKENS else 0, np.int8)
+    row_scale = np.float32(0)
     for m in range(num_rows):
         x_K = x_MK[m * K : (m + 1) * K]
+        if kind == INT8_TOKENS:
+            row_scale = scale_of(x_K, LIMIT, SMALLEST_SCALE)
+            quantize_row(x_K, row_scale, LIMIT, rounded_K)
         for b in range(blocks):
             begin = b * size
             first = min(begin, K - size) if kind != INT4_CODES else begin
@@ -106,8 +151,14 @@ def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
             if kind < INT8_CODES:
                 cut(x_K, first, begin, floats(place + 4 * at * size, size))
                 continue
-            cut(x_K, first, begin, part_S)
-            scales[at] = round_block(part_S, codes[at * size : (at + 1) * size], sums[at * LANES : (at + 1) * LANES])
+            codes_S = codes[at * size : (at + 1) * size]
+            if kind == INT8_TOKENS:
+                cut(rounded_K, first, begin, codes_S)
+                scales[at] = row_scale
+            else:
+                cut(x_K, first, begin, part_S)
+                scales[at] = round_block(part_S, codes_S)
+            sum_fours(codes_S, sums[at * LANES : (at + 1) * LANES])
 
 
 @serial
@@ -159,7 +210,7 @@ def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: 
             codes = prepared + at * size
             scales = prepared + num_rows * blocks * size + 4 * at
             sums = prepared + num_rows * blocks * (size + 4) + 4 * LANES * at
-            if kind == INT8_CODES:
+            if kind != INT4_CODES:
                 int8_code_rows(row, apart * step, K, codes, scales, sums, to, 4 * apart)
             else:
                 w_scales, w_step = projection[SCALES] + n * projection[SCALES_STEP], projection[SCALES_STEP]
@@ -175,11 +226,13 @@ def multiply_range(
 ) -> None:
     """y[m, n] = sum_k w[n, k] x[m, k] (scaled) + bias[n] for begin <= n < end; rows of y are `y_step` bytes apart."""
     projection = longs(fields, len(FIELDS))
-    if projection[KIND] < INT4_CODES and projection[INPUTS] < CODE_BLOCK:
+    if projection[KIND] == TILES:
+        call_with(projection[MULTIPLY_TILES], (fields, x, prepared, num_rows, begin, end, y, y_step))
+    elif projection[KIND] < INT4_CODES and projection[INPUTS] < CODE_BLOCK:
         sum_plain(projection, x, num_rows, begin, end, y, y_step)
     else:
         sum_streams(projection, prepared, num_rows, begin, end, y, y_step)
-    scaled = projection[KIND] == INT8 or projection[KIND] == INT8_CODES
+    scaled = projection[KIND] in (INT8, INT8_CODES, INT8_TOKENS)
     for m in range(num_rows):
         y_N = floats(y + m * y_step + 4 * begin, end - begin)
         if scaled:

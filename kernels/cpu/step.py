@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.compiled import address, array, single
-from trine.kernels.cpu.layer import DecodeLayer, Projection
+from trine.kernels.cpu.layer import DecodeLayer
+from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, AnyProjection, Product, Projection
 from trine.kernels.cpu.team import run_step
 
 # Keys of a piece of attention: that of `attention_loops.py`, which imports Numba.
@@ -67,9 +68,10 @@ class BatchProduct:
     In bf16, except for a weight of fp32; codes are dequantized, once.
     """
 
-    def __init__(self, projection: Projection) -> None:
-        self.dtype = torch.float32 if projection.weight.dtype == torch.float32 else torch.bfloat16
-        weight = projection.weight if projection.scales is None else projection.dense().to(self.dtype)
+    def __init__(self, projection: AnyProjection) -> None:
+        self.dtype = torch.float32 if projection.kind == FLOAT32 else torch.bfloat16
+        plain = isinstance(projection, Projection) and projection.scales is None
+        weight = projection.weight if plain else projection.dense().to(self.dtype)
         self.bias = None if projection.bias is None else projection.bias.to(self.dtype)
         self.packed = torch.backends.mkldnn.is_available() and (
             self.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -84,6 +86,11 @@ class BatchProduct:
         return F.linear(x, self.weight, self.bias)
 
 
+def batch_product(projection: AnyProjection) -> Product:
+    """The projection's own product of many rows, or torch's with a copy of the weight."""
+    return BatchProduct(projection) if projection.product is None else projection.product
+
+
 class DecodeStep:
     """Layers, and the final norm and the output projection where they are given, as one compiled step.
 
@@ -91,7 +98,7 @@ class DecodeStep:
     """
 
     def __init__(
-        self, layers: Sequence[DecodeLayer], final_norm_C: Tensor | None = None, output: Projection | None = None
+        self, layers: Sequence[DecodeLayer], final_norm_C: Tensor | None = None, output: AnyProjection | None = None
     ) -> None:
         """Raises ValueError where layers or the output projection do not fit each other."""
         from trine.kernels.cpu import step_loops as loops
@@ -106,9 +113,9 @@ class DecodeStep:
             raise ValueError("the final norm and the output projection go together; give both or neither")
         self.output, self._keep = output, []
         self._final_norm: Tensor | None = None
-        self._products: list[list[BatchProduct]] = []
+        self._products: list[list[Product]] = []
         projections = [p for layer in layers for p in layer.projections] + ([] if output is None else [output])
-        self.loop_rows = LOOP_ROWS_CODES if all(p.scales is not None for p in projections) else LOOP_ROWS
+        self.loop_rows = LOOP_ROWS_CODES if all(p.kind > BFLOAT16 for p in projections) else LOOP_ROWS
         rows = [layer.fields for layer in layers]
         options = [layer.options for layer in layers]
         if output is not None and final_norm_C is not None:
@@ -146,14 +153,14 @@ class DecodeStep:
         from trine.kernels.cpu import step_loops as loops
 
         if not self._products:
-            self._products = [[BatchProduct(p) for p in layer.projections] for layer in self.layers]
-            self._products += [] if self.output is None else [[BatchProduct(self.output)]]
+            self._products = [[batch_product(p) for p in layer.projections] for layer in self.layers]
+            self._products += [] if self.output is None else [[batch_product(self.output)]]
         M, header = len(x_MC), self._header
         qkv, o = (torch.from_numpy(self._buffers[name]) for name in ("qkv", "o"))
         header[loops.NUM_LAYERS], header[loops.FIRST_PHASE], header[loops.LAST_PHASE] = 1, loops.ATTEND, loops.MERGE
         for i, (layer, products) in enumerate(zip(self.layers, self._products, strict=False)):
             h_MC = F.rms_norm(x_MC, (self.width,), layer.norms[0], layer.eps)
-            outputs, inputs = len(layer.projections[0].weight), layer.num_heads * layer.head_dim
+            outputs, inputs = layer.projections[0].outputs, layer.num_heads * layer.head_dim
             qkv[: M * outputs].view(M, outputs).copy_(products[0](h_MC))
             header[loops.FIRST_LAYER] = i
             run_step(header)
@@ -201,7 +208,7 @@ class DecodeStep:
         heads = max(layer.num_heads * layer.head_dim for layer in self.layers)
         parts = max(layer.num_heads * (layer.head_dim + 2) for layer in self.layers) if num_splits > 1 else 0
         sizes = {
-            "qkv": num_rows * max(len(layer.projections[0].weight) for layer in self.layers),
+            "qkv": num_rows * max(layer.projections[0].outputs for layer in self.layers),
             "o": num_rows * heads,
             "gate_up": num_rows * 2 * max(layer.feed for layer in self.layers),
             "y": num_rows * max(layer.feed for layer in self.layers),
@@ -211,7 +218,7 @@ class DecodeStep:
         }
         self._buffers = {name: np.empty(size, np.float32) for name, size in sizes.items()}
         if self.output is not None:
-            self._buffers["logits"] = np.empty((num_rows, len(self.output.weight)), np.float32)
+            self._buffers["logits"] = np.empty((num_rows, self.output.outputs), np.float32)
         self._size = (num_rows, num_splits, num_threads)
         header = self._header
         for name, buffer in self._buffers.items():

@@ -39,9 +39,8 @@ from trine.kernels.cpu.memory_loops import (
     shorts,
     words,
 )
-from trine.kernels.cpu.product_loops import BFLOAT16, FIELDS, FLOAT32, INT8, OUTPUTS
+from trine.kernels.cpu.product_loops import BFLOAT16, FIELDS, FLOAT32, INT8, KIND, OUTPUTS, unit_of
 from trine.kernels.cpu.rows_loops import gate_row, rms_norm, turn, write_head
-from trine.kernels.cpu.vector_loops import STREAMS
 
 HEADER = (
     "layers", "options", "num_layers", "first_layer", "first_phase", "last_phase", "rows", "width", "x", "qkv", "o",
@@ -79,17 +78,18 @@ PIECES = 4
 
 
 @serial
-def share(num_outputs: int, team: int) -> Any:
-    """Outputs of a piece of work."""
+def share(num_outputs: int, team: int, unit: int) -> Any:
+    """Outputs of a piece of work: whole units."""
     size = max(1, -(-num_outputs // (PIECES * team)))
-    return -(-size // STREAMS) * STREAMS
+    return -(-size // unit) * unit
 
 
 @serial
 def projection_of(layer: int, index: int) -> Any:
-    """Where the fields of one of a layer's projections begin, and the number of its outputs."""
+    """Where the fields of one of a layer's projections begin, the number of its outputs, and those of a unit."""
     place = layer + 8 * (len(LAYER) + index * len(FIELDS))
-    return place, longs(place, len(FIELDS))[OUTPUTS]
+    fields = longs(place, len(FIELDS))
+    return place, fields[OUTPUTS], unit_of(fields[KIND])
 
 
 @serial
@@ -109,10 +109,10 @@ def norm_and_prepare(header: Any, options: Any, norm: int, projection: int, thre
 @serial
 def project(header: Any, layer: int, options: Any, counter: int, thread: int, team: int, y: int) -> None:
     """y = norm(x) w of the first projection."""
-    projection, num_outputs = projection_of(layer, 0)
+    projection, num_outputs, unit = projection_of(layer, 0)
     norm = longs(layer, len(LAYER))[ATTENTION_NORM]
     h, prepared = norm_and_prepare(header, options, norm, projection, thread)
-    size = share(num_outputs, team)
+    size = share(num_outputs, team, unit)
     begin = claim(counter) * size
     while begin < num_outputs:
         end = min(num_outputs, begin + size)
@@ -123,12 +123,12 @@ def project(header: Any, layer: int, options: Any, counter: int, thread: int, te
 @serial
 def gate(header: Any, layer: int, options: Any, counter: int, thread: int, team: int) -> None:
     """y = activation(gate) up: SiLU, or GELU by its tanh form, which is x sigmoid(2 u(x))."""
-    projection, outputs = projection_of(layer, 2)
+    projection, outputs, unit = projection_of(layer, 2)
     fields = longs(layer, len(LAYER))
     tanh_gelu = fields[TANH_GELU] != 0
     h, prepared = norm_and_prepare(header, options, fields[MLP_NORM], projection, thread)
     F = outputs // 2
-    size = share(F, 2 * team)
+    size = share(F, 2 * team, unit)
     begin = claim(counter) * size
     while begin < F:
         end = min(F, begin + size)
@@ -146,10 +146,10 @@ def gate(header: Any, layer: int, options: Any, counter: int, thread: int, team:
 @serial
 def add_projection(header: Any, layer: int, index: int, counter: int, thread: int, team: int, inputs: int) -> None:
     """x += inputs w."""
-    (projection, C), M = projection_of(layer, index), header[ROWS]
+    (projection, C, unit), M = projection_of(layer, index), header[ROWS]
     prepared = header[SCRATCH] + thread * header[SCRATCH_BYTES]
     call_with(header[PREPARE], (projection, inputs, M, prepared))
-    size = share(C, team)
+    size = share(C, team, unit)
     begin = claim(counter) * size
     while begin < C:
         end = min(C, begin + size)

@@ -32,7 +32,6 @@ from trine.kernels.quantized import registered
 from trine.kernels.quantized.activations import (
     LIMITS,
     MAX_WIDTH,
-    SMALLEST_SCALE,
     QuantizedRows,
     quantize_reference,
 )
@@ -148,7 +147,7 @@ def rms_norm_quantize(
 def _rows_on_cpu(x: Tensor, kind: torch.dtype, blocks: bool, scale: Tensor | None, dtype: torch.dtype) -> QuantizedRows:
     """int8 codes with a scale a row by compiled loops, all else by torch; for activations that were in `dtype`."""
     if kind == torch.int8 and scale is None and can_quantize(x):
-        codes_MK, scales_M1 = int8_rows(_flat(x), LIMITS[kind], SMALLEST_SCALE)
+        codes_MK, scales_M1 = int8_rows(_flat(x))
         return QuantizedRows(codes_MK.view(x.shape), scales_M1.view(*x.shape[:-1], 1), dtype)
     rows = quantize_reference(x, kind, blocks=blocks, scale=scale)
     return QuantizedRows(rows.codes, rows.scales, dtype)

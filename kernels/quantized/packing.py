@@ -28,12 +28,13 @@ Shapes: N output features, K input features, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu.codes import LanesWeight, from_lanes, to_lanes
+from trine.kernels.cpu.codes import LANES, LanesWeight, from_lanes, join_lanes, to_lanes
 from trine.kernels.cpu.compiled import available
 from trine.kernels.launch import ceil_div
 from trine.kernels.target import uses_triton
@@ -110,6 +111,25 @@ def pack(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None = None, *
         return PackedWeight(lanes.words, scales_GN, zeros_GN, None, bits, width, "lanes", lanes)
     weight = PackedWeight(_to_rows(values_NK, bits), scales_GN, zeros_GN, None, bits, width, "rows")
     return replace(weight, decode=_for_few_rows(values_NK, weight))
+
+
+def can_join(weights: Sequence[PackedWeight]) -> bool:
+    """Whether `join` takes them: layout "lanes", alike in all but their outputs, of which there are whole tiles."""
+    kinds = {
+        (one.bits, one.width, one.scales.shape[0], one.scales.dtype, one.zeros is None, one.layout) for one in weights
+    }
+    return len(kinds) == 1 and weights[0].lanes is not None and all(one.num_features % LANES == 0 for one in weights)
+
+
+def join(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, list[PackedWeight]]:
+    """The outputs of several weights as those of one, and the weights again, which then share its memory."""
+    assert can_join(weights)
+    first = weights[0]
+    whole, parts = join_lanes([one.lanes for one in weights if one.lanes is not None])
+    scales = torch.cat([one.scales for one in weights], dim=1)
+    zeros = None if first.zeros is None else torch.cat([one.zeros for one in weights if one.zeros is not None], dim=1)
+    joined = replace(first, words=whole.words, scales=scales, zeros=zeros, lanes=whole)
+    return joined, [replace(one, words=part.words, lanes=part) for one, part in zip(weights, parts, strict=True)]
 
 
 def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,11 +10,13 @@ int8 codes in the layout of the product that multiplies them (`cpu_int8.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from trine.kernels.cpu.compiled import available
 from trine.kernels.launch import ceil_div
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import kept_int8, plain_int8
@@ -63,6 +65,25 @@ class ScaledWeight:
         return (codes_NK * scales[:, None]).to(dtype)
 
 
+def can_join(weights: Sequence[ScaledWeight]) -> bool:
+    """Whether `join` takes them: plain codes of one kind, as wide, with a scale for each output or for all."""
+    kinds = {(one.kind, one.width) for one in weights}
+    return len(kinds) == 1 and not any(one.packed or one.blocked for one in weights)
+
+
+def join(weights: Sequence[ScaledWeight]) -> tuple[ScaledWeight, list[ScaledWeight]]:
+    """The outputs of several weights as those of one, and the weights again, which then share its memory."""
+    assert can_join(weights)
+    rows = [one.num_features for one in weights]
+    codes = torch.cat([one.codes for one in weights])
+    scales = torch.cat([one.scales.expand(count) for one, count in zip(weights, rows, strict=True)])
+    parts = zip(weights, codes.split(rows), scales.split(rows), strict=True)
+    return (
+        replace(weights[0], codes=codes, scales=scales, num_features=sum(rows)),
+        [replace(one, codes=part, scales=of_part) for one, part, of_part in parts],
+    )
+
+
 def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
     """The weight of codes [N, K] in int8 or float8_e4m3fn; scales of any float dtype, [N] or [N, 1], [1] or blocks.
 
@@ -90,7 +111,7 @@ def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
     if tiles:
         kept = codes_NK.contiguous()
     elif codes_NK.dtype == torch.int8:
-        kept, packed = kept_int8(codes_NK)
+        kept, packed = (codes_NK.contiguous(), False) if available() else kept_int8(codes_NK)
     else:
         kept = codes_NK.to(torch.bfloat16)
     return ScaledWeight(kept, scales, codes_NK.dtype, num_features, width, packed)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu import compiled, layer
-from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection
+from trine.kernels.cpu.layer import Cache, DecodeLayer
+from trine.kernels.cpu.projection import Projection
 from trine.kernels.cpu.step import StepInputs, decode_layers
 from trine.kernels.kv_write.op import write_kv_reference
 from trine.kernels.paged_attention.reference import paged_attention_reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu import compiled, team
-from trine.kernels.cpu.layer import Cache, DecodeLayer, Projection, int4_projection
+from trine.kernels.cpu.codes import LanesWeight, to_lanes
+from trine.kernels.cpu.layer import Cache, DecodeLayer
+from trine.kernels.cpu.projection import AnyProjection, LanesProjection, Projection, int4_projection
 from trine.kernels.cpu.step import LOOP_ROWS_CODES, DecodeStep, StepInputs, decode_layers
 from trine.kernels.paged_attention.reference import paged_attention_reference
 from trine.kernels.rms_norm import rms_norm
@@ -20,7 +23,9 @@ pytestmark = pytest.mark.skipif(not compiled.available(), reason=compiled.why_no
 C, H, K, D, FEED, BLOCK = 160, 4, 2, 40, 224, 8
 
 
-def quantize(weight: Tensor, kind: str) -> Projection:
+def quantize(weight: Tensor, kind: str) -> AnyProjection:
+    if kind.startswith("lanes"):
+        return LanesProjection(lanes_weight(weight, kind))
     if kind == "int4":
         groups = F.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
         scales = groups.abs().amax(dim=2) / 7
@@ -29,8 +34,22 @@ def quantize(weight: Tensor, kind: str) -> Projection:
     if kind.startswith("int8"):
         scales = weight.abs().amax(dim=1) / 127
         codes = (weight / scales[:, None]).round().to(torch.int8)
-        return Projection(codes, scales, round_inputs=kind == "int8")
+        return Projection(codes, scales, round_inputs=kind == "int8", per_row=kind == "int8 by rows")
     return Projection(weight.to(getattr(torch, kind)))
+
+
+def lanes_weight(weight: Tensor, kind: str) -> LanesWeight:
+    """Codes of "lanes BITS GROUP SCALES", with zero points where "zeros" follows; GROUP 0: a scale a row."""
+    _, bits, size, scales_dtype, *zeros = kind.split()
+    limit = 2 ** (int(bits) - 1) - 1
+    groups = weight.unflatten(1, (-1, int(size) or weight.shape[1]))
+    scales = (groups.abs().amax(dim=2) / limit).to(getattr(torch, scales_dtype))
+    offsets = torch.zeros(scales.shape, dtype=torch.int8)
+    if zeros:
+        offsets = torch.arange(scales.numel()).view(scales.shape).remainder(5).sub(2).to(torch.int8)
+    codes = (groups / scales.float()[:, :, None]).round() + offsets[:, :, None]
+    codes_NK = codes.clamp(-limit - 1, limit).to(torch.int8).flatten(1)
+    return to_lanes(codes_NK, scales, offsets if zeros else None, int(bits))
 
 
 def make_layer(kind: str, seed: int, blocks: int, width: int = C, feed: int = FEED, **options: Any) -> dict[str, Any]:
@@ -85,11 +104,26 @@ def by_64(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def by_float64(x: Tensor, arguments: dict[str, Any], tensors: dict[str, Tensor], rounded: bool = False) -> Tensor:
-    """The layer with its dequantized weights, inputs rounded or not; the pools are left alone."""
+def by_rows(x: Tensor) -> Tensor:
+    """Numbers rounded to 8 bits with a scale for each row."""
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+def as_given(x: Tensor) -> Tensor:
+    return x
+
+
+def by_float64(
+    x: Tensor,
+    arguments: dict[str, Any],
+    tensors: dict[str, Tensor],
+    rounded: Callable[[Tensor], Tensor] = as_given,
+) -> Tensor:
+    """The layer with its dequantized weights, inputs rounded so; the pools are left alone."""
 
     def apply(name: str, inputs: Tensor) -> Tensor:
-        return F.linear(by_64(inputs) if rounded else inputs, arguments[name].dense().double())
+        return F.linear(rounded(inputs), arguments[name].dense().double())
 
     x, k, v = x.double(), arguments["cache"].k.double(), arguments["cache"].v.double()
     h = rms_norm(x, arguments["attention_norm_C"].double(), 1e-6)
@@ -125,17 +159,25 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
         ("int8", 8, 1e-5),
         ("int4", 2, 1e-5),
         ("int4", 5, 1e-5),
+        ("int8 by rows", 3, 1e-5),
+        ("lanes 4 32 bfloat16", 1, 1e-6),
+        ("lanes 4 32 float16 zeros", 2, 1e-6),
+        ("lanes 4 0 float32", 7, 1e-6),
+        ("lanes 8 0 bfloat16", 1, 1e-6),
+        ("lanes 8 32 float32 zeros", 8, 1e-6),
         ("float32", 9, 1e-6),
         ("bfloat16", 17, 8e-3),
         ("int8", 64, 8e-3),
         ("int4", 33, 8e-3),
+        ("lanes 4 32 bfloat16", 12, 8e-3),
     ],
 )
 def test_a_layer_equals_float64_at_any_number_of_rows(kind: str, rows: int, allowed: float) -> None:
     tensors, blocks = make_inputs([1 + 7 * row % 30 for row in range(rows)])
     arguments = make_layer(kind, 0, blocks)
     x = torch.randn(rows, C, generator=torch.Generator().manual_seed(1))
-    exact = by_float64(x, arguments, tensors, rounded=kind in ("int8", "int4") and rows <= LOOP_ROWS_CODES)
+    rounding = {"int8": by_64, "int4": by_64, "int8 by rows": by_rows}.get(kind, as_given)
+    exact = by_float64(x, arguments, tensors, rounding if rows <= LOOP_ROWS_CODES else as_given)
     found = decode_layers(x.clone(), [DecodeLayer(**arguments)], StepInputs(**tensors))
     errors = sorted(map(relative_rms, found, exact))
     assert errors[-2 if allowed == 1e-5 else -1] < allowed
@@ -193,12 +235,14 @@ def test_int4_codes_come_back_from_their_layout(columns: int) -> None:
 
 
 def test_the_constants_of_python_are_those_of_the_loops() -> None:
-    from trine.kernels.cpu import attention_loops, layer, product_loops, step, vector_loops
+    from trine.kernels.cpu import attention_loops, codes_loops, product_loops, projection, step, vector_loops
 
     assert step.SPLIT == attention_loops.SPLIT
-    assert layer.SHORTEST == vector_loops.CODE_BLOCK == layer.CODES_OF_HALF
-    kinds = ("FLOAT32", "BFLOAT16", "INT8", "INT8_CODES", "INT4_CODES")
-    assert [getattr(layer, kind) for kind in kinds] == [getattr(product_loops, kind) for kind in kinds]
+    assert projection.SHORTEST == vector_loops.CODE_BLOCK == projection.CODES_OF_HALF
+    kinds = ("FLOAT32", "BFLOAT16", "INT8", "TILES", "INT8_CODES", "INT8_TOKENS", "INT4_CODES")
+    assert [getattr(projection, kind) for kind in kinds] == [getattr(product_loops, kind) for kind in kinds]
+    scales = [projection._SCALE_KINDS[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    assert scales == [codes_loops.FLOAT32, codes_loops.BFLOAT16, codes_loops.FLOAT16]
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,15 @@ from trine.engine.model.blocks import Block
 from trine.engine.model.config import ModelConfig, MoeConfig, RopeConfig
 from trine.engine.model.layers import Linear
 from trine.engine.model.paged_cache import PagedCache
+from trine.engine.model.quantized.layers import install
+from trine.engine.model.quantized.scheme import Scheme, make_scheme
 from trine.engine.model.transformer import Transformer
+from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.cpu.compiled import available
+from trine.kernels.quantized.cpu import dequantize_rows
+from trine.kernels.quantized.packing import PackedWeight
+from trine.kernels.quantized.scaled_weight import ScaledWeight
 
 needs_loops = pytest.mark.skipif(not available(), reason="compiled loops need Numba")
 CONFIG = ModelConfig(
@@ -51,6 +57,19 @@ def make_model(**changes: Any) -> Transformer:
     return model
 
 
+def texts(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], params: SamplingParams) -> Any:
+    """The tokens of each prompt by the engine's compiled steps."""
+    engine = Engine(model, tokenizer, EngineConfig(max_running=8))
+    assert engine.num_decode_steps == 1
+    found: list[list[int]] = [[] for _ in prompts]
+    for number, ids in enumerate(prompts):
+        engine.add(GenerationRequest(id=str(number), prompt_ids=ids, params=params))
+    while engine.has_work:
+        for output in engine.step():
+            found[int(output.request_id)] += output.token_ids
+    return [tuple(ids) for ids in found]
+
+
 @needs_loops
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_steps_give_the_plain_generators_texts(tiny_tokenizer: Tokenizer, variant: str) -> None:
@@ -60,17 +79,62 @@ def test_compiled_steps_give_the_plain_generators_texts(tiny_tokenizer: Tokenize
     prompts = [tuple(tiny_tokenizer.encode(text)) for text in ("the cat", "def add(", "x", "return", "second")]
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     expected = generate(model, tiny_tokenizer, prompts, params)
-    engine = Engine(model, tiny_tokenizer, EngineConfig(max_running=8))
-    assert engine.num_decode_steps == 1
-    found: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
-    for number, ids in enumerate(prompts):
-        engine.add(GenerationRequest(id=str(number), prompt_ids=ids, params=params))
-    while engine.has_work:
-        for output in engine.step():
-            found[int(output.request_id)] += output.token_ids
-    assert [tuple(found[one.prompt_index]) for one in expected] == [one.token_ids for one in expected]
+    found = texts(model, tiny_tokenizer, prompts, params)
+    assert [found[one.prompt_index] for one in expected] == [one.token_ids for one in expected]
     assert all(torch.equal(parameter, values[name]) for name, parameter in model.named_parameters())
     assert all(parameter is names[name] for name, parameter in model.named_parameters())
+
+
+def quantize(model: Transformer, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """Put quantized layers in; the numbers that their codes stand for, by the layers' names."""
+    numbers = {}
+    for name in [name for name, part in model.layers.named_modules() if type(part) is Linear]:
+        coded = quantize_rtn(model.layers.get_submodule(name).weight.detach(), scheme)
+        install(model.layers, name, coded.weight(), None)
+        numbers[name] = coded.dequantize(torch.float64)
+    return numbers
+
+
+QUANTIZED = {
+    "w4a16": make_scheme("w4a16", group_size="32"),
+    "w4a16, groups of 64, asymmetric": make_scheme("w4a16", group_size="64", symmetric=False),
+    "w4a16, channel": make_scheme("w4a16", group_size="channel"),
+    "w8a16": make_scheme("w8a16"),
+    "w8a8": make_scheme("w8a8"),
+}
+
+
+@needs_loops
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_compiled_steps_of_quantized_models_give_the_plain_generators_texts(
+    tiny_tokenizer: Tokenizer, name: str
+) -> None:
+    model = make_model(width=64, ffn_width=128, qkv_bias=True)
+    numbers = quantize(model, QUANTIZED[name])
+    prompts = [tuple(tiny_tokenizer.encode(text)) for text in ("the cat", "def add(", "x", "return", "second")]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    expected = generate(model, tiny_tokenizer, prompts, params)
+    found = texts(model, tiny_tokenizer, prompts, params)
+    assert [found[one.prompt_index] for one in expected] == [one.token_ids for one in expected]
+    for layer, values in numbers.items():  # joined, the layers hold what they held
+        weight = model.layers.get_submodule(layer).weight
+        assert isinstance(weight, PackedWeight | ScaledWeight)
+        packed = isinstance(weight, PackedWeight)
+        dense = dequantize_rows(weight, torch.float32) if packed else weight.dequantize(torch.float32)
+        torch.testing.assert_close(dense, values.float(), msg=layer)
+
+
+@needs_loops
+@pytest.mark.parametrize("name", ["w4a16", "w8a8"])
+def test_codes_of_joined_layers_are_held_once(name: str) -> None:
+    model = make_model(width=64, ffn_width=128)
+    quantize(model, QUANTIZED[name])
+    assert make_decoder(model, PagedCache(model.config, num_blocks=2, block_size=16), torch.float32) is not None
+    attention = model.layers[0].self_attn
+    weights = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    codes = [weight.words if isinstance(weight, PackedWeight) else weight.codes for weight in weights]
+    assert len({one.untyped_storage().data_ptr() for one in codes}) == 1
+    assert codes[0].untyped_storage().nbytes() == sum(one.nbytes for one in codes)
 
 
 @needs_loops
@@ -121,8 +185,8 @@ def test_logits_that_differ_are_found_before_they_are_used(monkeypatch: pytest.M
     model = make_model()
     original = cpu_step._layer
 
-    def wrong(block: Any, cache: PagedCache, config: ModelConfig) -> Any:
-        return original(block, cache, replace(config, norm_eps=0.05))
+    def wrong(block: Any, cache: PagedCache, config: ModelConfig, dtype: torch.dtype) -> Any:
+        return original(block, cache, replace(config, norm_eps=0.05), dtype)
 
     monkeypatch.setattr(cpu_step, "_layer", wrong)
     assert make_decoder(model, PagedCache(model.config, num_blocks=2, block_size=16), torch.float32) is None
