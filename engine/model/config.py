@@ -17,7 +17,7 @@ Norm = Literal["rms", "rms_offset", "layer", "layer_unbiased"]
 # Where norms stand: before each branch; after it, inside the residual; both; after the residual sum (post_sum, as the
 # first Transformer had them); or the two branches side by side on one norm (parallel) or on one each (parallel_two).
 Placement = Literal["pre", "post", "both", "post_sum", "parallel", "parallel_two"]
-# relative: a learned bias of the scores by distance (T5). sinusoidal: fixed (the first Transformer). See `positions.py`.
+# relative: a learned bias of the scores by distance (T5). sinusoidal: fixed (the first Transformer). `positions.py`
 Positions = Literal["rope", "learned", "relative", "sinusoidal"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 Mlp = Literal["gated", "plain"]
@@ -26,6 +26,10 @@ Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 QkNorm = Literal["head", "full"]
 # How a router weighs the experts that it chose: by their softmax over all experts, or over themselves alone.
 RoutingOrder = Literal["softmax_top_k", "top_k_softmax"]
+
+
+# Above what any model has, and below what arithmetic in 64 bits or a list for each layer would mind.
+MOST_LAYERS, MOST_NUMBERS = 10_000, 2**50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,6 +212,7 @@ class ModelConfig:
     forced_last_token_id: int | None = None  # and what one ends with that fills its budget
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         _positive(
             self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
             "max_positions", "norm_eps", "init_std", "embedding_scale", "residual_scale", "logit_scale",
@@ -251,6 +256,21 @@ class ModelConfig:
         ):
             if ids is not None and ids < 0:
                 raise UsageError(f"{name} is {ids}; token ids are 0 or above")
+
+    def _check_sizes(self) -> None:
+        """Whole numbers, and no matrix of more numbers than there can be: a damaged file may say anything."""
+        for name in (
+            "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width", "max_positions",
+        ):  # fmt: skip
+            if type(getattr(self, name)) is not int:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+        experts = 1 if self.moe is None else self.moe.num_experts * self.moe.ffn_width
+        rows = max(self.vocab_size, self.num_heads * self.head_dim, self.ffn_width, self.max_positions, experts)
+        if rows * self.width > MOST_NUMBERS or self.num_layers > MOST_LAYERS:
+            raise UsageError(
+                f"a matrix of {rows} x {self.width} or {self.num_layers} layers is more than any model has; at most "
+                f"{MOST_NUMBERS} numbers and {MOST_LAYERS} layers are supported"
+            )
 
     def _check_rope(self) -> None:
         if self.rope is None:

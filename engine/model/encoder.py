@@ -39,7 +39,7 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm, [B, S, C]; see `Transformer.encode`. `x_BSC`: the embedded texts."""
         mask = make_mask(causal=False, num_keys=x_BSC.shape[1], key_lengths_B=lengths_B, segment_ids_BT=segment_ids_BS)
-        biases = None if self.relative_bias is None else Biases(self.relative_bias)
+        biases = Biases.make(self.relative_bias, x_BSC.shape[1])
         context = Context({None: mask}, {}, None, biases=biases)
         for layer in self.layers:
             if checkpoint_activations and torch.is_grad_enabled():

@@ -61,10 +61,23 @@ def relative_buckets(distances: Tensor, *, num_buckets: int, max_distance: int, 
 
 @dataclass(frozen=True, slots=True)
 class Biases:
-    """The relative bias of a stack during one forward pass: each table is made once and shared by the layers."""
+    """The relative bias of a stack during one forward pass: each table is made once and shared by the layers.
+
+    `make` it before layers whose activations are recomputed: a layer must do the same both times.
+    """
 
     bias: RelativeBias
     tables: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, bias: RelativeBias | None, num_tokens: int | None = None) -> Biases | None:
+        """For a stack; with the table of a text of `num_tokens` where it is known. None where there is no bias."""
+        if bias is None:
+            return None
+        biases = cls(bias)
+        if num_tokens is not None:
+            biases.table(num_tokens, num_tokens)
+        return biases
 
     def table(self, num_queries: int, num_keys: int, first: int = 0) -> Tensor:
         """See `RelativeBias.forward`."""

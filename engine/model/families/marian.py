@@ -157,7 +157,8 @@ MARIAN = Family(
         "add_final_layer_norm": False,
         "static_position_embeddings": True,
     },
-    ignored=(r"(encoder|decoder)\.embed_(tokens|positions)\.weight",),
+    ignored=(r"(encoder|decoder)\.embed_positions\.weight",),
+    copies={f"model.{stack}.embed_tokens.weight": "model.shared.weight" for stack in ("encoder", "decoder")},
     to_config=to_config,
     to_hf=to_hf,
     names={

@@ -1,9 +1,9 @@
 """T5 1.0, T5 1.1, Flan-T5 and mT5: encoder-decoders with relative positions.
 
 RMSNorm before each branch, scores not scaled, a plain ReLU or a gated feed-forward, no biases. T5 1.0 has one matrix
-for embedding and head and multiplies the hidden states by width ** -0.5 before the head; 1.1, Flan and mT5 have a head of
-their own and do not. Older files say so by `tie_word_embeddings`; transformers 5 writes true there always, ties by what
-the file holds, and keeps the other half in `scale_decoder_outputs`. mT5 never scales. Both are written.
+for embedding and head and multiplies the hidden states by width ** -0.5 before the head; 1.1, Flan and mT5 have a head
+of their own and do not. Older files say so by `tie_word_embeddings`; transformers 5 writes true there always, ties by
+what the file holds, and keeps the other half in `scale_decoder_outputs`. mT5 never scales. Both are written.
 
 Class defaults are those of transformers 5.23 `T5Config` and `MT5Config`. Old files repeat the embedding under the names
 of both stacks, and carry a bias of cross-attention that is not used.
@@ -172,10 +172,8 @@ def _family(name: str, title: str, architecture: str, **defaults: Any) -> Family
         to_hf=to_hf,
         names=_names(False),
         gated_names=_names(True),
-        ignored=(
-            r"(encoder|decoder)\.embed_tokens\.weight",
-            r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-        ),
+        ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+        copies={f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")},
     )
 
 
