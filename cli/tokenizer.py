@@ -22,6 +22,14 @@ class Kind(StrEnum):
     CHAR = "char"
 
 
+class Roles(StrEnum):
+    """The shape of the model that the tokenizer is for."""
+
+    DECODER = "decoder"
+    ENCODER = "encoder"
+    ENCODER_DECODER = "encoder-decoder"
+
+
 @app.callback()
 def callback() -> None:
     """Learn a tokenizer from text."""
@@ -47,6 +55,23 @@ def train(
             metavar="TEXT", help="A special token beside those of the kind, not for --kind char (repeatable)."
         ),
     ] = None,
+    roles: Annotated[
+        Roles,
+        typer.Option(
+            metavar="decoder|encoder|encoder-decoder",
+            help="Which model it is for: an encoder needs tokens that begin a text, hide and pad, an encoder-decoder "
+            "one that pads, and sentinels. --kind wordpiece is for encoders already.",
+        ),
+    ] = Roles.DECODER,
+    sentinels: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Of an encoder-decoder, tokens that mark hidden spans, counted in the vocabulary.",
+            show_default="100",
+        ),
+    ] = None,
     text_field: TextField = "text",
     suffix: Suffixes = None,
     skip_bad: SkipBad = False,
@@ -59,16 +84,23 @@ def train(
     from trine.engine.log import say, warn
     from trine.engine.text.train_tokenizer import (
         END_OF_TEXT,
+        role_tokens,
         train_bpe,
         train_characters,
         train_unigram,
         train_wordpiece,
+        with_roles,
     )
 
     if kind is not Kind.CHAR and vocab_size is None:
         raise UsageError(f"--vocab-size is needed with --kind {kind.value}, such as --vocab-size 4096")
     if kind is Kind.CHAR and (vocab_size is not None or special_token):
         raise UsageError("--vocab-size and --special-token have no effect with --kind char; leave them out")
+    if kind is Kind.WORDPIECE and roles is not Roles.DECODER:
+        raise UsageError(f"--roles {roles.value} does not go with --kind wordpiece, which is BERT's; leave it out")
+    if sentinels is not None and roles is not Roles.ENCODER_DECODER:
+        raise UsageError(f"--sentinels {sentinels} has no effect without --roles encoder-decoder; leave it out")
+    num_sentinels = (sentinels or 100) if roles is Roles.ENCODER_DECODER else 0
     if out.is_file() or ((out / "tokenizer.json").exists() and not overwrite):
         raise UsageError(f"{out} exists already; use --overwrite or another --out")
     texts = read_texts(find_sources(files, suffixes=suffix or ()), text_field=text_field, skip_bad=skip_bad)
@@ -78,10 +110,13 @@ def train(
             tokenizer = train_wordpiece(texts, vocab_size=vocab_size, special_tokens=more)
         else:
             learn = train_unigram if kind is Kind.UNIGRAM else train_bpe
-            tokenizer = learn(texts, vocab_size=vocab_size, special_tokens=[END_OF_TEXT, *more])
-        if tokenizer.vocab_size < vocab_size:
+            special_tokens = [END_OF_TEXT, *role_tokens(roles.value), *more]
+            tokenizer = learn(texts, vocab_size=vocab_size - num_sentinels, special_tokens=special_tokens)
+        if tokenizer.vocab_size < vocab_size - num_sentinels:
             warn(f"the text is too small for {vocab_size} ids: the vocabulary has {tokenizer.vocab_size}")
     else:
         tokenizer = train_characters(texts)
+    if roles is not Roles.DECODER:
+        tokenizer = with_roles(tokenizer, roles.value, sentinels=num_sentinels)
     tokenizer.save(out)
     say(f"wrote {out}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")

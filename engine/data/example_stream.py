@@ -15,7 +15,7 @@ import numpy as np
 
 from trine.engine.data.examples import ExampleSet, Task
 from trine.engine.data.permutation import derive_key, permute
-from trine.engine.data.stream import MixedSource, Stream
+from trine.engine.data.stream import MixedSource, SourceFacts, Stream
 from trine.engine.errors import UsageError
 from trine.engine.text.tokenizer import Tokenizer
 
@@ -59,6 +59,9 @@ class ExampleStream(Stream):
 
     def stamps(self) -> list[list[int]]:
         return [stamp for one in self._sets for stamp in one.stamps]
+
+    def facts(self) -> list[SourceFacts]:
+        return [SourceFacts(one.num_tokens, len(one), one.fingerprint) for one in self._sets]
 
     def verify(self) -> None:
         """Nothing to read again: the fingerprint is of what this process holds."""

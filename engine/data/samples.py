@@ -22,7 +22,7 @@ from trine.engine.data.draws import sample_key
 from trine.engine.data.permutation import IntArray, derive_key, permute
 from trine.engine.data.rows import Drawn, NextTokenRows, Rows
 from trine.engine.data.shards import TokenShards, open_together
-from trine.engine.data.stream import MixedSource, Stream
+from trine.engine.data.stream import MixedSource, SourceFacts, Stream
 from trine.engine.errors import DataError, UsageError
 
 
@@ -92,6 +92,9 @@ class SampleStream(Stream):
 
     def stamps(self) -> list[list[int]]:
         return [[found.st_size, found.st_mtime_ns] for shards in self._shards for found in map(Path.stat, shards.files)]
+
+    def facts(self) -> list[SourceFacts]:
+        return [SourceFacts(one.num_tokens, one.num_documents, one.fingerprint) for one in self._shards]
 
     def verify(self) -> None:
         for shards in self._shards:

@@ -28,8 +28,7 @@ from trine.engine.data.rows import Drawn
 from trine.engine.data.seq2seq_batch import Seq2SeqBatch, Seq2SeqLayout
 from trine.engine.errors import DataError, UsageError
 from trine.engine.text.tokenizer import Tokenizer
-
-SENTINEL = "<extra_id_{}>"
+from trine.engine.text.train_tokenizer import SENTINEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

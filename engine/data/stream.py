@@ -45,6 +45,14 @@ class SourceUse:
     ends_at: int | None
 
 
+class SourceFacts(NamedTuple):
+    """What a source holds: tokens, and documents or examples; `fingerprint` names all of it."""
+
+    num_tokens: int
+    num_items: int
+    fingerprint: str
+
+
 class Stream(ABC):
     """A sequence of samples from weighted sources, endless unless every source has a limit.
 
@@ -79,6 +87,10 @@ class Stream(ABC):
     @abstractmethod
     def stamps(self) -> list[list[int]]:
         """Size in bytes and time of change (ns) of each file; while they stay as they are, nobody has written to it."""
+
+    @abstractmethod
+    def facts(self) -> list[SourceFacts]:
+        """Of each source."""
 
     @abstractmethod
     def verify(self) -> None:

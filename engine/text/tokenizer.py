@@ -43,6 +43,11 @@ class Tokenizer:
         self._companions = companions or {}
         self._parsing = _build(definition)
 
+    @property
+    def definition(self) -> str:
+        """The text of tokenizer.json."""
+        return self._definition
+
     @cached_property
     def _verbatim(self) -> tokenizers.Tokenizer:
         tokenizer = _build(self._definition)

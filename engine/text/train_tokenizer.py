@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -30,6 +31,10 @@ from trine.engine.text.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
+PAD, FIRST, MASK = "<|pad|>", "<|first|>", "<|mask|>"
+SENTINEL = "<extra_id_{}>"
+# The shape of the model that a tokenizer is for.
+Shape = Literal["decoder", "encoder", "encoder-decoder"]
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPACE = "▁"  # how SentencePiece spells a space
 _WORD = "\ue000"  # the beginning of a word, while WordPiece is learned: a character of private use
@@ -64,6 +69,36 @@ def train_bpe(
     seconds = _train(tokenizer, texts, trainer, f"learning merges for {vocab_size} ids")
     say(f"learned {tokenizer.get_vocab_size() - smallest} merges in {format_duration(seconds)}")
     return _finish(tokenizer, special_tokens[0])
+
+
+def role_tokens(shape: Shape) -> tuple[str, ...]:
+    """The special tokens that a model of this shape needs beside end-of-text, sentinels apart."""
+    return {"decoder": (), "encoder": (PAD, FIRST, MASK), "encoder-decoder": (PAD,)}[shape]
+
+
+def with_roles(tokenizer: Tokenizer, shape: Shape, *, sentinels: int = 0) -> Tokenizer:
+    """The same tokenizer for a model of another shape than a decoder.
+
+    An encoder's text stands between <|first|> and end-of-text, and <|mask|> hides tokens. An encoder-decoder's ends
+    with end-of-text, and `sentinels` (<extra_id_0>, ...) are counted down from the end of the vocabulary.
+    Tokens that are missing are added behind the others.
+    """
+    content = tokenizers.Tokenizer.from_str(tokenizer.definition)
+    names = [name for name in role_tokens(shape) if content.token_to_id(name) is None]
+    content.add_special_tokens([*names, *(SENTINEL.format(number) for number in reversed(range(sentinels)))])
+    last = tokenizer.special_tokens["eos_token"]
+    roles = {"pad_token": PAD}
+    if shape == "encoder":
+        roles |= {"cls_token": FIRST, "sep_token": last, "mask_token": MASK}
+        single, pair = f"{FIRST} $A {last}", f"{FIRST} $A {last} $B {last}"
+    else:
+        single, pair = f"$A {last}", f"$A $B {last}"
+    used = (FIRST, last) if shape == "encoder" else (last,)
+    content.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(name, content.token_to_id(name)) for name in used]
+    )
+    unknown = tokenizer.special_tokens.get("unk_token")
+    return _finish(content, last, unknown=unknown, roles=roles)
 
 
 def train_wordpiece(

@@ -14,11 +14,10 @@ from trine.engine.log import format_duration
 from trine.engine.train.early_stopping import EarlyStopping
 from trine.engine.train.ema import Ema
 from trine.engine.train.meters import Meter
-from trine.engine.train.metrics import MetricsFile
+from trine.engine.train.metrics import SCORES, MetricsFile
 from trine.engine.train.progress import Progress
 from trine.engine.train.recipe import OWN_SET, Recipe
 from trine.engine.train.resolve import Setup
-from trine.engine.train.scoring import score_name
 from trine.engine.train.subject import Subject, make_scorer
 from trine.engine.train.validation import ValidationResult, sample, validate
 
@@ -102,7 +101,8 @@ class Evaluator:
             progress.message(f"step {step}: {_described(name, entries)}")
         for prompt, text in zip(recipe.eval.sample_prompts, self._samples(), strict=True):
             metrics.write("sample", step, prompt=prompt, text=text)
-            progress.message(f"  {prompt + text!r}")
+            shown = repr(prompt + text) if self.subject.model.encoder is None else f"{prompt!r} -> {text!r}"
+            progress.message(f"  {shown}")
         meter.end_pause()
 
     def weights(self, kind: str) -> AbstractContextManager[None]:
@@ -155,6 +155,6 @@ def _described(name: str, entries: list[Evaluation]) -> str:
     for entry in entries:
         bits = entry.result.bits_per_byte
         shown = f"{entry.result.loss:.4f}" + ("" if bits is None else f", {bits:.4f} bits per byte")
-        shown += "".join(f", {score_name(key)} {value:.4f}" for key, value in entry.result.scores.items())
+        shown += "".join(f", {SCORES[key]} {value:.4f}" for key, value in entry.result.scores.items())
         parts.append(f"averaged weights {shown}" if entry.weights == "ema" else f"{name} loss {shown}")
     return f"{'; '.join(parts)} ({format_duration(sum(entry.seconds for entry in entries))})"

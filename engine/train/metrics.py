@@ -9,7 +9,8 @@ Every line has `kind` and `step`. Kinds and their fields:
                 grad_norm (before clipping), tokens_per_second, mfu (null where no peak is known), seconds (of training
                 so far, without evaluations and checkpoints), memory_bytes (peak), joules (so far, null where unknown)
     eval        one line for each set and kind of weights: set, weights (raw, ema), loss, bits_per_byte (null where
-                bytes are unknown), tokens, seconds
+                bytes are unknown), the scores of the objective (`SCORES`), tokens (texts, words: terms of the loss),
+                seconds
     sample      prompt, text
     checkpoint  path (relative to the run folder), bytes, held_seconds (training stood still for the copy, and for what
                 was left of the save before), write_seconds; written once it is on disk, which may be some steps later
@@ -34,6 +35,17 @@ from trine.engine.errors import StorageError
 from trine.engine.train.durable import write_file
 
 METRICS = "metrics.jsonl"
+# Scores in an `eval` line, with what they are called on a page.
+SCORES = {
+    "accuracy": "accuracy",
+    "next_sentence_loss": "next-sentence loss",
+    "next_sentence_accuracy": "next-sentence accuracy",
+    "exact_match": "exact match",
+    "f1": "macro F1",
+    "entity_f1": "entity F1",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
 
 
 class Mirror(Protocol):

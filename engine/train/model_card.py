@@ -16,16 +16,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trine.engine.data.shards import read_manifest
 from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.model.cost import count_parameters
 from trine.engine.train.energy import energy_line
 from trine.engine.train.recipe import Recipe, recipe_toml
+from trine.engine.train.recipe_objective import PAIRS
 from trine.engine.train.report import set_name
 from trine.engine.train.resolve import Setup
-from trine.engine.train.run_log import RunLog
+from trine.engine.train.run_log import RunLog, measure_name
 
 CARD = "README.md"
+# By objective: how Hugging Face calls the task, what the model is, and its class in transformers.
+_PIPELINES = {
+    "causal_lm": "text-generation",
+    "masked_lm": "fill-mask",
+    "span_corruption": "text2text-generation",
+    "seq2seq": "text2text-generation",
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "tagging": "token-classification",
+}
+_MODELS = {
+    "causal_lm": "A language model",
+    "masked_lm": "An encoder, trained to find hidden tokens,",
+    "span_corruption": "An encoder-decoder, trained to find hidden spans,",
+    "seq2seq": "An encoder-decoder from one text to another",
+    "classification": "A classifier of texts",
+    "regression": "An encoder that gives texts a number",
+    "tagging": "A classifier of words",
+}
+_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "span_corruption": "AutoModelForSeq2SeqLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "tagging": "AutoModelForTokenClassification",
+}
 _MARK = "<!-- Written by trine train; sha256 of the lines above: {} -->\n"
 
 
@@ -58,7 +86,7 @@ def model_card(setup: Setup, log: RunLog, energy: dict[str, Any]) -> str:
         "and the licence. None of this can be read off a training run.",
         f"## Use\n\n{_usage(recipe)}",
         f"## Evaluation\n\n{_evaluation(log)}",
-        f"## Training data\n\n{_data(recipe)}",
+        f"## Training data\n\n{_data(setup)}",
         f"## Training\n\n{_training(log, energy)}",
         f"## Recipe\n\n```toml\n{recipe_toml(recipe).strip()}\n```",
         f"## Environment\n\n{_environment(log)}",
@@ -76,12 +104,12 @@ def _front_matter(setup: Setup, log: RunLog) -> str:
     adapted = recipe.adapter is not None
     fields: dict[str, Any] = {
         "library_name": "peft" if adapted else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": _PIPELINES[recipe.objective.kind],
         "tags": ["trine", *(["lora"] if adapted else [])],
     }
     results = [
         {
-            "task": {"type": "text-generation"},
+            "task": {"type": _PIPELINES[recipe.objective.kind]},
             "dataset": {"type": "prepared", "name": name},
             "metrics": [{"type": kind, "value": value} for kind, value in metrics],
         }
@@ -100,7 +128,7 @@ def _results(log: RunLog) -> list[tuple[str, list[tuple[str, float]]]]:
     for (name, weights), records in log.evaluations_by().items():
         if weights == exported:
             last = records[-1]
-            metrics = [(key, last[key]) for key in ("loss", "bits_per_byte") if isinstance(last.get(key), float)]
+            metrics = [(key, last[key]) for key in ("loss", *log.scores()) if isinstance(last.get(key), float)]
             found.append((name, metrics))
     return [(name, metrics) for name, metrics in found if metrics]
 
@@ -108,7 +136,7 @@ def _results(log: RunLog) -> list[tuple[str, list[tuple[str, float]]]]:
 def _summary(setup: Setup) -> str:
     recipe, config = setup.recipe, setup.config
     size = f"{format_count(count_parameters(config).total)} parameters"
-    kind = f"A language model of the {config.family} family with {size}"
+    kind = f"{_MODELS[recipe.objective.kind]} of the {config.family} family with {size}"
     if recipe.adapter is not None:
         kind = f"A LoRA adapter for `{recipe.model.init_from}`, a {config.family} model with {size}"
     elif recipe.model.init_from is not None:
@@ -123,38 +151,41 @@ def _usage(recipe: Recipe) -> str:
     if recipe.adapter is not None:
         elsewhere = "trine generate BASE --adapter NAME=THIS_FOLDER"
         return f"{by_trine}\n\ncomputes it on the base that it names, `{elsewhere}` on one that lies elsewhere."
-    return (
-        f"{by_trine}\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", dtype="auto")\n'
+    loader = "AutoModelForPreTraining" if recipe.objective.next_sentence else _CLASSES[recipe.objective.kind]
+    by_transformers = (
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained("THIS_FOLDER", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```'
     )
+    generates = recipe.objective.kind in ("causal_lm", *PAIRS)
+    return f"{by_trine}\n\n{by_transformers}" if generates else by_transformers
 
 
 def _evaluation(log: RunLog) -> str:
     """The last evaluation of every set and kind of weights."""
+    measures = ("loss", *log.scores())
     rows: list[tuple[str, ...]] = [
-        (set_name(key), f"{records[-1]['step']:,}", _number(records[-1], "loss"), _number(records[-1], "bits_per_byte"))
+        (set_name(key), f"{records[-1]['step']:,}", *(_number(records[-1], measure) for measure in measures))
         for key, records in log.evaluations_by().items()
     ]
     if not rows:
         return "The run was not evaluated."
     return (
-        _table(("set", "step", "loss (nats per token)", "bits per byte"), rows)
-        + "\n\nA set is held-out text prepared with the model's tokenizer; `averaged` is with averaged weights."
+        _table(("set", "step", f"loss ({log.loss_unit})", *map(measure_name, measures[1:])), rows)
+        + "\n\nA set is held out from training; `averaged` is with averaged weights."
     )
 
 
-def _data(recipe: Recipe) -> str:
+def _data(setup: Setup) -> str:
     rows: list[tuple[str, ...]] = []
-    for source in recipe.data.mixed:
-        split = read_manifest(source.path)["splits"]["train"]
-        counts = format_count(split["num_tokens"]), format_count(split["num_documents"])
-        rows.append((f"`{source.path}`", f"{source.weight:g}", *counts, f"`{split['fingerprint']}`"))
+    for source, facts in zip(setup.recipe.data.mixed, setup.stream.facts(), strict=True):
+        counts = format_count(facts.num_tokens), format_count(facts.num_items)
+        rows.append((f"`{source.path}`", f"{source.weight:g}", *counts, f"`{facts.fingerprint}`"))
+    items = "examples" if setup.recipe.objective.from_examples else "documents"
     return (
-        _table(("source", "weight", "tokens", "documents", "fingerprint"), rows)
-        + "\n\nA fingerprint is a SHA-256 over tokens, document borders and tokenizer. Where the text comes from and "
-        "under which licence is to be written by the author."
+        _table(("source", "weight", "tokens", items, "fingerprint"), rows)
+        + "\n\nA fingerprint is a SHA-256 over tokens, their borders and labels, and the tokenizer. Where the text "
+        "comes from and under which licence is to be written by the author."
     )
 
 
@@ -164,7 +195,7 @@ def _training(log: RunLog, energy: dict[str, Any]) -> str:
     speeds = sorted(record["tokens_per_second"] for record in log.steps if record.get("tokens_per_second"))
     facts = [f"{log.last_step:,} steps"]
     if "tokens" in last:
-        facts.append(f"{last['tokens']:,} tokens (those that count as targets)")
+        facts.append(f"{last['tokens']:,} {log.terms}")
     if "seconds" in last:
         facts.append(f"{format_duration(last['seconds'])} of training")
     if speeds:

@@ -24,6 +24,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "regression": _TEXT,
     "tagging": {"words_field": "words", "labels_field": "labels", "labels": None},
 }
+# What a loss is per term, by kind; of the others nats per token.
+LOSS_UNITS = {"classification": "nats per text", "tagging": "nats per word", "regression": "squared error"}
+# What the terms of a loss are, likewise; of the others tokens.
+TERMS = {"classification": "texts", "tagging": "words", "regression": "texts"}
 # Kinds that learn from labelled examples, JSON lines, instead of prepared text.
 EXAMPLES = ("seq2seq", "classification", "regression", "tagging")
 PAIRS = ("span_corruption", "seq2seq")

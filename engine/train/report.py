@@ -25,7 +25,7 @@ from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.train.charts import RUN_ROLES, Chart, Line, draw, palette, smooth, standalone
 from trine.engine.train.energy import format_energy, format_mass
 from trine.engine.train.recipe import OWN_SET
-from trine.engine.train.run_log import Record, RunLog, read_run, series
+from trine.engine.train.run_log import Record, RunLog, measure_name, read_run, series
 
 TEMPLATE = "report.html.j2"
 _WIDE, _NARROW, _HALF = (920, 300), (420, 260), (440, 200)
@@ -71,7 +71,7 @@ def save_loss_figure(run: Path, out: Path) -> Path:
     lines = _loss_lines(log)
     if not lines:
         raise DataError(f"the run in {run} has logged no loss yet: there is nothing to draw")
-    chart = draw(lines, name="loss", size=(760, 300), x_range=(0, _last_step(log)), legend="nats per token, by step")
+    chart = draw(lines, name="loss", size=(760, 300), x_range=(0, _last_step(log)), legend=f"{log.loss_unit}, by step")
     out.write_text(standalone(chart), encoding="utf-8")
     return out
 
@@ -164,13 +164,15 @@ def _loss_tiles(log: RunLog) -> Iterator[Tile]:
     if validation:
         best = min(validation)
         at = int(evaluated[validation.index(best)])
-        remark = "nats per token" if best == validation[-1] else f"nats per token; best {best:.4f} at step {at:,}"
+        remark = log.loss_unit if best == validation[-1] else f"{log.loss_unit}; best {best:.4f} at step {at:,}"
         shown = "" if log.judge == (OWN_SET, "raw") else f" ({set_name(log.judge)})"
         yield Tile(f"Validation loss{shown}", f"{validation[-1]:.4f}", remark)
-        yield Tile("Perplexity", _short(math.exp(min(validation[-1], 700))), "validation, per token")
-    _, bits = series(deciding, "bits_per_byte")
-    if bits:
-        yield Tile("Bits per byte", f"{bits[-1]:.4f}", "validation")
+        if log.loss_unit == "nats per token":
+            yield Tile("Perplexity", _short(math.exp(min(validation[-1], 700))), "validation, per token")
+    for key in log.scores():
+        _, values = series(deciding, key)
+        if values:
+            yield Tile(_capital(measure_name(key)), f"{values[-1]:.4f}", "validation")
     if losses:
         window = losses[-max(len(losses) // 20, 1) :]
         yield Tile("Training loss", f"{statistics.fmean(window):.4f}", f"mean of the last {len(window)} logged")
@@ -207,17 +209,16 @@ def _speed_tiles(log: RunLog) -> Iterator[Tile]:
 
 
 def _evaluations(log: RunLog) -> dict[str, list[Any]]:
-    """`columns` and `rows` of the table: step, then loss and bits per byte of every set and kind of weights."""
-    by_set = log.evaluations_by()
-    columns = ["Step"]
+    """`columns` and `rows` of the table: step, then loss and scores of every set and kind of weights."""
+    by_set, measures = log.evaluations_by(), ["loss", *log.scores()]
+    columns, width = ["Step"], len(measures)
     for key in by_set:
-        name = set_name(key).capitalize()
-        columns += [f"{name} loss", "Bits per byte"]
+        columns += [f"{set_name(key).capitalize()} loss", *(_capital(measure_name(one)) for one in measures[1:])]
     rows: dict[int, list[str]] = {}
     for place, records in enumerate(by_set.values()):
         for record in records:
-            row = rows.setdefault(int(record["step"]), [f"{record['step']:,}", *[""] * (2 * len(by_set))])
-            for offset, value in enumerate(map(record.get, ("loss", "bits_per_byte")), start=1 + 2 * place):
+            row = rows.setdefault(int(record["step"]), [f"{record['step']:,}", *[""] * (width * len(by_set))])
+            for offset, value in enumerate(map(record.get, measures), start=1 + width * place):
                 row[offset] = f"{value:.4f}" if isinstance(value, float) else ""
     return {"columns": columns, "rows": [rows[step] for step in sorted(rows)]}
 
@@ -282,6 +283,17 @@ def _loss_lines(log: RunLog) -> list[Line]:
     return lines
 
 
+def _score_lines(log: RunLog) -> list[Line]:
+    """What is a share or a correlation, of the set that decides."""
+    lines, records = [], log.evaluations_by().get(log.judge, [])
+    shown = [key for key in log.scores() if key not in ("bits_per_byte", "next_sentence_loss")]
+    for role, key in zip(["validation", *RUN_ROLES[2:]], shown, strict=False):
+        steps, values = series(records, key)
+        if values:
+            lines.append(Line(label=measure_name(key), xs=steps, ys=values, role=role, width=2.0, dots=True))
+    return lines
+
+
 def _panels(log: RunLog) -> list[Panel]:
     plain: Callable[[float], str] = "{:.4g}".format
     rates = [
@@ -290,7 +302,8 @@ def _panels(log: RunLog) -> list[Panel]:
         for steps, values in [series(log.steps, key)]
         if values
     ]
-    panels = [_panel(log, "Loss", "nats per token", _loss_lines(log), sizes=[_WIDE, _NARROW], format_y=plain)]
+    panels = [_panel(log, "Loss", log.loss_unit, _loss_lines(log), sizes=[_WIDE, _NARROW], format_y=plain)]
+    panels.append(_panel(log, "Scores", "validation", _score_lines(log), sizes=[_WIDE, _NARROW], format_y=plain))
     panels.append(_panel(log, "Learning rate", "", rates, from_zero=True, format_y=plain))
     for key, title, unit, from_zero, format_y in (
         ("grad_norm", "Gradient norm", "before clipping", True, plain),
@@ -337,6 +350,10 @@ def _panel(
 
 def _json(chart: Chart) -> str:
     return json.dumps(chart.readout, separators=(",", ":"))
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _short(number: float) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trine.engine.errors import DataError, UsageError
-from trine.engine.train.metrics import METRICS
+from trine.engine.train.metrics import METRICS, SCORES
 from trine.engine.train.recipe import OWN_SET, RECIPE
+from trine.engine.train.recipe_objective import LOSS_UNITS, TERMS
 
 Record = dict[str, Any]
 
@@ -41,6 +42,26 @@ class RunLog:
         """The set and the kind of weights (`raw`, `ema`) whose loss decides."""
         main = self.recipe.get("eval", {}).get("main") or OWN_SET
         return main, self.recipe.get("export", {}).get("weights", "raw")
+
+    @property
+    def objective(self) -> str:
+        """The kind of objective."""
+        return str(self.recipe.get("objective", {}).get("kind", "causal_lm"))
+
+    @property
+    def loss_unit(self) -> str:
+        """What losses are measured in."""
+        return LOSS_UNITS.get(self.objective, "nats per token")
+
+    @property
+    def terms(self) -> str:
+        """What is counted as trained: the terms of the loss."""
+        return TERMS.get(self.objective, "tokens (those that count as targets)")
+
+    def scores(self) -> list[str]:
+        """Which measures beside the loss evaluations have, in the order in which they are shown."""
+        known = ["bits_per_byte", *SCORES]
+        return [key for key in known if any(_is_number(record.get(key)) for record in self.evaluations)]
 
     def evaluations_by(self) -> dict[tuple[str, str], list[Record]]:
         """Evaluations by set and kind of weights, those that decide first."""
@@ -69,6 +90,11 @@ def read_run(folder: Path) -> RunLog:
     for record in _read_records(metrics):
         _add(log, record)
     return log
+
+
+def measure_name(key: str) -> str:
+    """What a measure of an evaluation beside the loss is called on a page."""
+    return SCORES.get(key, key.replace("_", " "))
 
 
 def series(records: list[Record], key: str) -> tuple[list[float], list[float]]:

@@ -187,24 +187,6 @@ class NumberScorer:
         return Scores(float(((predicted - true) ** 2).sum()), len(true), scores)
 
 
-# Fields of an `eval` line that are scores, with what they are called on a page.
-SCORES = {
-    "accuracy": "accuracy",
-    "next_sentence_loss": "next-sentence loss",
-    "next_sentence_accuracy": "next-sentence accuracy",
-    "exact_match": "exact match",
-    "f1": "macro F1",
-    "entity_f1": "entity F1",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-}
-
-
-def score_name(key: str) -> str:
-    """What a score is called on a page."""
-    return SCORES[key]
-
-
 def token_scores(model: Transformer, hidden_NC: Tensor, targets_N: Tensor) -> tuple[float, int]:
     """Summed loss over the vocabulary, and how many targets are the likeliest token."""
     total, hits = 0.0, 0

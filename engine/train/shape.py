@@ -11,12 +11,13 @@ from typing import Any
 from trine.engine.errors import UsageError
 from trine.engine.model.checkpoint import read_hf_config
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.families.registry import FAMILIES, config_from_hf, family_for
-from trine.engine.model.head_config import Task
+from trine.engine.model.families.encoder import labels_to_hf
+from trine.engine.model.families.registry import FAMILIES, config_from_hf
+from trine.engine.model.head_config import Problem, Task
+from trine.engine.model.new_head import head_settings
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.recipe_objective import PAIRS, ObjectiveSettings
 
-_PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 # Names of the shapes, with an objective for each.
 _SHAPES = {
     "decoder": ("a decoder (llama, qwen3, gpt2, ...)", "causal_lm"),
@@ -41,6 +42,12 @@ def wanted_task(objective: ObjectiveSettings) -> Task | None:
     return "tagging" if objective.kind == "tagging" else "classification"
 
 
+def wanted_problem(objective: ObjectiveSettings) -> Problem | None:
+    """What a head for classification learns; None for other tasks."""
+    problems: dict[str, Problem] = {"classification": "single_label", "regression": "regression"}
+    return problems.get(objective.kind)
+
+
 def check_shape(objective: ObjectiveSettings, family: str | None, *, named: str) -> None:
     """Raises `UsageError` where a family, as `named`, is unknown or of another shape than the objective is for."""
     if family is None or family not in FAMILIES:
@@ -63,8 +70,13 @@ def new_settings(
     objective: ObjectiveSettings, family: str, tokenizer: Tokenizer, labels: Sequence[str], dropout: float
 ) -> dict[str, Any]:
     """Keys of config.json that a new model needs for an objective."""
-    if wanted_shape(objective) == "encoder":
-        return {**_head_keys(objective, family, labels), "classifier_dropout": dropout}
+    task = wanted_task(objective)
+    if task is not None:
+        head = {
+            "architectures": [FAMILIES[family].tasks[task]],
+            **labels_to_hf(tuple(labels), wanted_problem(objective)),
+        }
+        return {**head, "classifier_dropout": dropout}
     if wanted_shape(objective) == "decoder":
         return {}
     ids = {"pad_token": tokenizer.pad_id, "eos_token": tokenizer.eos_id}
@@ -90,21 +102,10 @@ def with_head(
     task = wanted_task(objective)
     if task is None:
         return config
-    hf = {**read_hf_config(folder), **_head_keys(objective, family_for(read_hf_config(folder)).name, labels)}
-    head = config_from_hf(hf).head
+    settings = head_settings(folder, task, labels=tuple(labels), problem=wanted_problem(objective))
+    head = config_from_hf({**read_hf_config(folder), **settings}).head
     assert head is not None
     return replace(config, head=replace(head, dropout=dropout if head.labels else head.dropout))
-
-
-def _head_keys(objective: ObjectiveSettings, family: str, labels: Sequence[str]) -> dict[str, Any]:
-    task = wanted_task(objective)
-    assert task is not None
-    keys: dict[str, Any] = {"architectures": [FAMILIES[family].tasks[task]]}
-    if task in ("classification", "tagging"):
-        keys["id2label"] = {str(number): label for number, label in enumerate(labels)}
-    if objective.kind in _PROBLEMS:
-        keys["problem_type"] = _PROBLEMS[objective.kind]
-    return keys
 
 
 def _article(shape: str) -> str:

@@ -22,12 +22,14 @@ from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.init import initialize
 from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_weights import LoraWeights
+from trine.engine.model.new_head import load_for_task
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.adapter import adapt
 from trine.engine.train.recipe_objective import PAIRS
 from trine.engine.train.resolve import Setup
 from trine.engine.train.rounding import Rounding
 from trine.engine.train.scoring import ClassScorer, MaskedScorer, NextTokenScorer, NumberScorer, Scorer, Seq2SeqScorer
+from trine.engine.train.shape import wanted_problem, wanted_task
 from trine.engine.train.teacher import distillation
 
 Trained = Transformer | LoraWeights
@@ -116,11 +118,24 @@ def blank_copy(trained: Trained) -> Trained:
     return blank.to_empty(device="cpu")
 
 
+def _with_fresh_head(setup: Setup, folder: Path) -> Transformer:
+    """A checkpoint of another task with a head for that of the recipe."""
+    objective, head = setup.recipe.objective, setup.config.head
+    task = wanted_task(objective)
+    assert head is not None
+    assert task is not None
+    return load_for_task(
+        folder, task, labels=head.labels, problem=wanted_problem(objective), seed=setup.recipe.train.seed
+    )
+
+
 def _whole_model(setup: Setup) -> Transformer:
     """fp32 master weights."""
     model = Transformer(setup.config)
     if setup.weights is None:
         initialize(model, setup.recipe.train.seed)
+    elif setup.fresh_head:
+        model.load_state_dict(_with_fresh_head(setup, setup.weights).state_dict())
     else:
         # A checkpoint's config holds dropout only in part, so the weights are moved into a model of the full config.
         model.load_state_dict(load_model(setup.weights, dtype=torch.float32).state_dict())

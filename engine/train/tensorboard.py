@@ -28,11 +28,12 @@ from typing import Any
 
 from trine.engine.errors import StorageError
 from trine.engine.train.durable import ASIDE
+from trine.engine.train.metrics import SCORES
 
 FOLDER = "tensorboard"
 _PREFIX = "events.out.tfevents."
 _STEP_TAGS = ("loss", "lr", "muon_lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "joules")
-_EVAL_TAGS = ("loss", "bits_per_byte")
+_EVAL_TAGS = ("loss", "bits_per_byte", *SCORES)
 
 
 class TensorBoard:
