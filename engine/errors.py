@@ -32,7 +32,13 @@ class UsageError(TrineError):
 
 
 class CheckpointError(TrineError):
-    """A folder is no checkpoint, is incomplete or damaged, or holds a family that is not supported."""
+    """A folder is no checkpoint, is incomplete or damaged, or holds a family that is not supported.
+
+    Names and values of files are part of the message; what could steer a terminal or break the line is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class DataError(TrineError):

@@ -154,6 +154,7 @@ def open_checkpoint(folder: Path | str, *, head_settings: Mapping[str, Any] | No
         stored = _normalised(files if form is None else form.tensors(files), family, config) | dense
         config = with_stored_pooler(config, family, stored)
         config = replace(config, tie_embeddings=_tied(config, family, stored))
+        _check_counts(folder, config, stored)
         model = Transformer(config, device="meta")
         stacked = {rule.stored for rule in family.rules(config, stacked=True) if rule.stacked}
         rules = family.rules(config, stacked=not stacked.isdisjoint(stored))
@@ -353,6 +354,19 @@ def _tied(config: ModelConfig, family: Family, stored: dict[str, StoredTensor]) 
         return False
     stored[embedding] = stored.pop(head)
     return True
+
+
+def _check_counts(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Before anything is made for each of them: there can be so many layers, and so many experts."""
+    layers = config.num_layers + (0 if config.encoder is None else config.encoder.num_layers)
+    experts = 0 if config.moe is None else config.moe.num_experts
+    rows = max((max(tensor.shape, default=0) for tensor in stored.values()), default=0)
+    if layers > len(stored) or experts > max(rows, len(stored)):
+        raise CheckpointError(
+            f"{folder} holds {_tensors(list(stored))}, too few for the {layers} layers"
+            + (f" and {experts} experts" if experts else "")
+            + " that its config.json has"
+        )
 
 
 def _check(

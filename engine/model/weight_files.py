@@ -40,7 +40,9 @@ _ALL_DTYPES = {
 }
 # The float types that a model's own weights may be stored in, in safetensors' words.
 FLOATS = frozenset(_DTYPES)
+_NAME_BYTES = 255  # most of a file's name
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_SHOWN = 120  # characters of a name in a message
 # What a checkpoint holds beside weights and config.json.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.model"),
@@ -109,7 +111,7 @@ def _parsed(path: Path) -> Any:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; give the folder of a Hugging Face checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
 
 
@@ -150,7 +152,7 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
             raise CheckpointError(f"{folder / INDEX} has no weight_map; copy the folder again")
         files: dict[str, set[str] | None] = {}
         for tensor, name in weight_map.items():
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or len(name.encode(errors="replace")) > _NAME_BYTES:
                 raise CheckpointError(f"{folder / INDEX} names the file {name!r}; shards lie in the folder itself")
             names = files.setdefault(name, set())
             assert names is not None
@@ -246,4 +248,5 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
 
 def some_names(names: list[str], most: int = 4) -> str:
     """At most so many names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = (name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..." for name in names[:most])
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")

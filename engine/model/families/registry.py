@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from trine.engine.errors import CheckpointError, UsageError
-from trine.engine.model.config import DropoutConfig, ModelConfig
+from trine.engine.model.config import MOST_LAYERS, DropoutConfig, ModelConfig
 from trine.engine.model.families.base import Family, HfConfig
 from trine.engine.model.families.bert import BERT
 from trine.engine.model.families.cohere import COHERE
@@ -81,9 +81,12 @@ def config_from_hf(hf: HfConfig) -> ModelConfig:
     for key, neutral in family.neutral.items():
         if hf.get(key) is not None and hf[key] != neutral:
             raise CheckpointError(f"config.json has {key} = {hf[key]!r}; only {neutral!r} is supported")
+    for key, value in hf.items():
+        if key.endswith(("layers", "n_layer")) and type(value) is int and value > MOST_LAYERS:
+            raise CheckpointError(f"config.json has {key} = {value}; at most {MOST_LAYERS} layers are supported")
     try:
         return family.to_config({**family.defaults, **hf})
-    except (UsageError, TypeError, ValueError, ArithmeticError) as error:
+    except (UsageError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise CheckpointError(f"config.json does not describe a {family.name} model: {error}") from None
 
 
