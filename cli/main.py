@@ -31,6 +31,7 @@ from trine.cli import (
     serve,
     tokenizer,
     train,
+    translate,
 )
 from trine.cli import eval as evaluate
 
@@ -74,6 +75,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("embed")(embed.embed)
 app.command("classify")(classify.classify)
+app.command("translate")(translate.translate)
 app.command("merge")(merge.merge)
 app.command("import")(import_model.import_model)
 app.command("export")(export.export)

@@ -9,14 +9,12 @@ Shapes: R rows, D numbers of a vector, L labels.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +146,7 @@ def classify_file(engine: Engine, info: PoolingInfo, texts: TextsFile, out: Path
             if row.words is not None and row.word_of is not None:
                 record = tag_record(info, row.words, row.word_of, vector)
             else:
-                record = class_record(info, vector)
+                record = class_record(info, vector, is_pair=len(texts.fields) == 2)
             lines.append(json.dumps({"row": number, **record}) + "\n")
         return "".join(lines).encode()
 
@@ -172,7 +170,7 @@ def _run(
     encode = _Encoder(engine, info, texts, settings)
     job = {
         "checkpoint": settings.checkpoint,
-        "texts": _fingerprint(texts),
+        "texts": texts.fingerprint,
         "fields": list(texts.fields),
         "prefix": settings.prefix,
         "truncate": settings.truncate,
@@ -303,12 +301,3 @@ def _as_parquet(partial: Path) -> Path:
             column = pyarrow.FixedSizeListArray.from_arrays(flat, type=kind)
             writer.write_batch(pyarrow.record_batch([column], schema=schema))
     return made
-
-
-def _fingerprint(texts: TextsFile) -> dict[str, Any]:
-    """Of the file's content, or of what a server says of it."""
-    source = texts.source
-    if source.remote:
-        return {"location": source.location, "size": source.size, "version": source.version}
-    with Path(source.location).open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}

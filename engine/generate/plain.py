@@ -2,8 +2,8 @@
 
 Every prompt of a batch is padded on the right to the longest, one forward pass fills the key/value cache, and then all
 rows take one token per step until the last has finished. It schedules nothing and shares nothing, so it is easy to
-trust: it is the oracle of every quicker engine. Greedy output equals transformers' `generate` token by token. Prompts of
-an encoder-decoder are its sources (`seq2seq.py`).
+trust: it is the oracle of every quicker engine. Greedy output equals transformers' `generate` token by token. The
+prompts of an encoder-decoder are its sources (`seq2seq.py`).
 
 Shapes: B rows (completions in flight), T prompt tokens, C width, V vocabulary.
 """
@@ -53,8 +53,8 @@ def generate(
         on_text: called with (prompt index, choice, text) for every piece of text as it comes.
         compute_dtype: default the dtype of the parameters.
         batch_size: completions computed at once.
-        beams, no_repeat: of an encoder-decoder, beam search in the place of sampling, and the length of runs of ids
-            that no text may hold twice (0 is off).
+        beams: of an encoder-decoder, beam search in the place of sampling.
+        no_repeat: of an encoder-decoder, the length of runs of ids that no text may hold twice; 0 is off.
 
     Raises:
         ContextLengthError: a prompt leaves no room for a new token in the model's context.

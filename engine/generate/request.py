@@ -130,7 +130,11 @@ class Request:
         the logits to choose from, with -inf where an id may not follow; log-probabilities are those of `logits_V`.
         """
         logits_V = logits_V[: self.vocab_size]
-        token_id = self.sampler.next_token(logits_V if ruled_V is None else ruled_V[: self.vocab_size])
+        return self.take(self.sampler.next_token(logits_V if ruled_V is None else ruled_V[: self.vocab_size]), logits_V)
+
+    def take(self, token_id: int, logits_V: Tensor) -> str:
+        """As `advance`, with an id that was chosen elsewhere."""
+        logits_V = logits_V[: self.vocab_size]
         if self.params.logprobs is not None:
             self.logprobs += token_logprobs(logits_V[None], [token_id], self.params.logprobs)
         return self.accept(token_id)

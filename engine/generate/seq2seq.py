@@ -42,6 +42,7 @@ def make_requests(
     """
     constraints_of(model.config).check(model.config.vocab_size)
     requests = []
+    start = start_id(model.config)
     for index, (source, wanted) in enumerate(zip(sources, params, strict=True)):
         check_ids(wanted, tokenizer.vocab_size)
         ids = encode_source(tokenizer, source, end_of_source(model.config, tokenizer))
@@ -58,7 +59,7 @@ def make_requests(
                 prompt_index=index,
                 choice=choice,
                 device=model.device,
-                begin_ids=(start_id(model.config),),
+                begin_ids=(start,) if start < tokenizer.vocab_size else (),
             )
             for choice in range(wanted.n)
         ]
@@ -156,7 +157,7 @@ def check_source(config: ModelConfig, ids: Sequence[int], what: str, vocab_size:
     longest = config.max_positions
     if config.positions != "relative" and len(ids) > longest:
         raise ContextLengthError(
-            f"{what} has {len(ids)} tokens but the model reads {longest} at most; shorten it, or split it into sentences"
+            f"{what} has {len(ids)} tokens but the model reads {longest} at most; shorten it or split it up"
         )
 
 
@@ -164,7 +165,7 @@ def _advance(request: Request, logits_V: torch.Tensor, start: int, rules: Constr
     last = len(request.token_ids) + 1 == request.budget
     if last and rules.last_id is not None:
         # Whatever min_tokens says, as in transformers.
-        return request.accept(rules.last_id)
+        return request.take(rules.last_id, logits_V)
     ruled_V = rules.apply(logits_V[None], [[start, *request.token_ids]], last=False)[0]
     return request.advance(logits_V, ruled_V)
 

@@ -4,10 +4,12 @@ and URLs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from trine.engine.data.files import DamagedError, Reader, Source, find_sources
@@ -47,6 +49,14 @@ class TextsFile:
                 "leave out the field"
             )
         return cls(source, tuple(fields or ("text",)), words)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the file's content, or of what a server says of it."""
+        if self.source.remote:
+            return {"location": self.source.location, "size": self.source.size, "version": self.source.version}
+        with Path(self.source.location).open("rb") as file:
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def rows(self, start: int = 0) -> Iterator[Row]:
         """The texts from row `start` on. Raises `DataError` naming the row that is wrong, or a file without rows."""
