@@ -82,3 +82,18 @@ def write_parquet() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents 0 to 199 prepared with a WordPiece tokenizer of 120 ids, some held out."""
+    from trine.engine.text.train_tokenizer import train_wordpiece
+
+    folder = tmp_path_factory.mktemp("wordpiece")
+    texts = [document(number) for number in range(200)]
+    train_wordpiece(texts, vocab_size=120).save(folder / "tokenizer")
+    (folder / "documents.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    prepare(
+        [folder / "documents.jsonl"], tokenizer_dir=folder / "tokenizer", out=folder / "out", validation_fraction=0.2
+    )
+    return folder / "out"

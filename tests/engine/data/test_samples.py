@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from trine.engine.data.batch import IGNORED, Batch
 from trine.engine.data.samples import SampleStream
-from trine.engine.data.stream import MixedSource
 from trine.engine.data.shards import TokenShards
+from trine.engine.data.stream import MixedSource
 from trine.engine.errors import DataError, UsageError
 
 SEQ_LEN = 16
