@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,4 +93,79 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: To
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     save_model(model, folder)
     tiny_tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_wordpiece() -> Tokenizer:
+    """A BERT tokenizer of letters and a few words: [CLS] text [SEP], and pairs with token types."""
+    from string import ascii_lowercase as letters
+
+    import tokenizers
+
+    from trine.engine.text.tokenizer import Tokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *letters, *(f"##{letter}" for letter in letters), "the", "cat", "sat", "on", "mat", "a", "dog"]
+    definition = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(
+            {word: number for number, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"
+        )
+    )
+    definition.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    definition.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    definition.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    definition.add_special_tokens(special)
+    names = {f"{name.strip('[]').lower()}_token": name for name in special}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs, "model_max_length": 64}
+    return Tokenizer(definition.to_str(), settings={**fast, **names})
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_wordpiece: Tokenizer) -> Callable[[str], Path]:
+    """`encoder_folder(kind)`: a BERT folder with context 64, every weight far from its initial value.
+
+    sentence (mean pooling, normalized, 48 tokens), bare, cross (one class), classifier (no, yes, maybe), tagger (O, X).
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from trine.engine.model.checkpoint import save_model
+    from trine.engine.model.families.registry import new_config
+    from trine.engine.model.head_config import EmbeddingConfig, HeadConfig
+    from trine.engine.model.transformer import Transformer
+
+    made: dict[str, Path] = {}
+    sizes = {"vocab_size": tiny_wordpiece.vocab_size, "width": 32, "num_layers": 2, "num_heads": 4, "ffn_width": 48}
+    classes = "BertForSequenceClassification"
+    settings: dict[str, dict[str, object]] = {
+        "bare": {"architectures": ["BertModel"]},
+        "sentence": {"architectures": ["BertModel"]},
+        "cross": {"architectures": [classes], "id2label": {"0": "score"}},
+        "classifier": {"architectures": [classes], "id2label": {"0": "no", "1": "yes", "2": "maybe"}},
+        "tagger": {"architectures": ["BertForTokenClassification"], "id2label": {"0": "O", "1": "X"}},
+    }
+
+    def folder(kind: str) -> Path:
+        if kind in made:
+            return made[kind]
+        config = new_config("bert", sizes={**sizes, "max_positions": 64}, settings=settings[kind])
+        if kind == "sentence":
+            prompts = (("query", "the "), ("document", "a "))
+            embedding = EmbeddingConfig(pooling=("mean",), normalize=True, max_tokens=48, prompts=prompts)
+            config = replace(config, head=HeadConfig(task="features", embedding=embedding))
+        model = Transformer(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + name.endswith("norm.weight"))
+        made[kind] = tmp_path_factory.mktemp(kind) / kind
+        save_model(model, made[kind])
+        tiny_wordpiece.save(made[kind])
+        return made[kind]
+
     return folder

@@ -31,13 +31,15 @@ def activated(logits: Logits, activation: str) -> npt.NDArray[np.float64]:
     return x
 
 
-def class_record(info: PoolingInfo, logits_L: Logits) -> dict[str, Any]:
-    """`label`, its `score`, and the `scores` of all labels; of one class, or of a regression, the numbers alone."""
+def class_record(info: PoolingInfo, logits_L: Logits, *, is_pair: bool = False) -> dict[str, Any]:
+    """`label`, its `score`, and the `scores` of all labels; of one class `score` alone, of a regression `scores`.
+
+    `is_pair`: the input was a pair of texts, whose one class is the score of a cross-encoder.
+    """
     scores = activated(logits_L, info.activation)
     by_label = dict(zip(info.labels, scores.tolist(), strict=True))
     if len(info.labels) == 1:
-        score = activated(logits_L, info.score_activation) if info.activation == "sigmoid" else scores
-        return {"score": float(score[0])}
+        return {"score": float((activated(logits_L, info.score_activation) if is_pair else scores)[0])}
     if info.activation == "identity":
         return {"scores": by_label}
     best = int(scores.argmax())

@@ -45,6 +45,7 @@ class Pooler:
 
     def __init__(self, model: Transformer, vocab_size: int) -> None:
         self._model = model
+        self._packs = model.device.type != "cpu"
         self._vocab_size = vocab_size
         self._token_types: dict[Sequence, tuple[int, ...]] = {}
         self._open: Counter[str] = Counter()  # inputs of each request that have not ended
@@ -100,11 +101,10 @@ class Pooler:
     ) -> list[npt.NDArray[np.float32]]:
         """One forward over whole sequences: float32 [D] of each, of a tagger [T, L]."""
         lengths = [len(ids) for ids in inputs]
-        device = self._model.device
-        if device.type == "cpu":
-            arrays, spans = _padded(inputs, token_types)
+        if self._packs:
+            arrays, spans = _packed(inputs, token_types, self._model.device, causal=self._model.config.causal)
         else:
-            arrays, spans = _packed(inputs, token_types, device, causal=self._model.config.causal)
+            arrays, spans = _padded(inputs, token_types)
         hidden_BTC = self._model(**arrays)
         head = self._model.head
         assert head is not None
@@ -122,7 +122,7 @@ class Pooler:
         return list(vectors_RD.float().cpu().numpy())
 
     def _batches(self, sequences: SequenceOf[Sequence]) -> Iterator[list[Sequence]]:
-        if self._model.device.type != "cpu":
+        if self._packs:
             yield list(sequences)
             return
         batch: list[Sequence] = []

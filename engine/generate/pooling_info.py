@@ -101,13 +101,10 @@ def _activation(head: HeadConfig, written: dict[str, Any]) -> Activation:
 
 
 def _score_activation(written: dict[str, Any]) -> Activation:
-    """Of a cross-encoder: what the folder names, the number itself of a regression, or else a sigmoid, as in
-    sentence-transformers.
-    """
+    """Of a cross-encoder, as in sentence-transformers: a sigmoid unless the folder names another."""
     inside = written.get("sentence_transformers") or {}
     names = (written.get("activation_fn"), inside.get("activation_fn"), written.get(_OLD_ACTIVATION))
-    default = "Identity" if written.get("problem_type") == "regression" else "Sigmoid"
-    named = next((name for name in names if name), default)
+    named = next((name for name in names if name), "Sigmoid")
     last = str(named).rpartition(".")[2]
     if last not in ("Sigmoid", "Identity"):
         raise CheckpointError(f"the folder asks for scores by {named}; Sigmoid and Identity are supported")

@@ -302,6 +302,8 @@ class Scheduler:
 
     def _pool(self, plan: Plan, budget: int) -> int:
         """Sequences that are computed whole; returns the tokens of the budget that they take."""
+        if not len(self._pooling):
+            return 0
         prompts = len(self._waiting) > 0 or any(sequence.num_uncomputed > 1 for sequence in self._running)
         share = budget // 2 if prompts else budget
         plan.pooled = self._pooling.take_whole(share)
