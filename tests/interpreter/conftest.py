@@ -6,16 +6,14 @@ dtype, plus a floor of rounding. The largest ratio of each operation is printed 
 
 from __future__ import annotations
 
+import runpy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 from trine.kernels.hardware import INTERPRETING
 
@@ -38,31 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def language_patched_once_a_launch() -> Iterator[None]:
-    """Spare the interpreter two fifths of its time.
-
-    It puts its functions in the place of the language's when a kernel is launched, and takes them back at the end; but
-    it looks through the whole language again at every call of another `@triton.jit` function within, where nothing is
-    left to replace.
-    """
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()  # modules, in the launch under way
-
-    def patch_what_is_left(function: Any) -> Any:
-        modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
-        if modules <= patched:
-            return interpreter._LangPatchScope()
-        patched.update(modules)
-        return patch(function)
-
-    def launch_anew(self: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return launch(self, *args, **options)
-        finally:
-            patched.clear()
-
-    with pytest.MonkeyPatch.context() as changes:
-        changes.setattr(interpreter, "_patch_lang", patch_what_is_left)
-        changes.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+    """All tests of this folder, in less time (see `patching.py`)."""
+    with runpy.run_path(str(Path(__file__).with_name("patching.py")))["patched_once_a_launch"]():
         yield
 
 

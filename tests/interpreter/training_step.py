@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +126,7 @@ def run(name: str) -> dict[str, Tensor]:
             model,
             CausalLM(),
             [Micro(0, batch)],
-            num_valid=batch.num_valid,
+            num_valid=[batch.num_valid],
             seed=0,
             compute_dtype=torch.float32,
             checkpoint_activations=step == 1,
@@ -140,7 +143,9 @@ def run(name: str) -> dict[str, Tensor]:
 def main() -> None:
     """Run the named model, write the results."""
     kernels: set[str] = set()
+    patched = nullcontext()
     if INTERPRETING:
+        patched = runpy.run_path(str(Path(__file__).with_name("patching.py")))["patched_once_a_launch"]()
         from triton.runtime.interpreter import InterpretedFunction
 
         original = InterpretedFunction.run
@@ -150,7 +155,8 @@ def main() -> None:
             return original(self, *arguments, **options)
 
         InterpretedFunction.run = watched
-    results = run(sys.argv[1])
+    with patched:
+        results = run(sys.argv[1])
     save_file({n: t.contiguous() for n, t in results.items()}, sys.argv[2], {"kernels": json.dumps(sorted(kernels))})
 
 
