@@ -192,7 +192,7 @@ def _batch_nats(model: Transformer, batch: Sequence[Window], compute_dtype: torc
 
 
 def _check_sizes(model: Transformer, tokenizer: Tokenizer, window: int, stride: int) -> None:
-    context = model.config.max_positions
+    context = model.config.longest_sequence
     if window < 2:
         raise UsageError(f"window must be at least 2 tokens, one to predict from and one to predict; got {window}")
     if window > context:

@@ -6,6 +6,7 @@ that cannot be computed is refused here, by name. New families add fields to the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -39,11 +40,12 @@ class RopeConfig:
     What a kind reads beside it:
 
     linear: frequencies / factor. llama3: low frequencies / factor, high ones kept, a ramp between, judged against
-    `original_max_positions`. dynamic: nothing within the context, which is all that is computed. yarn: a ramp between
-    kept and divided frequencies from `beta_fast` to `beta_slow` turns, its ends rounded outwards with `truncate`.
-    longrope: each frequency divided by its own factor, `short_factors` for sequences of up to `original_max_positions`
-    tokens and `long_factors` for longer ones. proportional: `partial` of the pairs turn, at the frequencies of a whole
-    head.
+    `original_max_positions`. dynamic: a theta that grows with the length of a sequence beyond `original_max_positions`,
+    up to `factor` times as long, for all of its tokens; without a cache alone, since each length turns earlier keys
+    anew. yarn: a ramp between kept and divided frequencies from `beta_fast` to `beta_slow` turns, its ends rounded
+    outwards with `truncate`. longrope: each frequency divided by its own factor, `short_factors` for sequences of up to
+    `original_max_positions` tokens and `long_factors` for longer ones. proportional: `partial` of the pairs turn, at
+    the frequencies of a whole head.
 
     yarn and longrope also multiply cos and sin by `attention_factor`.
     """
@@ -293,6 +295,8 @@ class ModelConfig:
             pairs, given = rope.num_pairs(self.head_dim), len(rope.short_factors)
             if pairs == 0:
                 raise UsageError(f"rope partial {rope.partial} turns no pair of the {self.head_dim} channels of a head")
+            if rope.kind == "dynamic" and pairs < 2:
+                raise UsageError("dynamic rope needs two pairs of channels of a head or more")
             if rope.kind == "longrope" and given != pairs:
                 raise UsageError(f"longrope has {given} factors for {pairs} pairs of channels; give one for each")
 
@@ -381,6 +385,13 @@ class ModelConfig:
         ropes = (self.rope, self.window_rope)
         return next((rope.original_max_positions for rope in ropes if rope and rope.kind == "longrope"), None)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a sequence without a cache: the context, or what dynamic rotations stretch it to."""
+        ropes = (self.rope, self.window_rope)
+        factors = [rope.factor for rope in ropes if rope is not None and rope.kind == "dynamic"]
+        return int(self.max_positions * max(1.0, min(factors, default=1.0)))
+
     def has_experts(self, layer: int) -> bool:
         """Whether this layer has a mixture of experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
@@ -399,8 +410,8 @@ class ModelConfig:
 def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not value > 0:
-            raise UsageError(f"{name} is {value}; it must be above 0")
+        if not 0 < value < math.inf:
+            raise UsageError(f"{name} is {value}; it must be above 0{' and finite' if value == math.inf else ''}")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """The angles of rotary positions, with the scalings that stretch a context.
 
-Sources: Su et al. 2021 (arXiv 2104.09864); linear: Chen et al. 2023 (arXiv 2306.15595); llama3: the Llama 3.1 release;
+Sources: Su et al. 2021 (arXiv 2104.09864); linear: Chen et al. 2023 (arXiv 2306.15595); dynamic: NTK-aware scaling by
+length, as in Peng et al. 2023; llama3: the Llama 3.1 release;
 yarn: Peng et al. 2023 (arXiv 2309.00071); longrope: Ding et al. 2024 (arXiv 2402.13753); proportional: Gemma 4.
 """
 
@@ -42,17 +43,25 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device, l
 
 
 def rotary_tables(
-    rope: RopeConfig, head_dim: int, positions_BT: Tensor, dtype: torch.dtype, longer_BT: Tensor | None = None
+    rope: RopeConfig,
+    head_dim: int,
+    positions_BT: Tensor,
+    dtype: torch.dtype,
+    longer_BT: Tensor | None = None,
+    lengths_BT: Tensor | None = None,
 ) -> Tables:
     """The cos and sin of every position, each [B, T, R] in `dtype`, times the attention factor in fp32.
 
     `longer_BT` (bool): which tokens belong to a sequence beyond the original context; needed for longrope alone.
+    `lengths_BT`: tokens of the sequence that each belongs to, for dynamic rotations; None where none is beyond it.
     """
     frequencies = inverse_frequencies(rope, head_dim, positions_BT.device)
     if rope.kind == "longrope":
         assert longer_BT is not None
         longer = inverse_frequencies(rope, head_dim, positions_BT.device, long=True)
         frequencies = torch.where(longer_BT[..., None], longer, frequencies)
+    if rope.kind == "dynamic" and lengths_BT is not None:
+        frequencies = _dynamic(rope, head_dim, lengths_BT, frequencies)
     if rope.attention_factor == 1.0:
         return rope_tables(positions_BT, frequencies, dtype)
     cos, sin = rope_tables(positions_BT, frequencies, torch.float32)
@@ -72,6 +81,18 @@ def sequence_lengths(positions_BT: Tensor, segment_ids_BT: Tensor | None, length
     # As many places as tokens: how many documents there are is not waited for.
     longest_N = torch.zeros_like(last_N).scatter_reduce(0, number_N, last_N, "amax")
     return longest_N[number_N].view_as(segment_ids_BT) + 1
+
+
+def _dynamic(rope: RopeConfig, head_dim: int, lengths_BT: Tensor, plain_R: Tensor) -> Tensor:
+    """[B, T, R]: of sequences of L tokens beyond the original context M those of a larger theta,
+
+    theta (factor L / M - (factor - 1)) ** (D / (D - 2))        D channels that are turned
+    """
+    turned, original = int(head_dim * rope.partial), rope.original_max_positions
+    growth_BT = rope.factor * lengths_BT.float() / original - (rope.factor - 1)
+    theta_BT = rope.theta * growth_BT.clamp(min=1.0) ** (turned / (turned - 2))
+    powers_R = torch.arange(0, turned, 2, dtype=torch.float32, device=lengths_BT.device) / turned
+    return torch.where((lengths_BT > original)[..., None], 1.0 / theta_BT[..., None] ** powers_R, plain_R)
 
 
 def _llama3(inv_freq: Tensor, rope: RopeConfig) -> Tensor:

@@ -163,11 +163,11 @@ class Transformer(nn.Module):
                 positions_BT = torch.arange(T, device=ids_BT.device)[None]
             elif positions_BT is None:
                 positions_BT, length = self._document_positions(ids_BT, segment_ids_BT), 0
-        self._check_length(length, positions_BT)
+        self._check_length(length, positions_BT, cached=step is not None)
 
         x_BTC = self._embedded(ids_BT, positions_BT, dtype, token_types_BT)
         tables = self._tables(positions_BT, segment_ids_BT, lengths_B, step, dtype)
-        biases = None if self.relative_bias is None else Biases(self.relative_bias)
+        biases = Biases.make(self.relative_bias, T if step is None else None)
         view = None if source is None else source.view(*ids_BT.shape, segment_ids_BT)
         context = Context(masks, tables, step, sequences, deterministic, biases, view)
         for layer in self.layers:
@@ -290,14 +290,15 @@ class Transformer(nn.Module):
         dtype: torch.dtype,
     ) -> dict[RopeConfig | None, Tables]:
         """cos and sin for each rotation."""
-        config, switch, longer_BT = self.config, self.config.rope_switch, None
-        if switch is not None and step is not None:
-            longer_BT = step.longer(switch, lengths_B)
-        elif switch is not None:
-            longer_BT = sequence_lengths(positions_BT, segment_ids_BT, lengths_B) > switch
+        config, switch = self.config, self.config.rope_switch
+        longer_BT = lengths_BT = None
+        if step is None and (switch is not None or config.longest_sequence > config.max_positions):
+            lengths_BT = sequence_lengths(positions_BT, segment_ids_BT, lengths_B)
+        if switch is not None:
+            longer_BT = step.longer(switch, lengths_B) if lengths_BT is None else lengths_BT > switch
         kinds = {config.rope_of(layer) for layer in range(config.num_layers)}
         return {
-            rope: rotary_tables(rope, config.head_dim, positions_BT, dtype, longer_BT)
+            rope: rotary_tables(rope, config.head_dim, positions_BT, dtype, longer_BT, lengths_BT)
             for rope in kinds
             if rope is not None
         }
@@ -337,7 +338,7 @@ class Transformer(nn.Module):
         softcap = self.config.logit_softcap
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
-    def _check_length(self, length: int, positions_BT: Tensor) -> None:
+    def _check_length(self, length: int, positions_BT: Tensor, *, cached: bool = False) -> None:
         """`length` is the number of positions known without looking at the tensor; 0 where it must be looked at.
 
         Relative positions have no end.
@@ -346,7 +347,10 @@ class Transformer(nn.Module):
             return
         if not length and positions_BT.device.type == "cpu":
             length = int(positions_BT.max()) + 1
-        if length > self.config.max_positions:
+        context, longest = self.config.max_positions, self.config.longest_sequence
+        if length > (context if cached else longest):
+            why = f" (up to {longest} without a cache, whose keys dynamic rotations would turn anew)"
             raise ContextLengthError(
-                f"a sequence of {length} tokens exceeds this model's context of {self.config.max_positions}; shorten it"
+                f"a sequence of {length} tokens exceeds this model's context of {context}"
+                f"{why if longest > context else ''}; shorten it"
             )

@@ -46,6 +46,8 @@ def read_rope_table(hf: HfConfig, table: Mapping[str, Any]) -> RopeConfig:
     longest = hf.get("max_position_embeddings") or 0
     if kind in ("llama3", "yarn", "longrope"):
         values["original_max_positions"] = hf.get(_ORIGINAL) or table.get(_ORIGINAL) or longest
+    if kind == "dynamic":
+        values["original_max_positions"] = longest
     if kind in _SCALED and not (kind == "yarn" and table.get("factor") is None):
         values["factor"] = _number(table, "factor")
     if kind == "proportional":

@@ -213,6 +213,12 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+# Computed without a cache alone: sequences beyond the context.
+STRETCHED: dict[str, Callable[[], Any]] = {
+    "llama_dynamic_stretched": lambda: _llama(max_position_embeddings=64, rope_parameters=_rope("dynamic", factor=4.0)),
+}
+
+
 # One or two of each family, with most of its switches.
 MAIN_MODELS = {
     "gpt2", "llama31_scaled", "llama_bias", "llama_yarn", "mistral", "qwen2_tied_window", "qwen3", "gemma", "gemma2",
@@ -261,7 +267,9 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
         if name not in pairs:
             torch.manual_seed(0)
             options = {"attn_implementation": "eager", "experts_implementation": "eager"}
-            oracle = transformers.AutoModelForCausalLM.from_config(MODELS[name](), **options).float().eval()
+            oracle = (
+                transformers.AutoModelForCausalLM.from_config((MODELS | STRETCHED)[name](), **options).float().eval()
+            )
             perturb(oracle)
             folder = tmp_path_factory.mktemp(name)
             oracle.save_pretrained(folder)

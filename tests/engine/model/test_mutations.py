@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trine.engine.model import blocks
 from trine.engine.model.checkpoint import load_model
-from trine.engine.model.config import ModelConfig
+from trine.engine.model.config import ModelConfig, RopeKind
 from trine.engine.model.families import TensorRule
 from trine.engine.model.transformer import Transformer
 from trine.kernels.attention.op import attention
@@ -178,10 +178,23 @@ def _only_long_factors(config: ModelConfig) -> ModelConfig:
     return replace(config, rope=replace(config.rope, short_factors=config.rope.long_factors))
 
 
+def _longest(kind: RopeKind) -> Mutation:
+    """Another rotation, under which the context is as long as the text."""
+
+    def change(config: ModelConfig) -> ModelConfig:
+        assert config.rope is not None
+        return replace(config, max_positions=512, rope=replace(config.rope, kind=kind))
+
+    return _with_config(change)
+
+
 MUTATIONS: list[tuple[str, str, Mutation]] = [
     ("rope theta 10000", "llama31_scaled", _with_rope(theta=10_000.0)),
     ("llama3 scaling ignored", "llama31_scaled", _with_rope(kind="default")),
     ("linear scaling ignored", "llama_linear", _with_rope(kind="default")),
+    ("dynamic growth ignored", "llama_dynamic_stretched", _longest("default")),
+    ("dynamic taken for linear", "llama_dynamic_stretched", _longest("linear")),
+    ("dynamic factor of another size", "llama_dynamic_stretched", _with_rope(factor=5.0)),
     ("yarn scaling ignored", "llama_yarn", _with_rope(kind="default")),
     ("yarn attention factor ignored", "llama_yarn", _with_rope(attention_factor=1.0)),
     ("yarn ramp rounded", "llama_yarn_exact", _with_rope(truncate=True)),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from trine.engine.errors import ContextLengthError
 from trine.engine.model import moe
 from trine.engine.model.cache import KVCache
 from trine.engine.model.checkpoint import load_model
@@ -106,6 +107,32 @@ def test_length_decides_which_factors_longrope_takes(
     _run(model, sample_ids[:, :switch], cache=cache)
     with pytest.raises(ValueError, match=r"grown beyond 64 tokens.*compute it again from its beginning"):
         _run(model, sample_ids[:, switch : switch + 1], cache=cache)
+
+
+def test_dynamic_rotations_grow_with_the_length_of_each_sequence(
+    make_pair: Callable[[str], Any], sample_ids: torch.Tensor, record_parity: Record
+) -> None:
+    """Beyond the context too, in one document or several; over a cache only within it."""
+    pair = make_pair("llama_dynamic_stretched")
+    model = load_model(pair.folder)
+    assert (model.config.max_positions, model.config.longest_sequence) == (64, 256)
+    for length in (64, 65, 100, 160):
+        ids = sample_ids[:, :length]
+        _assert_equal(record_parity, pair.name, f"length {length}", _run(model, ids), pair.oracle_logits(ids))
+    pair.oracle_logits(sample_ids[:, :8])  # transformers keeps the largest length until a short one comes
+    spans = [(0, 20), (20, 90), (90, 160)]
+    segments = torch.cat([torch.full((stop - start,), n) for n, (start, stop) in enumerate(spans)]).expand(2, -1)
+    positions = torch.cat([torch.arange(stop - start) for start, stop in spans]).expand(2, -1)
+    ours = _run(model, sample_ids, segment_ids_BT=segments, positions_BT=positions)
+    theirs = torch.cat([pair.oracle_logits(sample_ids[:, start:stop]) for start, stop in spans], dim=1)
+    _assert_equal(record_parity, pair.name, "packed", ours, theirs)
+    cache = KVCache(model.config, 2, 80)
+    ids = sample_ids[:, :40]
+    _assert_equal(record_parity, pair.name, "cached", _run(model, ids, cache=cache), pair.oracle_logits(ids))
+    with pytest.raises(ContextLengthError, match=r"65 tokens exceeds .* of 64 \(up to 256 without a cache, whose keys"):
+        _run(model, sample_ids[:, 40:65], cache=cache)
+    with pytest.raises(ContextLengthError, match=r"257 tokens exceeds"):
+        _run(model, sample_ids.repeat(1, 2)[:, :257])
 
 
 def test_left_padded_rows_equal_single_prompts(main_pair: Any, sample_ids: torch.Tensor, record_parity: Record) -> None:
