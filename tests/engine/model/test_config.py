@@ -40,7 +40,6 @@ SIZES: dict[str, Any] = {
         ({"position_offset": 2}, 'belongs to positions = "learned"'),
         ({"rope": RopeConfig(partial=0.25)}, "turns no pair of the 4 channels"),
         ({"rope": RopeConfig(kind="longrope", short_factors=(1.0,), long_factors=(2.0,))}, "1 factors for 2 pairs"),
-        ({"head_bias": True, "tie_embeddings": True}, "head_bias with tie_embeddings"),
         ({"moe": MoeConfig(num_experts=2, top_k=1, ffn_width=8, dense_layers=(3,))}, r"dense_layers is \(3,\)"),
         ({"moe": MoeConfig(num_experts=2, top_k=1, ffn_width=8), "mlp": "plain"}, "experts are gated layers"),
         ({"logit_softcap": -1.0}, "logit_softcap is -1"),
