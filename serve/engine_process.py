@@ -127,6 +127,8 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
     stats, context_len = engine.stats(), model.config.max_positions
     if engine.generates:
         context_len = min(context_len, stats.kv_blocks_total * stats.block_size)
+    elif pooling is not None:
+        context_len = pooling.max_tokens
     ready = Ready(
         folder=str(folder),
         vocab_size=tokenizer.vocab_size,

@@ -117,7 +117,7 @@ class TextsFile:
     def _field(self, record: dict[str, Any], name: str, where: str) -> str | list[str]:
         if name not in record:
             raise DataError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record)) or 'none'} (--field)")
-        value = record[name]
+        value: Any = record[name]
         is_words = self.words and isinstance(value, list) and all(isinstance(word, str) for word in value)
         if not isinstance(value, str) and not is_words:
             wanted = "a text or a list of words" if self.words else "a text"
@@ -126,7 +126,8 @@ class TextsFile:
             (value if isinstance(value, str) else " ".join(value)).encode("utf-8")
         except UnicodeEncodeError:
             raise DataError(f"{where}: field {name!r} holds half a surrogate pair, which no text can") from None
-        return value
+        found: str | list[str] = value
+        return found
 
 
 def _row(found: list[str | list[str]]) -> Row:

@@ -139,7 +139,8 @@ class Tokenizer:
         side = "left" if self._settings.get("truncation_side") == "left" else "right"
         for part, length in zip(parts, lengths, strict=True):
             part.truncate(length, direction=side)
-        return self._parsing.post_process(*parts, add_special_tokens=add_special_tokens)
+        pair = parts[1] if len(parts) == 2 else None
+        return self._parsing.post_process(parts[0], pair, add_special_tokens)
 
     def encode_words(self, texts: Sequence[Sequence[str]]) -> list[tuple[list[int], list[int | None]]]:
         """Ids of each text given as words, with the special tokens that frame it, and the word each id belongs to."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trine.engine.errors import ContextLengthError, QueueFullError, UsageError
-from trine.serve.messages import Delta, Logprob, Ready, Start, Stats, Submit
+from trine.serve.messages import Delta, Logprob, Pool, Pooling, Ready, Start, Stats, Submit
 from trine.serve.worker import connect, work
 
 PLAIN, REFUSED, TOO_LONG, FULL, MISTAKE, FAILS_LATER, STEP_RAISES, DIES, HANGS, LARGE, SILENT = range(11)
@@ -29,15 +29,20 @@ class ScriptedEngine:
         self._log = log.open("a", buffering=1)
         self._step_seconds = step_seconds
         self._requests: dict[str, Submit] = {}
+        self._pools: dict[str, Pool] = {}
         self._given: dict[str, int] = {}
         self._steps = 0
 
     def write(self, event: str, **values: Any) -> None:
         self._log.write(json.dumps({"event": event, "step": self._steps, **values}) + "\n")
 
-    def add(self, request: Submit) -> None:
-        script = request.prompt_ids[0]
-        self.write("add", id=request.id, script=script, salt=request.salt, priority=request.priority)
+    def add(self, request: Submit | Pool) -> None:
+        if isinstance(request, Pool):
+            script = request.inputs[0][0]
+            self.write("add", id=request.id, script=script, inputs=len(request.inputs))
+        else:
+            script = request.prompt_ids[0]
+            self.write("add", id=request.id, script=script, salt=request.salt, priority=request.priority)
         errors = {
             REFUSED: UsageError("temperature 99 is too hot"),
             TOO_LONG: ContextLengthError("the prompt is too long for the cache"),
@@ -46,21 +51,38 @@ class ScriptedEngine:
         }
         if script in errors:
             raise errors[script]
+        if isinstance(request, Pool):
+            self._pools[request.id] = request
+            return
         self._requests[request.id] = request
         self._given[request.id] = 0
 
     def abort(self, request_id: str) -> None:
-        self.write("abort", id=request_id, known=request_id in self._requests)
+        self.write("abort", id=request_id, known=request_id in self._requests or request_id in self._pools)
         self._requests.pop(request_id, None)
+        self._pools.pop(request_id, None)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._pools)
 
     def step(self) -> list[Delta]:
         time.sleep(self._step_seconds)
         self._steps += 1
-        return [delta for request in list(self._requests.values()) for delta in self._advance(request)]
+        pooled = [delta for pool in list(self._pools.values()) for delta in self._vectors(pool)]
+        return pooled + [delta for request in list(self._requests.values()) for delta in self._advance(request)]
+
+    def _vectors(self, pool: Pool) -> list[Delta]:
+        script = pool.inputs[0][0]
+        if script == SILENT:
+            return []
+        del self._pools[pool.id]
+        if script == FAILS_LATER:
+            return [Delta(id=pool.id, finish_reason="error", error="numbers are not finite")]
+        return [
+            Delta(id=pool.id, choice=number, finish_reason="stop", prompt_tokens=len(ids), vector=bytes(8))
+            for number, ids in enumerate(pool.inputs)
+        ]
 
     def _advance(self, request: Submit) -> list[Delta]:
         script, given = request.prompt_ids[0], self._given[request.id]
@@ -126,7 +148,16 @@ def main() -> int:
             time.sleep(1000)
         if start.device == "broken":
             raise UsageError("device 'broken' does not exist")
-        ready = Ready(folder=start.checkpoint, vocab_size=300, context_len=4096, device="cpu", dtype="float32")
+        pooling = Pooling(kind="embedding", dim=2, max_tokens=64) if start.device == "pooling" else None
+        ready = Ready(
+            folder=start.checkpoint,
+            vocab_size=300,
+            context_len=4096,
+            device="cpu",
+            dtype="float32",
+            generates=pooling is None,
+            pooling=pooling,
+        )
         return engine, ready
 
     return work(connect(str(path)), load)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from trine.serve.pooling_bodies import ClassifyBody, EmbeddingBody, PoolingBody, RerankBody, ScoreBody
 from trine.serve.schemas import (
     UNSUPPORTED_IN_CHAT,
     UNSUPPORTED_IN_COMPLETIONS,
@@ -88,6 +89,11 @@ def test_public_names_are_there(row: list[str]) -> None:
         ("Fields of both", GenerationBody.model_fields.keys()),
         ("Fields of completions", CompletionBody.model_fields.keys() - GenerationBody.model_fields.keys()),
         ("Fields of chat", ChatBody.model_fields.keys() - GenerationBody.model_fields.keys()),
+        ("Fields of embeddings, classes, scores and rankings", PoolingBody.model_fields.keys()),
+        ("Fields of embeddings", EmbeddingBody.model_fields.keys() - PoolingBody.model_fields.keys()),
+        ("Fields of classify", ClassifyBody.model_fields.keys() - PoolingBody.model_fields.keys()),
+        ("Fields of score", ScoreBody.model_fields.keys() - PoolingBody.model_fields.keys()),
+        ("Fields of rerank", RerankBody.model_fields.keys() - PoolingBody.model_fields.keys()),
     ],
 )
 def test_every_field_is_documented_and_no_other(heading: str, fields: Any) -> None:
