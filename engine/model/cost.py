@@ -37,27 +37,51 @@ def count_parameters(config: ModelConfig) -> Parameters:
     if config.positions == "learned":
         embedding += (config.position_offset + config.max_positions) * config.width
     embedding += config.token_types * config.width
-    norm = config.width * (2 if config.norm == "layer" else 1)
+    total = embedding + _stack_parameters(config) + _head_parameters(config, _norm_parameters(config))
+    if config.encoder is not None:
+        total += _stack_parameters(config.of_encoder)
+    return Parameters(total=total, embedding=embedding)
+
+
+def _stack_parameters(config: ModelConfig) -> int:
+    """Parameters of a stack of layers, the norms around it and its biases by distance; those over a source counted."""
+    norm = _norm_parameters(config)
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     biases = config.qkv_bias * (q_width + 2 * kv_width) + config.o_bias * config.width
-    qk_norm = {None: 0, "head": 2 * config.head_dim, "full": q_width + kv_width}[config.qk_norm]
+    each_head = 2 * config.head_dim * (2 if config.norm == "layer" else 1)
+    heads = q_width + kv_width
+    qk_norm = {None: 0, "head": each_head, "full": heads, "each_head": heads}[config.qk_norm]
     sinks = config.num_heads if config.attention_sinks else 0
     each = _attention_weights(config) + biases + qk_norm + sinks + _NORMS[config.placement] * norm
+    if config.encoder is not None:
+        each += _attention_weights(config) + biases + norm
     layers = sum(each + _feed_forward_parameters(config, layer) for layer in range(config.num_layers))
     norms = (config.embedding_norm + config.final_norm - (not config.first_norm)) * norm
-    return Parameters(total=embedding + layers + norms + _head_parameters(config, norm), embedding=embedding)
+    return layers + norms + config.relative_buckets * config.num_heads
+
+
+def _norm_parameters(config: ModelConfig) -> int:
+    return config.width * (2 if config.norm == "layer" else 1)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int:
     """FLOPs for one token in a sequence of `seq_len`: forward, or forward and backward (convention above).
 
-    Of a mixture of experts those count that the token goes to.
+    Of a mixture of experts those count that the token goes to. Of an encoder-decoder: for one token of a target and one
+    of its source, both of `seq_len` tokens.
     """
     layers = range(config.num_layers)
     weights = sum(_attention_weights(config) + _feed_forward_weights(config, layer) for layer in layers)
     weights += _head_weights(config)
     keys = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in layers)
     attention = 4 * config.num_heads * config.head_dim * keys
+    if config.encoder is not None:
+        weights += config.num_layers * _attention_weights(config)
+        encoder = config.of_encoder
+        read = encoder.num_layers * (_attention_weights(encoder) + _feed_forward_weights(encoder, 0))
+        attention *= 2  # over the source as well
+        attention += 4 * encoder.num_heads * encoder.head_dim * encoder.num_layers * seq_len
+        weights += read
     return (2 * weights + attention) * (3 if training else 1)
 
 
