@@ -143,9 +143,9 @@ def run(name: str) -> dict[str, Tensor]:
 def main() -> None:
     """Run the named model, write the results."""
     kernels: set[str] = set()
-    patched = nullcontext()
+    lighter = nullcontext()
     if INTERPRETING:
-        patched = runpy.run_path(str(Path(__file__).with_name("patching.py")))["patched_once_a_launch"]()
+        lighter = runpy.run_path(str(Path(__file__).with_name("lighter.py")))["lighter_interpreter"]()
         from triton.runtime.interpreter import InterpretedFunction
 
         original = InterpretedFunction.run
@@ -155,7 +155,7 @@ def main() -> None:
             return original(self, *arguments, **options)
 
         InterpretedFunction.run = watched
-    with patched:
+    with lighter:
         results = run(sys.argv[1])
     save_file({n: t.contiguous() for n, t in results.items()}, sys.argv[2], {"kernels": json.dumps(sorted(kernels))})
 
