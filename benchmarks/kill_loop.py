@@ -2,13 +2,12 @@
 
     python -m trine.benchmarks.kill_loop --kills 100
 
-For each case (fp32 and bf16, AdamW and Muon, accumulation, dropout, packed documents, two sources, averaged weights,
-event files) one run is left alone; others are killed with SIGKILL and continued with `--resume auto` until they
-finish. A kill comes either before a random operation on a file of the run folder (opening, flushing, renaming,
-removing: so in the middle of saving too), or after a random time. With `--power-loss` the part of every file that was
-not flushed to the disk is cut off as well, as when the machine goes down; names in folders are kept. In the end
-metrics, weights, their averages and optimizer state must be equal to the bit, and after no kill may the newest
-complete checkpoint be older than before it.
+For each case (`kill_recipes.py`) one run is left alone; others are killed with SIGKILL and continued with
+`--resume auto` until they finish. A kill comes either before a random operation on a file of the run folder (opening,
+flushing, renaming, removing: so in the middle of saving too), or after a random time. With `--power-loss` the part of
+every file that was not flushed to the disk is cut off as well, as when the machine goes down; names in folders are
+kept. In the end metrics, weights, their averages and optimizer state must be equal to the bit, and after no kill may
+the newest complete checkpoint be older than before it.
 
 The hooks live in the process that is killed, a fork of this one: production code knows nothing of them.
 """
@@ -34,34 +33,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from trine.engine.config import parse
-from trine.engine.data.prepare import prepare
+from trine.benchmarks.kill_recipes import CASES, make_base, make_sources, recipes
 from trine.engine.env import environment
-from trine.engine.text.train_tokenizer import train_bpe
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.run_folder import RunFolder, step_number
 from trine.engine.train.step_folder import step_damage
 
-CASES: dict[str, dict[str, Any]] = {
-    "adamw-fp32-dropout-accumulated": {"model": {"dropout": 0.2}, "train": {"micro_batch_size": 2}},
-    "muon-bf16-dropout-accumulated": {
-        "model": {"dropout": 0.1},
-        "train": {"compute_dtype": "bfloat16", "micro_batch_size": 2},
-        "optim": {"name": "muon"},
-    },
-    "muon-fp32-foreground-ema": {
-        "optim": {"name": "muon"},
-        "ema": {"decay": 0.9},
-        "checkpoint": {"background": False},
-        "export": {"weights": "ema"},
-    },
-    "adamw-bf16-ema-events": {
-        "train": {"compute_dtype": "bfloat16"},
-        "ema": {"decay": 0.9, "warmup_steps": 3},
-        "log": {"tensorboard": True},
-    },
-}
 KINDS = ("step", "eval", "sample")
 TIMES = {"seconds", "tokens_per_second", "mfu", "memory_bytes", "joules"}
 PATIENCE_SECONDS = 300
@@ -192,10 +170,13 @@ def difference(alone: Path, other: Path) -> str | None:
         return "latest"
     if num_events(alone) != num_events(other):
         return "tensorboard"
-    files = (f"{last}/model.safetensors", f"{last}/state/optimizer.safetensors", f"{last}/state/ema.safetensors")
-    for file in (*files, "final/model.safetensors"):
-        if not (alone / file).exists() and not (other / file).exists():
-            continue  # a case without averages
+    files = [
+        sorted(str(path.relative_to(run)) for name in (last, "final") for path in (run / name).rglob("*.safetensors"))
+        for run in (alone, other)
+    ]
+    if files[0] != files[1]:
+        return "the files of weights"
+    for file in files[0]:
         ours, theirs = load_file(alone / file), load_file(other / file)
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
             return file
@@ -264,45 +245,6 @@ def newest_complete(run: Path) -> int:
     return max((step_number(step) for step in RunFolder(run).steps() if step_damage(step) is None), default=-1)
 
 
-def make_sources(folder: Path) -> list[Path]:
-    """Two prepared folders with one tokenizer, of short documents: several in each row."""
-    choose = random.Random(5)
-    words = ("Ada", "Bo", "sees", "takes", "a cat", "the sun", "red shoes", "it", "and", "then")
-    folders = []
-    texts = [[" ".join(choose.choices(words, k=choose.randint(3, 60))) for _ in range(40)] for _ in range(2)]
-    train_bpe([text for group in texts for text in group], vocab_size=280).save(folder / "tokenizer")
-    for index, group in enumerate(texts):
-        lines = folder / f"source-{index}.jsonl"
-        lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in group))
-        out = folder / f"prepared-{index}"
-        prepare([lines], tokenizer_dir=folder / "tokenizer", out=out, validation_fraction=0.2, workers=1)
-        folders.append(out)
-    return folders
-
-
-def recipes(sources: Sequence[Path], *, steps: int, threads: int) -> Callable[..., Recipe]:
-    """`make(changes, run_dir)`: the recipe of a tiny run on the sources."""
-
-    def make(changes: dict[str, Any], run_dir: Path) -> Recipe:
-        weighted = [{"path": str(path), "weight": weight} for path, weight in zip(sources, (3.0, 1.0), strict=True)]
-        table: dict[str, dict[str, Any]] = {
-            "model": {"family": "llama", "width": 32, "num_layers": 2, "num_heads": 2},
-            "data": {"sources": weighted, "seq_len": 32},
-            "train": {"steps": steps, "batch_size": 4, "threads": threads, "compute_dtype": "float32", "device": "cpu"},
-            "optim": {"lr": 5e-3},
-            "schedule": {"warmup_steps": 2},
-            "eval": {"every": 4, "max_batches": 1, "sample_prompts": ["Ada"], "sample_tokens": 3},
-            "checkpoint": {"every": 2, "keep_last": 2},
-            "log": {"every": 1},
-            "run": {"dir": str(run_dir)},
-        }
-        for section, values in changes.items():
-            table[section] = {**table.get(section, {}), **values}
-        return parse(Recipe, table, origin="kill loop")
-
-    return make
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, run all cases, print the table and one line of JSON; 0 where all is equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -316,7 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = environment()  # before others move the checkout on
     results = []
     with tempfile.TemporaryDirectory() as name:
-        make_recipe = recipes(make_sources(Path(name)), steps=options.steps, threads=options.threads)
+        sources, base = make_sources(Path(name)), make_base(Path(name))
+        make_recipe = recipes(sources, base, steps=options.steps, threads=options.threads)
         for index, case in enumerate(CASES):
             share = options.kills // len(CASES) + (index < options.kills % len(CASES))
             result = run_case(
