@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from trine.engine.model.cache import Step
 from trine.engine.model.config import ModelConfig, RopeConfig
 from trine.engine.model.cross_attention import CrossAttention, SourceView
-from trine.engine.model.layers import Linear, Norm, RMSNorm, joined_linear, make_norm, records_gradients
+from trine.engine.model.layers import HeadNorm, Linear, Norm, joined_linear, make_norm, records_gradients
 from trine.engine.model.moe import MixtureOfExperts
 from trine.engine.model.positions import Biases
 from trine.engine.model.rotary import Tables
@@ -73,15 +73,21 @@ class Attention(nn.Module):
         self.sinks = (
             nn.Parameter(torch.empty(config.num_heads, device=device, dtype=dtype)) if config.attention_sinks else None
         )
-        self.qk_norm = config.qk_norm
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        if config.qk_norm is not None:
+        self.qk_norm, self.qkv_clip = config.qk_norm, config.qkv_clip
+        self.q_norm: Norm | HeadNorm | None = None
+        self.k_norm: Norm | HeadNorm | None = None
+        if config.qk_norm == "each_head":
+            self.q_norm, self.k_norm = (
+                HeadNorm(heads, config.head_dim, config.norm_eps, device=device, dtype=dtype)
+                for heads in (config.num_heads, config.num_kv_heads)
+            )
+        elif config.qk_norm is not None:
             widths = (q_width, kv_width) if config.qk_norm == "full" else (config.head_dim, config.head_dim)
-            q_norm, k_norm = (make_norm(config, width, device=device, dtype=dtype) for width in widths)
-            assert isinstance(q_norm, RMSNorm)
-            assert isinstance(k_norm, RMSNorm)
-            self.q_norm, self.k_norm = q_norm, k_norm
+            self.q_norm, self.k_norm = (make_norm(config, width, device=device, dtype=dtype) for width in widths)
+        # What the kernel that norms and turns heads at once can do.
+        self.turned_at_once = (
+            config.qk_norm is None or (config.qk_norm == "head" and config.norm in ("rms", "rms_offset"))
+        ) and config.qkv_clip is None
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         tables = context.rope_tables.get(self.rope)
@@ -111,7 +117,7 @@ class Attention(nn.Module):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if records_gradients(self.q_proj) and not deterministic:
             qkv_BTE = joined_linear(x_BTC, *layers)
-            if tables is not None and self.qk_norm != "full":
+            if tables is not None and self.turned_at_once:
                 return rope_heads(
                     qkv_BTE,
                     *tables,
@@ -129,8 +135,10 @@ class Attention(nn.Module):
         q_BTE, k_BTE, v_BTE = parts
         if self.qk_norm == "full":
             q_BTE, k_BTE = self._norm(q_BTE, k_BTE)
+        if self.qkv_clip is not None:
+            q_BTE, k_BTE, v_BTE = (x.clamp(-self.qkv_clip, self.qkv_clip) for x in (q_BTE, k_BTE, v_BTE))
         q_BTHD, k_BTKD, v_BTKD = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q_BTE, k_BTE, v_BTE))
-        if self.qk_norm == "head":
+        if self.qk_norm in ("head", "each_head"):
             q_BTHD, k_BTKD = self._norm(q_BTHD, k_BTKD)
         if tables is not None:
             q_BTHD, k_BTKD = (rope(x, *tables, interleaved=self.rope_interleaved) for x in (q_BTHD, k_BTKD))

@@ -23,8 +23,9 @@ Positions = Literal["rope", "learned", "relative", "sinusoidal"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 Mlp = Literal["gated", "plain"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
-# Over each head, or over the whole projection of q and of k.
-QkNorm = Literal["head", "full"]
+# Over each head, or over the whole projection of q and of k; each_head: LayerNorm without bias, each head under its own
+# weight.
+QkNorm = Literal["head", "full", "each_head"]
 # How a router weighs the experts that it chose: by their softmax over all experts, or over themselves alone.
 RoutingOrder = Literal["softmax_top_k", "top_k_softmax"]
 
@@ -180,6 +181,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: QkNorm | None = None
+    qkv_clip: float | None = None  # q, k and v are kept within -clip and clip, behind the norms of q and k
     window: int | None = None  # keys that a token sees, its own counted; None for all
     full_layers: tuple[int, ...] = ()  # layers without the window
     attention_scale: float | None = None  # of the scores; None for head_dim ** -0.5
@@ -219,7 +221,7 @@ class ModelConfig:
             self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
             "max_positions", "norm_eps", "init_std", "embedding_scale", "residual_scale", "logit_scale",
         )  # fmt: skip
-        for name in ("window", "attention_scale", "attention_softcap", "logit_softcap"):
+        for name in ("window", "attention_scale", "attention_softcap", "logit_softcap", "qkv_clip"):
             if getattr(self, name) is not None:
                 _positive(self, name)
         for name, value, known in (
@@ -246,8 +248,12 @@ class ModelConfig:
         self._check_shape()
         if self.moe is not None and self.mlp != "gated":
             raise UsageError(f'experts are gated layers; mlp = "{self.mlp}" does not go with moe')
-        if self.qk_norm is not None and self.norm not in ("rms", "rms_offset"):
-            raise UsageError(f'qk_norm = "{self.qk_norm}" needs norm = "rms" or "rms_offset", not "{self.norm}"')
+        rms = self.norm in ("rms", "rms_offset")
+        if self.qkv_clip is not None and self.qk_norm in ("head", "each_head"):
+            raise UsageError(f'qkv_clip with qk_norm = "{self.qk_norm}" is not supported; leave one of them out')
+        if (self.qk_norm == "full" and not rms) or (self.qk_norm == "each_head" and rms):
+            needed = '"rms" or "rms_offset"' if self.qk_norm == "full" else '"layer" or "layer_unbiased"'
+            raise UsageError(f'qk_norm = "{self.qk_norm}" needs norm = {needed}, not "{self.norm}"')
         for name, ids in (
             ("bos_token_id", self.bos_token_id),
             ("pad_token_id", self.pad_token_id),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trine.engine.model.blocks import Attention
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.layers import Embedding, LayerNorm, Linear, RMSNorm
+from trine.engine.model.layers import Embedding, HeadNorm, LayerNorm, Linear, RMSNorm
 from trine.engine.model.moe import ExpertLinear
 from trine.engine.model.positions import RelativeBias
 from trine.engine.model.transformer import Transformer
@@ -29,7 +29,7 @@ def initialize(model: Transformer, seed: int) -> None:
     residual_std = model.config.init_std * (2 * model.config.num_layers) ** -0.5
     fan_in = model.config.init_fan_in
     for name, module in model.named_modules():
-        if isinstance(module, (RMSNorm, LayerNorm)):
+        if isinstance(module, (RMSNorm, LayerNorm, HeadNorm)):
             module.weight.fill_(0.0 if isinstance(module, RMSNorm) and module.unit_offset else 1.0)
         elif isinstance(module, (Linear, Embedding, ExpertLinear, RelativeBias)):
             residual = name.endswith(

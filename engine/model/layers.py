@@ -97,6 +97,20 @@ class LayerNorm(nn.Module):
         return add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
+class HeadNorm(nn.Module):
+    """LayerNorm of each head under a weight of its own, without bias: x [..., H, D], `weight` [H, D]. In fp32."""
+
+    def __init__(
+        self, num_heads: int, head_dim: int, eps: float, *, device: torch.device | str | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.layer_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()).to(x.dtype)
+
+
 Norm = RMSNorm | LayerNorm
 
 

@@ -78,7 +78,7 @@ def places(block: Block) -> list[Place]:
         for norm, parts in _READERS.get(block.placement, ())
         if all(part in layers for part in parts)
     ]
-    if isinstance(attention, Attention):
+    if isinstance(attention, Attention) and attention.qkv_clip is None:
         copies = attention.num_heads // attention.num_kv_heads
         heads = (attention.num_kv_heads, copies, attention.head_dim)
         found.append(Place("self_attn.v_proj", ("self_attn.o_proj",), heads))

@@ -111,6 +111,10 @@ def _is_prime(number: int) -> bool:
 
 
 def _check(block: Block) -> None:
+    if block.self_attn.qkv_clip is not None:
+        raise UsageError(
+            f"values are kept within {block.self_attn.qkv_clip}, which a rotation would change; leave the rotation out"
+        )
     read = {place.before for place in places(block)}
     norms = {name for name, module in block.named_children() if isinstance(module, RMSNorm | LayerNorm)}
     layers = {place.layers for place in places(block) if place.before in norms}

@@ -106,7 +106,8 @@ class Family:
     has beside `names`. A file may hold modules of other tasks, which are left unread.
     `renamed`: endings of stored names in old files, and what they became. `copies`: stored tensors that repeat another.
 
-    Of a mixture of experts: `%` in a name stands for the number of an expert. `stacked` names hold all experts as one
+    `%` in a name stands for the number of an expert, or of a head whose norm stands alone: for the first dimension of
+    ours. Of a mixture of experts, `stacked` names hold all experts as one
     tensor, without ".weight" at the end of its name (and "_bias" at that of its bias), gate and up one after the other
     or, where the name is `alternating` too, row by row. `stacked_names`: the table of another layout that is read, the
     one in which newer versions of transformers keep experts in memory.
@@ -138,7 +139,7 @@ class Family:
 
     def rules(self, config: ModelConfig, *, stacked: bool = False) -> list[TensorRule]:
         """Every tensor that a model of this config has on disk; `stacked`: in the layout of `stacked_names`."""
-        parameters = _parameter_names(config)
+        parameters = _parameter_shapes(config)
         names = self.gated_names if config.mlp == "gated" and self.gated_names else self.names
         names = self.stacked_names if stacked else names
         if config.head is not None:
@@ -148,9 +149,9 @@ class Family:
             rule
             for stored, ours in names.items()
             for layer in (range(num_layers) if "*" in stored else (0,))
-            for expert in (range(config.moe.num_experts) if "%" in stored and config.moe is not None else (None,))
+            for expert in (_pieces(parameters, ours, layer) if "%" in stored else (None,))
             for kind in ("weight", "bias", "")
-            if (rule := self._rule(config, stored, ours, layer, expert, kind)) and parameters.issuperset(rule.ours)
+            if (rule := self._rule(config, stored, ours, layer, expert, kind)) and parameters.keys() >= set(rule.ours)
         ]
 
     @property
@@ -202,8 +203,13 @@ def _dense_names(head: HeadConfig) -> Names:
 
 
 @lru_cache(maxsize=8)
-def _parameter_names(config: ModelConfig) -> frozenset[str]:
-    return frozenset(name for name, _ in Transformer(config, device="meta").named_parameters())
+def _parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(part.shape) for name, part in Transformer(config, device="meta").named_parameters()}
+
+
+def _pieces(shapes: Mapping[str, tuple[int, ...]], ours: tuple[str, ...], layer: int) -> range:
+    """The numbers of the experts or heads that a module of ours holds in a layer; none where it is not there."""
+    return range(shapes.get(f"{ours[0]}.weight".replace("*", str(layer)), (0,))[0])
 
 
 # Our modules under the names of a Llama file, from which most families differ little.

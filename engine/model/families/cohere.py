@@ -1,5 +1,6 @@
 """Cohere (Command R): LayerNorm without bias, neighbouring channels turned, both branches on one norm, scaled logits.
 
+`use_qk_norm` (R+) norms each head of q and k under a weight of its own.
 Class defaults are those of transformers 5.23 `CohereConfig`.
 """
 
@@ -19,6 +20,7 @@ def to_config(hf: HfConfig) -> ModelConfig:
     return read_decoder(
         {**hf, "head_dim": None}, "cohere", eps="layer_norm_eps", norm="layer_unbiased", placement="parallel",
         rope_interleaved=True, qkv_bias=bias, o_bias=bias, logit_scale=float(hf["logit_scale"]),
+        qk_norm="each_head" if hf.get("use_qk_norm") else None,
     )  # fmt: skip
 
 
@@ -28,13 +30,13 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         **write_decoder(config, eps="layer_norm_eps"),
         "attention_bias": config.qkv_bias,
         "logit_scale": config.logit_scale,
-        "use_qk_norm": False,
+        "use_qk_norm": config.qk_norm is not None,
     }
 
 
 COHERE = Family(
     name="cohere",
-    title="Cohere Command R",
+    title="Cohere Command R, R+",
     model_types=("cohere",),
     architecture="CohereForCausalLM",
     prefix="model.",
@@ -50,7 +52,7 @@ COHERE = Family(
         "eos_token_id": 255_001,
         "pad_token_id": 0,
     },
-    neutral={"use_qk_norm": False, "partial_rotary_factor": 1.0, "mlp_bias": False},
+    neutral={"partial_rotary_factor": 1.0, "mlp_bias": False},
     ignored=FREQUENCIES,
     to_config=to_config,
     to_hf=to_hf,

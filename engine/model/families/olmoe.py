@@ -1,6 +1,6 @@
 """OLMoE: a mixture of experts in every layer, and norms over the whole projections of q and k.
 
-Class defaults are those of transformers 5.23 `OlmoeConfig`.
+`clip_qkv` keeps q, k and v within a range. Class defaults are those of transformers 5.23 `OlmoeConfig`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def to_config(hf: HfConfig) -> ModelConfig:
     bias = bool(hf.get("attention_bias"))
     return read_decoder(
         {**hf, "head_dim": None}, "olmoe", qk_norm="full", qkv_bias=bias, o_bias=bias,
-        moe=read_experts(hf, "intermediate_size"),
+        moe=read_experts(hf, "intermediate_size"), qkv_clip=hf.get("clip_qkv"),
     )  # fmt: skip
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """ModelConfig to config.json (without the keys common to all families)."""
     hf = {**write_decoder(config), **write_experts(config, "intermediate_size")}
-    return {**hf, "attention_bias": config.qkv_bias, "clip_qkv": None}
+    return {**hf, "attention_bias": config.qkv_bias, "clip_qkv": config.qkv_clip}
 
 
 OLMOE = Family(
@@ -48,7 +48,6 @@ OLMOE = Family(
         "pad_token_id": 1,
     },
     neutral={
-        "clip_qkv": None,
         "partial_rotary_factor": 1.0,
         "mlp_bias": False,
         "mlp_only_layers": [],

@@ -1,6 +1,6 @@
 """Phi-1, Phi-1.5, Phi-2: LayerNorm, heads turned in part, both branches on one norm, biases everywhere.
 
-Class defaults are those of transformers 5.23 `PhiConfig`.
+`qk_layernorm` puts a LayerNorm over each head of q and k. Class defaults are those of transformers 5.23 `PhiConfig`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def to_config(hf: HfConfig) -> ModelConfig:
     return read_decoder(
         {**hf, "head_dim": None}, "phi", eps="layer_norm_eps", norm="layer", rope=read_rope(hf, partial=True),
         placement="parallel", mlp="plain", qkv_bias=True, o_bias=True, mlp_bias=True, head_bias=True, dropout=dropout,
+        qk_norm="head" if hf.get("qk_layernorm") else None,
     )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         hf["hidden_act"] = "gelu_new"
     return {
         **hf,
-        "qk_layernorm": False,
+        "qk_layernorm": config.qk_norm is not None,
         "embd_pdrop": config.dropout.embedding,
         "resid_pdrop": config.dropout.residual,
     }
@@ -59,13 +60,15 @@ PHI = Family(
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    neutral={"qk_layernorm": False, "tie_word_embeddings": False},
+    neutral={"tie_word_embeddings": False},
     ignored=FREQUENCIES,
     to_config=to_config,
     to_hf=to_hf,
     names=names_with(
         {
             "model.layers.*.self_attn.dense": ("layers.*.self_attn.o_proj",),
+            "model.layers.*.self_attn.q_layernorm": ("layers.*.self_attn.q_norm",),
+            "model.layers.*.self_attn.k_layernorm": ("layers.*.self_attn.k_norm",),
             "model.layers.*.mlp.fc1": ("layers.*.mlp.up_proj",),
             "model.layers.*.mlp.fc2": ("layers.*.mlp.down_proj",),
             "model.final_layernorm": ("norm",),

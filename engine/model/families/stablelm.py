@@ -1,6 +1,7 @@
 """StableLM: LayerNorm, heads turned in part, SwiGLU; with `use_parallel_residual` both branches on one norm.
 
-`use_qkv_bias` puts a bias on q, k and v. Class defaults are those of transformers 5.23 `StableLmConfig`.
+`use_qkv_bias` puts a bias on q, k and v; `qk_layernorm` norms each head of q and k by a module of its own. Class
+defaults are those of transformers 5.23 `StableLmConfig`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trine.engine.model.config import DropoutConfig, ModelConfig
-from trine.engine.model.families.base import LLAMA_NAMES, Family, HfConfig
+from trine.engine.model.families.base import Family, HfConfig, names_with
 from trine.engine.model.families.llama import FREQUENCIES
 from trine.engine.model.families.rotary import read_rope
 from trine.engine.model.families.settings import read_decoder, write_decoder
@@ -22,7 +23,7 @@ def to_config(hf: HfConfig) -> ModelConfig:
     return read_decoder(
         {**hf, "head_dim": None}, "stablelm", eps="layer_norm_eps", norm="layer", rope=read_rope(hf, partial=True),
         placement="parallel" if hf["use_parallel_residual"] else "pre", qkv_bias=bool(hf["use_qkv_bias"]),
-        dropout=dropout,
+        dropout=dropout, qk_norm="each_head" if hf.get("qk_layernorm") else None,
     )  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         **hf,
         "use_parallel_residual": config.placement == "parallel",
         "use_qkv_bias": config.qkv_bias,
-        "qk_layernorm": False,
+        "qk_layernorm": config.qk_norm is not None,
         "hidden_dropout": config.dropout.residual,
     }
 
@@ -60,9 +61,14 @@ STABLELM = Family(
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
-    neutral={"qk_layernorm": False},
+    neutral={},
     ignored=FREQUENCIES,
     to_config=to_config,
     to_hf=to_hf,
-    names=LLAMA_NAMES,
+    names=names_with(
+        {
+            f"model.layers.*.self_attn.{part}_layernorm.norms.%": (f"layers.*.self_attn.{part}_norm",)
+            for part in ("q", "k")
+        }
+    ),
 )

@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
         ({"positions": "learned"}, 'positions = "learned" with rope'),
         ({"rope": None}, 'positions = "rope" with rope = None'),
         ({"qk_norm": "row"}, "qk_norm is 'row'"),
-        ({"qk_norm": "head", "norm": "layer"}, 'needs norm = "rms"'),
+        ({"qk_norm": "full", "norm": "layer"}, 'needs norm = "rms"'),
         ({"eos_token_ids": (-1,)}, "eos_token_ids is -1"),
     ],
 )

@@ -178,6 +178,45 @@ def _only_long_factors(config: ModelConfig) -> ModelConfig:
     return replace(config, rope=replace(config.rope, short_factors=config.rope.long_factors))
 
 
+def _first_heads_norm(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data.copy_(parameter.data[:1].expand_as(parameter))
+    return model
+
+
+def _without_qk_norm(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    monkeypatch.setattr(blocks.Attention, "_norm", lambda self, q, k: (q, k))
+    return model
+
+
+def _without_mean(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    """As an RMSNorm, under the same weight and bias."""
+
+    def norm(self: blocks.Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for x, each in ((q, self.q_norm), (k, self.k_norm)):
+            assert each is not None
+            unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + each.eps)
+            bias = getattr(each, "bias", None)
+            found.append(unit * each.weight + (0.0 if bias is None else bias))
+        return found[0], found[1]
+
+    monkeypatch.setattr(blocks.Attention, "_norm", norm)
+    return model
+
+
+def _clipped_before_norms(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    clip = model.config.qkv_clip
+    assert clip is not None
+    changed = _switch(qkv_clip=None)(model, monkeypatch)
+    for block in changed.layers:
+        attention = block.get_submodule("self_attn")
+        for name in ("q_proj", "k_proj", "v_proj"):
+            attention.get_submodule(name).register_forward_hook(lambda _, __, x: x.clamp(-clip, clip))
+    return changed
+
+
 def _longest(kind: RopeKind) -> Mutation:
     """Another rotation, under which the context is as long as the text."""
 
@@ -252,6 +291,14 @@ MUTATIONS: list[tuple[str, str, Mutation]] = [
     ("rotary share ignored", "gpt_neox", _with_rope(partial=1.0)),
     ("tanh gelu for the exact one", "gpt_neox", _switch(activation="gelu_tanh")),
     ("q, k, v cut as thirds", "gpt_neox", _joined_by_thirds),
+    ("heads under the weight of the first one, StableLM", "stablelm_qk_norm", _first_heads_norm),
+    ("norms of q and k dropped, StableLM", "stablelm_qk_norm", _without_qk_norm),
+    ("norms of q and k without mean, Phi", "phi_qk_norm", _without_mean),
+    ("bias of the norm of q dropped", "phi_qk_norm", _fill("q_norm.bias", 0.0)),
+    ("heads under the weight of the first one, Cohere", "cohere_qk_norm", _first_heads_norm),
+    ("norms of q and k without mean, Cohere", "cohere_qk_norm", _without_mean),
+    ("q, k, v not clipped", "olmoe_clip", _switch(qkv_clip=None)),
+    ("q, k, v clipped before the norms", "olmoe_clip", _clipped_before_norms),
     ("rotary share 0.25 ignored", "stablelm", _with_rope(partial=1.0)),
     ("bias of the head dropped", "phi", _fill("lm_head.bias", 0.0)),
     ("rotary share 0.5 ignored", "phi", _with_rope(partial=1.0)),
