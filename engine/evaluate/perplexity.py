@@ -99,10 +99,13 @@ def perplexity(
 
     Raises:
         ContextLengthError: the window is longer than the model's context.
-        UsageError: an impossible window or stride, or `bos` where the tokenizer names no such token.
+        UsageError: an impossible window or stride, `bos` where the tokenizer names no such token, or a model that does
+            not predict the next token.
         DataError: nothing to score.
         NonFiniteError: the loss is not a number.
     """
+    if not model.config.causal or model.head is not None:
+        raise UsageError("this model is an encoder and predicts no next token; it has no perplexity")
     window = model.config.max_positions if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     _check_sizes(model, tokenizer, window, stride)

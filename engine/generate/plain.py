@@ -58,9 +58,11 @@ def generate(
 
     Raises:
         ContextLengthError: a prompt leaves no room for a new token in the model's context.
-        UsageError: an id outside the vocabulary, an empty prompt without any token to start from.
+        UsageError: an id outside the vocabulary, an empty prompt without any token to start from, an encoder.
         NonFiniteError: the model's logits are not numbers.
     """
+    if model.head is not None:
+        raise UsageError("this model gives vectors and completes no text; see trine embed and trine classify")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     if model.config.encoder is None and (beams is not None or no_repeat):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trine.engine.errors import CheckpointError, ContextLengthError, QueueFullError, UsageError
+from trine.engine.evaluate.perplexity import perplexity
 from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest, PoolingRequest
 from trine.engine.generate.load import load_for_inference
 from trine.engine.generate.plain import generate
@@ -226,3 +227,11 @@ def test_what_a_folder_says_of_its_vectors(encoder_folder: Folder, tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"scores by torch\.nn\.ReLU"):
         info("cross", sentence_transformers={"activation_fn": "torch.nn.ReLU"})
     assert info("tagger").kind == "tagging"
+
+
+def test_an_encoder_neither_completes_nor_has_a_perplexity(encoder_folder: Folder) -> None:
+    model, tokenizer = load_for_inference(encoder_folder("bare"))
+    with pytest.raises(UsageError, match="gives vectors and completes no text"):
+        generate(model, tokenizer, ["a dog"], SamplingParams())
+    with pytest.raises(UsageError, match="predicts no next token"):
+        perplexity(model, tokenizer, ["a dog"])
