@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from trine.benchmarks.generation_peers import Turn, make_peers, make_requests, make_tokenizer
-from trine.benchmarks.train_contestants import Settings as TrainSettings
+from trine.benchmarks.train_contestants import llama
 from trine.engine.env import choose_device, choose_dtype, environment, package_version, set_threads
 from trine.engine.generate.engine import Engine, EngineConfig
 from trine.engine.generate.offline import complete
@@ -44,6 +44,7 @@ class Settings:
     device: str
     dtype: str
     peers: bool
+    size: str = "34M"
 
 
 def compare(settings: Settings) -> None:
@@ -96,15 +97,14 @@ def _report(settings: Settings, seconds: dict[str, list[float]], outputs: dict[s
         result["contestants"][name] = row
         ratio = f"trine is {row['ratio_median']:.2f} x ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
         print(f"{name:34}{row['tokens_per_second']:>9,.1f} tokens/s" + ("" if name == "trine" else f"   {ratio}"))
-    result["environment"] = environment()
+    result["environment"] = environment(choose_device(settings.device))
     result["transformers"] = package_version("transformers")
     print(json.dumps(result))
 
 
 def _model_config(settings: Settings) -> ModelConfig:
-    """The Llama of `trine bench train`: 34M parameters."""
-    length = settings.prompt_tokens + settings.new_tokens
-    return TrainSettings(steps=1, turns=1, batch_size=1, seq_len=length, threads=1).model_config()
+    """The Llama of `trine bench train`."""
+    return llama(settings.size, settings.prompt_tokens + settings.new_tokens)
 
 
 def _trine(model: Transformer, tokenizer: Tokenizer, settings: Settings) -> Turn:

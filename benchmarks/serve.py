@@ -18,7 +18,7 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from trine.benchmarks.generation_peers import ONE_BATCH, Turn, make_peers, make_requests, make_tokenizer
 from trine.benchmarks.serve_client import ServerProcess, Stream
-from trine.benchmarks.train_contestants import Settings as TrainSettings
+from trine.benchmarks.train_contestants import llama
 from trine.engine.env import choose_device, choose_dtype, environment, set_threads
 from trine.engine.generate.engine import Engine, EngineConfig
 from trine.engine.generate.offline import complete
@@ -87,8 +87,7 @@ def compare(settings: Settings) -> None:
 def _model(settings: Settings) -> tuple[Transformer, Tokenizer]:
     """The Llama of `trine bench train` and `bench generate`, with room for the longer prompts."""
     longest = max(settings.prompt_tokens, settings.prefix_tokens + 2 * BLOCK_SIZE) + settings.new_tokens
-    shape = TrainSettings(steps=1, turns=1, batch_size=1, seq_len=longest, threads=1).model_config()
-    model = Transformer(replace(shape, vocab_size=8192))
+    model = Transformer(llama("34M", longest))
     initialize(model, seed=0)
     tokenizer = make_tokenizer()
     with torch.no_grad():  # nobody chooses an id that the tokenizer does not have

@@ -5,7 +5,8 @@ of them runs a few optimizer steps while the others sleep, so that a machine who
 order within a round alternates. The figure is the median over rounds of the ratio of tokens per second.
 
 Both train in bfloat16 with float32 master weights and fused AdamW on the same batch shape: transformers through its
-`Trainer` with `bf16=True` (autocast), Trine through its own loop with `compute_dtype = "bfloat16"`.
+`Trainer` with `bf16=True` (autocast), Trine through its own loop with `compute_dtype = "bfloat16"`. Peak memory is that
+of the process; on a GPU, that of its tensors there.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trine.benchmarks.train_contestants import Settings
-from trine.engine.env import environment, physical_cores
+from trine.engine.env import choose_device, environment, physical_cores
 from trine.engine.log import format_bytes, say
 from trine.engine.model.cost import count_parameters, flops_per_token
+from trine.kernels.hardware import device_name
 
 CONTESTANTS = ("trine", "transformers")
 
@@ -71,13 +73,15 @@ class Contestant:
         raise RuntimeError(f"the {self.name} contestant ended with status {self.process.wait()}")
 
 
-def compare(*, rounds: int, steps: int, batch_size: int, seq_len: int, threads: int, peers: bool) -> None:
+def compare(settings: Settings, *, peers: bool) -> None:
     """Run the comparison and print a table and one JSON line."""
-    settings = Settings(
-        steps=steps, batch_size=batch_size, seq_len=seq_len, threads=threads or physical_cores(), turns=rounds
+    settings = replace(settings, threads=settings.threads or physical_cores())
+    config, device, rounds = settings.model_config(), choose_device(settings.device), settings.turns
+    batch_size, seq_len = settings.batch_size, settings.seq_len
+    say(
+        f"Llama of {count_parameters(config).total / 1e6:.1f}M parameters, bfloat16, {batch_size} x {seq_len} tokens, "
+        f"on {device_name(device)}"
     )
-    config = settings.model_config()
-    say(f"Llama of {count_parameters(config).total / 1e6:.1f}M parameters, bfloat16, {batch_size} x {seq_len} tokens")
     contestants = [Contestant(name, settings) for name in (CONTESTANTS if peers else CONTESTANTS[:1])]
     turns: dict[str, list[Turn]] = {contestant.name: [] for contestant in contestants}
     for round_number in range(rounds):
@@ -99,7 +103,7 @@ def compare(*, rounds: int, steps: int, batch_size: int, seq_len: int, threads: 
         ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(*turns.values(), strict=True)]
         result["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
         print(f"ratio trine / transformers: median {result['ratio']['median']:.2f}")
-    result["environment"] = environment()
+    result["environment"] = environment(device)
     print(json.dumps(result))
 
 

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trine.engine.config import parse
 from trine.engine.data.prepare import prepare
 from trine.engine.data.samples import SampleStream
-from trine.engine.env import environment
+from trine.engine.env import choose_device, environment
+from trine.engine.errors import UsageError
 from trine.engine.model.config import ModelConfig
 from trine.engine.text.train_tokenizer import train_characters
 from trine.engine.train.loop import Trainer
@@ -32,6 +35,29 @@ from trine.engine.train.resolve import resolve
 from trine.engine.train.run_folder import RunFolder
 
 WARM_UP_STEPS = 2
+# Llama shapes by name: width, layers, heads, key and value heads, head dimension, feed-forward width, vocabulary.
+SIZES = {
+    "34M": (512, 8, 8, 8, 64, 1376, 8192),
+    "1B": (2048, 16, 32, 8, 64, 8192, 32768),
+}
+
+
+def llama(size: str, seq_len: int) -> ModelConfig:
+    """The config of a shape of `SIZES`. Raises UsageError for a size that is not there."""
+    if size not in SIZES:
+        raise UsageError(f"size is {size!r}; it must be one of {', '.join(SIZES)}")
+    width, layers, heads, kv_heads, head_dim, ffn_width, vocab_size = SIZES[size]
+    return ModelConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_width=ffn_width,
+        max_positions=max(seq_len, 512),
+    )
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,8 @@ class Settings:
     batch_size: int
     seq_len: int
     threads: int
+    size: str = "34M"
+    device: str = "auto"
 
     @property
     def total_steps(self) -> int:
@@ -50,18 +78,8 @@ class Settings:
         return WARM_UP_STEPS + self.steps * self.turns + 1
 
     def model_config(self) -> ModelConfig:
-        """A Llama of 34M parameters."""
-        return ModelConfig(
-            family="llama",
-            vocab_size=8192,
-            width=512,
-            num_layers=8,
-            num_heads=8,
-            num_kv_heads=8,
-            head_dim=64,
-            ffn_width=1376,
-            max_positions=max(self.seq_len, 512),
-        )
+        """A Llama of about `size` parameters."""
+        return llama(self.size, self.seq_len)
 
 
 class Turns:
@@ -83,13 +101,17 @@ class Turns:
         self.steps_left -= 1
 
     def _report(self) -> None:
+        on_gpu = choose_device(self.settings.device).type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
         if self.started is None:
             reply: dict[str, Any] = {"ready": True}
         else:
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             reply = {
                 "tokens": self.settings.steps * self.settings.batch_size * self.settings.seq_len,
                 "seconds": time.perf_counter() - self.started,
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else resident,
             }
         print(json.dumps(reply), flush=True)
 
@@ -114,18 +136,19 @@ def run_trine(settings: Settings) -> None:
             super()._one_step(*arguments)
 
     config = settings.model_config()
-    sizes = ("family", "vocab_size", "width", "num_layers", "num_heads", "ffn_width", "max_positions")
+    sizes = ("family", "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = {
             "run": {"dir": str(folder / "run")},
             "data": {"path": str(make_data(settings, folder)), "seq_len": settings.seq_len},
-            "model": {size: getattr(config, size) for size in sizes},
+            "model": {**{size: getattr(config, size) for size in sizes}, "max_positions": config.max_positions},
             "train": {
                 "steps": settings.total_steps,
                 "batch_size": settings.batch_size,
                 "compute_dtype": "bfloat16",
                 "threads": settings.threads,
+                "device": settings.device,
             },
             "eval": {"every": 0},
             "checkpoint": {"every": 0},
@@ -137,7 +160,6 @@ def run_trine(settings: Settings) -> None:
 
 def run_transformers(settings: Settings) -> None:
     """The transformers `Trainer`, bf16 autocast, its default fused AdamW."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     torch.set_num_threads(settings.threads)
@@ -149,6 +171,8 @@ def run_transformers(settings: Settings) -> None:
             intermediate_size=config.ffn_width,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             max_position_embeddings=config.max_positions,
         )
     )
@@ -166,7 +190,7 @@ def run_transformers(settings: Settings) -> None:
             max_steps=settings.total_steps,
             per_device_train_batch_size=settings.batch_size,
             bf16=True,
-            use_cpu=True,
+            use_cpu=choose_device(settings.device).type == "cpu",
             report_to=[],
             save_strategy="no",
             logging_strategy="no",

@@ -9,6 +9,8 @@ import typer
 
 from trine.cli.options import Device, Dtype
 
+Size = Annotated[str, typer.Option(metavar="SIZE", help="Parameters of the model, a Llama: 34M or 1B.")]
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -30,15 +32,27 @@ def bench_train(
     threads: Annotated[
         int, typer.Option(metavar="N", min=0, help="CPU threads of each contestant; 0 = all physical cores.")
     ] = 0,
+    size: Size = "34M",
+    device: Device = "auto",
     peers: Annotated[bool, typer.Option("--peers/--alone", help="Time the transformers Trainer too.")] = True,
 ) -> None:
-    """Train a 34M-parameter Llama in bf16 against the transformers Trainer, in turns.
+    """Train a Llama in bf16 against the transformers Trainer, in turns.
 
     Prints tokens per second, peak memory and the median ratio; the last line on stdout is one JSON object.
     """
     from trine.benchmarks.train import compare
+    from trine.benchmarks.train_contestants import Settings
 
-    compare(rounds=rounds, steps=steps, batch_size=batch_size, seq_len=seq_len, threads=threads, peers=peers)
+    settings = Settings(
+        steps=steps,
+        turns=rounds,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        threads=threads,
+        size=size,
+        device=device,
+    )
+    compare(settings, peers=peers)
 
 
 @app.command("generate")
@@ -48,6 +62,7 @@ def bench_generate(
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens of each request.")] = 64,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds; in each, every contestant runs once.")] = 5,
     threads: Annotated[int, typer.Option(metavar="N", min=0, help="CPU threads; 0 = all physical cores.")] = 0,
+    size: Size = "34M",
     device: Device = "auto",
     dtype: Dtype = "auto",
     peers: Annotated[bool, typer.Option("--peers/--alone", help="Time transformers too.")] = True,
@@ -68,6 +83,7 @@ def bench_generate(
             device=device,
             dtype=dtype,
             peers=peers,
+            size=size,
         )
     )
 
