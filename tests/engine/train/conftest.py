@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,90 @@ def continued(data_dir: Path, bases: dict[str, Path], tmp_path: Path) -> MakeRec
         return recipe_of(data_dir, tmp_path / run, model, **changes)
 
     return make
+
+
+_WORDS = ("red", "blue", "green", "seven", "eleven", "twenty")
+_MODELS: dict[str, dict[str, Any]] = {
+    "bert": {"family": "bert", "width": 32, "num_layers": 2, "num_heads": 2},
+    "t5": {"family": "t5", "width": 32, "num_layers": 2, "num_heads": 2},
+    "marian": {"family": "marian", "width": 32, "num_layers": 2, "num_heads": 2},
+}
+
+
+def _examples(count: int, seed: int) -> str:
+    """Lines that serve every objective: a text, its reversal, whether red is in it, how long it is, colours tagged."""
+    choose, lines = random.Random(seed), []
+    for _ in range(count):
+        words = [choose.choice(_WORDS) for _ in range(choose.randint(1, 6))]
+        record = {
+            "source": " ".join(words), "target": " ".join(reversed(words)), "text": " ".join(words),
+            "label": "red" if "red" in words else "other", "score": len(words) / 6, "words": words,
+            "labels": ["B-colour" if word in _WORDS[:3] else "O" for word in words],
+        }  # fmt: skip
+        lines.append(json.dumps(record))
+    return "\n".join(lines)
+
+
+def _make_objective_data(folder: Path) -> None:
+    """`encoder/` and `encoder-decoder/`: prepared text with the tokenizer; `train.jsonl` and `dev.jsonl`."""
+    from trine.engine.data.prepare import prepare
+    from trine.engine.text.train_tokenizer import END_OF_TEXT, role_tokens, train_bpe, train_wordpiece, with_roles
+
+    texts = [" ".join(json.loads(line)["text"] for line in _examples(2 + n % 5, n).splitlines()) for n in range(80)]
+    for name, count, seed in (("train", 120, 1), ("dev", 24, 2)):
+        (folder / f"{name}.jsonl").write_text(_examples(count, seed))
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    bpe = train_bpe(texts, vocab_size=290, special_tokens=[END_OF_TEXT, *role_tokens("encoder-decoder")])
+    tokenizers = {
+        "encoder": train_wordpiece(texts, vocab_size=60),
+        "encoder-decoder": with_roles(bpe, "encoder-decoder", sentinels=12),
+    }
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save(folder / "tokenizer")
+        prepare(
+            [folder / "texts.jsonl"], tokenizer_dir=folder / "tokenizer", out=folder / name, validation_fraction=0.2,
+            workers=1,
+        )  # fmt: skip
+
+
+def _objective_recipe(folder: Path, run: Path, base: str | dict[str, Any], **changes: dict[str, Any]) -> Recipe:
+    """Eight steps in float32 of a model in `_MODELS` or another one; on examples where the objective is for them."""
+    kind = changes.get("objective", {}).get("kind", "masked_lm" if base == "bert" else "span_corruption")
+    shape = "encoder" if kind not in ("span_corruption", "seq2seq") else "encoder-decoder"
+    data: dict[str, Any] = {"path": str(folder / shape), "seq_len": 32}
+    if kind not in ("masked_lm", "span_corruption", "causal_lm"):
+        data |= {"path": str(folder / "train.jsonl"), "validation": str(folder / "dev.jsonl")}
+        if isinstance(base, str):
+            data["tokenizer"] = str(folder / shape / "tokenizer")
+    table: dict[str, dict[str, Any]] = {
+        "model": _MODELS[base] if isinstance(base, str) else base,
+        "objective": {"kind": kind},
+        "data": data,
+        "train": {"steps": 8, "batch_size": 4, "threads": 1, "compute_dtype": "float32", "device": "cpu"},
+        "optim": {"lr": 5e-3},
+        "eval": {"every": 4, "batch_size": 12},
+        "checkpoint": {"every": 0},
+        "log": {"every": 1},
+        "export": {"dtype": "float32"},
+        "run": {"dir": str(run)},
+    }
+    for section, values in changes.items():
+        table[section] = {**table.get(section, {}), **values}
+    return parse(Recipe, table, origin="test")
+
+
+@pytest.fixture(scope="session")
+def objectives_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `_make_objective_data`."""
+    folder = tmp_path_factory.mktemp("objectives")
+    _make_objective_data(folder)
+    return folder
+
+
+@pytest.fixture
+def objective_recipe(objectives_dir: Path) -> MakeRecipe:
+    """`objective_recipe(run folder, "bert", section={...})`: see `_objective_recipe`."""
+    return partial(_objective_recipe, objectives_dir)
 
 
 # What a script sees once the page is laid out, written into the title for `--dump-dom` to show: the charts that are

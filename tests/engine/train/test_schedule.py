@@ -41,6 +41,16 @@ def test_inverse_sqrt_continues_the_warmup_without_a_jump() -> None:
     assert found[4] == pytest.approx(math.sqrt(4 / 5))
 
 
+@pytest.mark.parametrize(("width", "warmup"), [(512, 4000), (128, 100), (64, 1)])
+def test_noam_is_the_formula_of_the_paper(width: int, warmup: int) -> None:
+    settings = ScheduleSettings(kind="noam", warmup_steps=warmup)
+    for step in (1, 2, warmup // 2 + 1, warmup, warmup + 1, 10 * warmup):  # the paper counts from 1
+        expected = width**-0.5 * min(step**-0.5, step * warmup**-1.5)
+        assert lr_factor(settings, step=step - 1, steps=1, width=width) == pytest.approx(expected, rel=1e-14)
+    if warmup == 4000:
+        assert lr_factor(settings, step=3999, steps=1, width=512) == pytest.approx(6.98771e-4, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "inverse_sqrt", "constant"])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_factors_stay_within_zero_and_one_and_fall_after_the_warmup(kind: str, warmup: int) -> None:
