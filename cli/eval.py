@@ -66,6 +66,10 @@ def evaluate(
             metavar="DIR", help="Results of tasks; goes on where a run ended.", show_default="runs/eval/CHECKPOINT"
         ),
     ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CHECKPOINT", help="Put tasks to this one too, side by side (repeatable)."),
+    ] = None,
     adapter: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A LoRA adapter (PEFT), or the run folder of one.")
     ] = None,
@@ -92,7 +96,7 @@ def evaluate(
         if not names:
             raise UsageError(f"--tasks {tasks!r} names no task")
         record = _tasks(
-            checkpoint,
+            [checkpoint, *(compare or [])],
             out,
             {
                 "tasks": tuple(names),
@@ -112,7 +116,9 @@ def evaluate(
         else:
             _print_tasks(record)
         return
-    _refuse(context, "--data", ("task_data", "num_fewshot", "limit", "chat", "max_gen_tokens", "samples", "out"))
+    _refuse(
+        context, "--data", ("task_data", "num_fewshot", "limit", "chat", "max_gen_tokens", "samples", "out", "compare")
+    )
     # An option takes one value: the files after the first one arrive as arguments.
     if not data:
         raise UsageError("no data; give --data FILE..., or --tasks NAME,... with --task-data DIR")
@@ -150,24 +156,23 @@ def _refuse(context: typer.Context, chosen: str, parameters: tuple[str, ...]) ->
             raise UsageError(f"--{name.replace('_', '-')} does not go with {chosen}; leave it out")
 
 
-def _tasks(checkpoint: Path, out: Path | None, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+def _tasks(checkpoints: list[Path], out: Path | None, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
     from trine.engine.env import set_threads
     from trine.engine.evaluate.run_tasks import evaluate_tasks
     from trine.engine.evaluate.task_settings import TaskSettings
     from trine.engine.log import say
 
     set_threads(0)
-    out = Path("runs/eval") / checkpoint.resolve().name if out is None else out
-    record = evaluate_tasks([checkpoint], TaskSettings(**settings), out, **options)
+    out = Path("runs/eval") / checkpoints[0].resolve().name if out is None else out
+    record = evaluate_tasks(checkpoints, TaskSettings(**settings), out, **options)
     say(f"wrote {out / 'results.json'}")
     return record
 
 
 def _print_tasks(record: dict[str, Any]) -> None:
-    from trine.engine.evaluate.tasks import table
+    from trine.engine.evaluate.tables import table
 
-    for each in record["models"]:
-        print(table(each))
+    print(table(record["models"]))
 
 
 def _print_perplexity(result: PerplexityResult, tokenizer: Tokenizer) -> None:

@@ -22,6 +22,7 @@ from trine.cli import (
     export,
     generate,
     import_model,
+    inspect_checkpoint,
     merge,
     prune,
     quantize,
@@ -79,6 +80,7 @@ app.command("translate")(translate.translate)
 app.command("merge")(merge.merge)
 app.command("import")(import_model.import_model)
 app.command("export")(export.export)
+app.command("inspect")(inspect_checkpoint.inspect)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("rotate")(rotate.rotate)

@@ -57,6 +57,8 @@ class TrineLM(TemplateLM):  # type: ignore[misc]
         chat_template: str = "default",
     ) -> None:
         super().__init__()
+        if model.config.encoder is not None or model.config.head is not None:
+            raise UsageError(f"tasks are for models that go on with a text; a {model.config.family} model does not")
         context = model.config.max_positions
         if max_length is not None and not 2 <= max_length <= context:
             raise ContextLengthError(f"max_length {max_length} is not from 2 to the model's context of {context}")

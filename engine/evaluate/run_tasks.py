@@ -2,7 +2,8 @@
 
     OUT/answers.jsonl        every answer, as it comes; a second run asks a model only what is not in it
     OUT/results.json         settings, and the scores of every checkpoint
-    OUT/samples/NAME.jsonl   with `samples`: every example of a task, what was asked, and what was answered
+    OUT/samples/MODEL/       with `samples`: every example of a task, what was asked, and what was answered, below the
+                             beginning of the model's fingerprint
 
 `evaluate_tasks` is the whole of it.
 """
@@ -98,7 +99,7 @@ def _evaluate(
     with Answers(out / "answers.jsonl", identity) as answers:
         result = tasks.run(TrineLM(model, tokenizer, answers=answers, adapted=found is not None), samples=samples)
     for name, examples in result.pop("samples", {}).items():
-        _write_lines(out / "samples" / f"{name}.jsonl", examples)
+        _write_lines(out / "samples" / fingerprint[:12] / f"{name}.jsonl", examples)
     return {
         "checkpoint": str(folder),
         "adapter": None if found is None else str(found),
@@ -112,7 +113,7 @@ def _evaluate(
 
 def _write_lines(path: Path, examples: Sequence[Any]) -> None:
     """Write aside and rename."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     with aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(each, ensure_ascii=False, default=str) + "\n" for each in examples)

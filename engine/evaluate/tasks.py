@@ -9,7 +9,7 @@ import contextlib
 import difflib
 import io
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,8 @@ class Tasks:
                 raise
             except Exception as error:  # a task is code of its own, and can raise anything
                 if self._data.last is not None:
-                    for split in sorted(self._data.last.missing):
+                    # What a task is scored on is asked for after the examples to show, which it can do without.
+                    for split in sorted(self._data.last.missing, key=lambda split: (split.startswith("train"), split)):
                         self._data.last.require(split)
                 reason = f"{type(error).__name__}: {error}"
                 raise UsageError(f"task {name!r} cannot be built: {' '.join(reason.split())}") from error
@@ -116,50 +117,6 @@ class Tasks:
         near = difflib.get_close_matches(name, self._manager.all_tasks, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "see lm-evaluation-harness's list of tasks"
         raise UsageError(f"there is no task {name!r} in lm_eval {package_version('lm_eval')} nor as .yaml file; {hint}")
-
-
-def rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str, int | None, float, float | None, int | None]]:
-    """Of a result: task, metric (with its filter where it has one), shots, value, standard error, examples."""
-    for task, metrics in {**record["results"], **record.get("groups", {})}.items():
-        count = record["n-samples"].get(task, {}).get("effective")
-        for name, value in metrics.items():
-            metric, comma, filtered = name.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            error = metrics.get(f"{metric}_stderr,{filtered}")
-            shown = metric if filtered == "none" else f"{metric} ({filtered})"
-            error = error if isinstance(error, (int, float)) else None
-            yield task, shown, record["n-shot"].get(task), float(value), error, count
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """A result as lines with columns."""
-    lines = [("task", "metric", "shots", "value", "", "examples")]
-    for task, metric, shots, value, error, count in rows(record):
-        lines.append(
-            (
-                task,
-                metric,
-                "" if shots is None else str(shots),
-                f"{value:.4f}",
-                "" if error is None else f"± {error:.4f}",
-                "" if count is None else f"{count:,}",
-            )
-        )
-    return aligned(lines, left=2)
-
-
-def aligned(lines: Sequence[Sequence[str]], *, left: int) -> str:
-    """Columns two blanks apart, the first `left` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = (
-        "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in shown)
 
 
 @contextlib.contextmanager

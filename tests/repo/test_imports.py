@@ -26,6 +26,7 @@ FLOORS = {
     "trine.engine.evaluate": 50,
     "trine.engine.quantize": 60,
     "trine.engine.train": 70,
+    "trine.engine.inspect": 75,
     "trine.serve": 80,
     "trine.benchmarks": 90,
     "trine.cli": 100,

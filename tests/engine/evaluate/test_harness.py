@@ -33,13 +33,12 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(FOLDER)}
 TOLERANCE = 2e-6
 
 
-def run(*command: object, cwd: Path | None = None, status: int | None = 0) -> tuple[str, str]:
-    """What a Python process of the harness printed, on stdout and on stderr; `status` None: it failed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=ENVIRONMENT, cwd=cwd, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == status if status is not None else done.returncode, done.stderr
-    return done.stdout, done.stderr
+def run(script: str, *arguments: object) -> list[Any]:
+    """What a script of this folder prints, in a process that has the harness: JSON on each line."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,8 @@ def begins_texts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_answers_equal_those_of_the_class_for_transformers(tiny_checkpoint: Path, begins_texts: Path) -> None:
-    out, _ = run(Path(__file__).with_name("against_hf.py"), tiny_checkpoint, begins_texts)
-    for both in json.loads(out.splitlines()[-1]).values():
+    compared = list(run("against_hf.py", tiny_checkpoint, begins_texts)[-1].values())
+    for both in compared:
         ours, theirs = both["ours"], both["theirs"]
         assert ours["generate"] == theirs["generate"]
         for kind in ("loglikelihood", "greedy"):
@@ -69,7 +68,7 @@ def test_answers_equal_those_of_the_class_for_transformers(tiny_checkpoint: Path
         assert {greedy for _, greedy in theirs["greedy"]} == {True, False}
         for value, expected in zip(ours["rolling"], theirs["rolling"], strict=True):
             assert value == pytest.approx(expected, rel=TOLERANCE)
-    plain, begun = (both["ours"]["loglikelihood"] for both in json.loads(out.splitlines()[-1]).values())
+    plain, begun = (both["ours"]["loglikelihood"] for both in compared)
     assert plain[10] != begun[10]
 
 
@@ -102,16 +101,18 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def evaluate(*arguments: object, cwd: Path) -> tuple[str, str]:
-    return run("-m", "trine.cli", "eval", *arguments, cwd=cwd)
+def evaluate(*commands: list[object]) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each `trine eval`."""
+    return [(*each,) for each in run("eval_commands.py", json.dumps([[str(one) for one in each] for each in commands]))]
 
 
 def test_tasks_are_scored_from_local_files_and_go_on_where_they_ended(
     tiny_checkpoint: Path, task_data: Path, tmp_path: Path
 ) -> None:
-    options = ["--task-data", task_data, "--out", tmp_path / "out", "--json"]
-    tasks = ["--tasks", "piqa,lambada_openai,tiny"]
-    out, _ = evaluate(tiny_checkpoint, *tasks, *options, "--samples", cwd=tmp_path)
+    answers, kept = tmp_path / "out/answers.jsonl", tmp_path / "kept"
+    command = [tiny_checkpoint, "--tasks", "piqa,lambada_openai,tiny", "--task-data", task_data, "--json"]
+    [(status, out, err)] = evaluate([*command, "--out", tmp_path / "out", "--samples"])
+    assert status == 0, err
     record = json.loads(out)
     assert json.loads((tmp_path / "out/results.json").read_text()) == record
     [model] = record["models"]
@@ -119,53 +120,46 @@ def test_tasks_are_scored_from_local_files_and_go_on_where_they_ended(
         "piqa/validation-00000-of-00002.parquet", "piqa/validation-00001-of-00002.parquet",
         "EleutherAI/lambada_openai/test.jsonl", "tiny/test.jsonl",
     }  # fmt: skip
-    assert {name: count["effective"] for name, count in model["n-samples"].items()} == {
-        "piqa": 12, "lambada_openai": 9, "tiny": 5,
-    }  # fmt: skip
-
-    # The scores are those of the answers, which equal the forward pass.
-    loaded, tokenizer = load_for_inference(tiny_checkpoint)
-    examples = [json.loads(line) for line in (tmp_path / "out/samples/piqa.jsonl").read_text().splitlines()]
-    right = 0
-    for example in examples:
-        goal = f"Question: {example['doc']['goal']}\nAnswer:"
-        ids = tokenizer.encode(goal)
-        pairs = [
-            Pair(ids, tokenizer.encode(f"{goal} {example['doc'][choice]}")[len(ids) :]) for choice in ("sol1", "sol2")
-        ]
-        values = [one.log_likelihood for _, one in sorted(score(loaded, pairs))]
-        assert [each[0][0] for each in example["resps"]] == pytest.approx(values, abs=1e-4)
-        right += values.index(max(values)) == example["doc"]["label"]
-    assert model["results"]["piqa"]["acc,none"] == pytest.approx(right / 12)
+    counts = {name: count["effective"] for name, count in model["n-samples"].items()}
+    assert counts == {"piqa": 12, "lambada_openai": 9, "tiny": 5}
+    assert_piqa_is_scored_by_the_forward_pass(tiny_checkpoint, tmp_path / "out", model["results"]["piqa"]["acc,none"])
 
     # Half of the answers are lost: the rest is found again, and the scores are the same.
-    answers = tmp_path / "out/answers.jsonl"
     lines = answers.read_bytes().splitlines(keepends=True)
-    answers.write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"key": "torn')
-    out, err = evaluate(tiny_checkpoint, *tasks, *options, cwd=tmp_path)
-    again = json.loads(out)["models"][0]
-    assert again["results"] == model["results"]
-    assert "were answered before" in err
-    assert len(answers.read_bytes().splitlines()) == len(lines)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
+    kept.mkdir()
+    (kept / "answers.jsonl").write_bytes(b"".join(lines[: len(lines) // 2]) + b'{"key": "torn')
+    wrong = [
         (["--tasks", "boolq"], "needs its split 'validation'"),
         (["--tasks", "piqa", "--num-fewshot", "2"], "needs its split 'train' (there are: validation)"),
         (["--tasks", "lambada_opnai"], "did you mean lambada_openai"),
         (["--tasks", "tiny", "--max-gen-tokens", "64"], "--max-gen-tokens"),
         (["--tasks", "tiny", "--chat"], "no chat template"),
-    ],
-)
-def test_what_is_missing_is_one_line(
-    tiny_checkpoint: Path, task_data: Path, tmp_path: Path, arguments: list[str], expected: str
-) -> None:
-    out, err = run(
-        "-m", "trine.cli", "eval", tiny_checkpoint, *arguments, "--task-data", task_data, "--out", tmp_path, status=None
-    )
-    assert out == ""
-    lines = [line for line in err.splitlines() if line.startswith("trine: ")]
-    assert len(lines) == 1
-    assert expected in lines[0]
+    ]
+    refused = [
+        [tiny_checkpoint, *options, "--task-data", task_data, "--out", tmp_path / "wrong"] for options, _ in wrong
+    ]
+    (status, out, err), *failures = evaluate([*command, "--out", kept], *refused)
+    assert status == 0, err
+    assert json.loads(out)["models"][0]["results"] == model["results"]
+    assert "were answered before" in err
+    assert sorted((kept / "answers.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
+
+    # What is missing is one line each.
+    for (_, expected), (status, out, err) in zip(wrong, failures, strict=True):
+        said = [line for line in err.splitlines() if line.startswith("trine: ")]
+        assert (bool(status), out, len(said)) == (True, "", 1)
+        assert expected in said[0]
+
+
+def assert_piqa_is_scored_by_the_forward_pass(checkpoint: Path, out: Path, accuracy: float) -> None:
+    model, tokenizer = load_for_inference(checkpoint)
+    right = 0
+    for line in next(out.glob("samples/*/piqa.jsonl")).read_text().splitlines():
+        example = json.loads(line)
+        goal = f"Question: {example['doc']['goal']}\nAnswer:"
+        ids, texts = tokenizer.encode(goal), [f"{goal} {example['doc'][choice]}" for choice in ("sol1", "sol2")]
+        pairs = [Pair(ids, tokenizer.encode(text)[len(ids) :]) for text in texts]
+        values = [found.log_likelihood for _, found in sorted(score(model, pairs), key=lambda each: each[0])]
+        assert [each[0][0] for each in example["resps"]] == pytest.approx(values, abs=1e-4)
+        right += values.index(max(values)) == example["doc"]["label"]
+    assert accuracy == pytest.approx(right / 12)
