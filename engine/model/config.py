@@ -196,6 +196,7 @@ class ModelConfig:
     token_types: int = 0  # kinds of tokens with an embedding each, added to that of the token
     tie_embeddings: bool = False
     head_bias: bool = False
+    embedding_width: int | None = None  # of embedding and head, with projections between them and the layers
     embedding_scale: float = 1.0  # rounded to the dtype of the embedding
     residual_scale: float = 1.0  # of each branch
     logit_scale: float = 1.0
@@ -221,7 +222,7 @@ class ModelConfig:
             self, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
             "max_positions", "norm_eps", "init_std", "embedding_scale", "residual_scale", "logit_scale",
         )  # fmt: skip
-        for name in ("window", "attention_scale", "attention_softcap", "logit_softcap", "qkv_clip"):
+        for name in ("window", "attention_scale", "attention_softcap", "logit_softcap", "qkv_clip", "embedding_width"):
             if getattr(self, name) is not None:
                 _positive(self, name)
         for name, value, known in (
@@ -355,6 +356,8 @@ class ModelConfig:
             raise UsageError(f'first_norm = False belongs to placement = "pre", not "{self.placement}"')
         if self.pad_has_no_position and (self.pad_token_id is None or self.position_offset < 1):
             raise UsageError("pad_has_no_position needs a pad_token_id and a position_offset of 1 or more")
+        if self.embedding_width is not None and (self.encoder is not None or self.head is not None):
+            raise UsageError("embedding_width belongs to decoders with a head over the vocabulary; leave it out")
         if self.causal:
             return
         if self.window is not None and self.window % 2 == 0:

@@ -33,11 +33,16 @@ class Parameters:
 
 def count_parameters(config: ModelConfig) -> Parameters:
     """Parameters of a model of this config; equals the sum over `Transformer(config).parameters()`."""
-    embedding = config.vocab_size * config.width
+    embedding = config.vocab_size * (config.embedding_width or config.width)
     if config.positions == "learned":
         embedding += (config.position_offset + config.max_positions) * config.width
     embedding += config.token_types * config.width
-    total = embedding + _stack_parameters(config) + _head_parameters(config, _norm_parameters(config))
+    total = (
+        embedding
+        + _projections(config)
+        + _stack_parameters(config)
+        + _head_parameters(config, _norm_parameters(config))
+    )
     if config.encoder is not None:
         total += _stack_parameters(config.of_encoder)
     return Parameters(total=total, embedding=embedding)
@@ -60,29 +65,66 @@ def _stack_parameters(config: ModelConfig) -> int:
     return layers + norms + config.relative_buckets * config.num_heads
 
 
+def _projections(config: ModelConfig) -> int:
+    """Entries of the matrices between the layers and an embedding of another width."""
+    return 0 if config.embedding_width is None else 2 * config.embedding_width * config.width
+
+
 def _norm_parameters(config: ModelConfig) -> int:
     return config.width * (2 if config.norm == "layer" else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What goes through a model in one forward pass.
+
+    `tokens` in rows of `length`, padding left out; the output layer is applied to `predicted` of them, and classes are
+    told of `texts`. Of an encoder-decoder these are the targets, beside `source_tokens` in rows of `source_length`.
+    """
+
+    tokens: int
+    length: int
+    predicted: int
+    texts: int = 0
+    source_tokens: int = 0
+    source_length: int = 0
+
+    @property
+    def all_tokens(self) -> int:
+        return self.tokens + self.source_tokens
+
+
+def forward_flops(config: ModelConfig, work: Work) -> int:
+    """FLOPs of a forward pass (convention above). Of a mixture of experts those count that a token goes to."""
+    layers = range(config.num_layers)
+    heads = config.num_heads * config.head_dim
+    narrowed = _projections(config) // 2
+    weights = work.tokens * (
+        narrowed + sum(_attention_weights(config) + _feed_forward_weights(config, layer) for layer in layers)
+    )
+    weights += work.predicted * (narrowed + _head_weights(config)) + work.texts * _text_weights(config)
+    keys = work.tokens * heads * sum(min(work.length, config.window_of(layer) or work.length) for layer in layers)
+    if config.encoder is not None:
+        encoder = config.of_encoder
+        of_source = 2 * config.width * config.head_dim * config.num_kv_heads  # keys and values
+        weights += config.num_layers * work.tokens * (_attention_weights(config) - of_source)
+        weights += config.num_layers * work.source_tokens * of_source
+        weights += (
+            encoder.num_layers * work.source_tokens * (_attention_weights(encoder) + _feed_forward_weights(encoder, 0))
+        )
+        read = config.num_layers * work.tokens * heads
+        read += encoder.num_layers * work.source_tokens * encoder.num_heads * encoder.head_dim
+        keys += read * work.source_length
+    return 2 * weights + 4 * keys
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, training: bool) -> int:
     """FLOPs for one token in a sequence of `seq_len`: forward, or forward and backward (convention above).
 
-    Of a mixture of experts those count that the token goes to. Of an encoder-decoder: for one token of a target and one
-    of its source, both of `seq_len` tokens.
+    Of an encoder-decoder: for one token of a target and one of its source, both of `seq_len` tokens.
     """
-    layers = range(config.num_layers)
-    weights = sum(_attention_weights(config) + _feed_forward_weights(config, layer) for layer in layers)
-    weights += _head_weights(config)
-    keys = sum(min(seq_len, config.window_of(layer) or seq_len) for layer in layers)
-    attention = 4 * config.num_heads * config.head_dim * keys
-    if config.encoder is not None:
-        weights += config.num_layers * _attention_weights(config)
-        encoder = config.of_encoder
-        read = encoder.num_layers * (_attention_weights(encoder) + _feed_forward_weights(encoder, 0))
-        attention *= 2  # over the source as well
-        attention += 4 * encoder.num_heads * encoder.head_dim * encoder.num_layers * seq_len
-        weights += read
-    return (2 * weights + attention) * (3 if training else 1)
+    source = {"source_tokens": 1, "source_length": seq_len} if config.encoder is not None else {}
+    return forward_flops(config, Work(tokens=1, length=seq_len, predicted=1, **source)) * (3 if training else 1)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -95,7 +137,8 @@ def _head_parameters(config: ModelConfig, norm: int) -> int:
     head, width = config.head, config.width
     count = 0
     if config.has_vocabulary_head:
-        count += config.vocab_size * (config.head_bias + (0 if config.tie_embeddings else width))
+        narrow = config.embedding_width or width
+        count += config.vocab_size * (config.head_bias + (0 if config.tie_embeddings else narrow))
     if head is None:
         return count
     count += (width + 1) * (head.pooler * width + len(head.labels) + 2 * (head.task == "pretraining"))
@@ -106,14 +149,25 @@ def _head_parameters(config: ModelConfig, norm: int) -> int:
 
 
 def _head_weights(config: ModelConfig) -> int:
-    """Entries of the matrices of the head that every token is multiplied with; not those for each sequence once."""
+    """Entries of the matrices of the head that a token is multiplied with."""
     head, width = config.head, config.width
     if head is None:
-        return config.vocab_size * width
+        return config.vocab_size * (config.embedding_width or width)
     of_every_token = head.has_vocabulary or head.task == "tagging"
     transform = width * width if of_every_token and head.transform is not None else 0
     tags = width * len(head.labels) if head.task == "tagging" else 0
     return transform + tags + (config.vocab_size * width if head.has_vocabulary else 0)
+
+
+def _text_weights(config: ModelConfig) -> int:
+    """Entries of the matrices of the head that a pooled text is multiplied with."""
+    head, width = config.head, config.width
+    if head is None:
+        return 0
+    of_classes = head.task == "classification"
+    transform = width * width if of_classes and head.transform is not None else 0
+    outputs = len(head.labels) if of_classes else 2 * (head.task == "pretraining")
+    return head.pooler * width * width + transform + width * outputs
 
 
 def _attention_weights(config: ModelConfig) -> int:

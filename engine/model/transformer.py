@@ -46,7 +46,12 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.width, device=device, dtype=dtype)
+        narrow = config.embedding_width or config.width
+        self.embed_tokens = Embedding(config.vocab_size, narrow, device=device, dtype=dtype)
+        self.embed_in = self.embed_out = None
+        if config.embedding_width is not None:
+            self.embed_in = Linear(narrow, config.width, bias=False, device=device, dtype=dtype)
+            self.embed_out = Linear(config.width, narrow, bias=False, device=device, dtype=dtype)
         self.embed_positions = (
             Embedding(config.position_offset + config.max_positions, config.width, device=device, dtype=dtype)
             if config.positions == "learned"
@@ -68,7 +73,7 @@ class Transformer(nn.Module):
         self.lm_head = (
             None
             if config.tie_embeddings or not config.has_vocabulary_head
-            else Linear(config.width, config.vocab_size, bias=config.head_bias, device=device, dtype=dtype)
+            else Linear(narrow, config.vocab_size, bias=config.head_bias, device=device, dtype=dtype)
         )
         tied_bias = config.tie_embeddings and config.head_bias and config.has_vocabulary_head
         self.lm_bias = nn.Parameter(torch.empty(config.vocab_size, device=device, dtype=dtype)) if tied_bias else None
@@ -177,7 +182,13 @@ class Transformer(nn.Module):
                 x_BTC = layer(x_BTC, context)
         if step is not None:
             step.finish()
+        return self.behind_layers(x_BTC, deterministic=deterministic)
+
+    def behind_layers(self, x_BTC: Tensor, *, deterministic: bool = False) -> Tensor:
+        """What the head takes of the output of the last layer: normed, projected where the head is of another width."""
         hidden_BTC: Tensor = self.norm(x_BTC)
+        if self.embed_out is not None:
+            hidden_BTC = self.embed_out(hidden_BTC, deterministic=deterministic)
         return hidden_BTC if self.config.logit_scale == 1.0 else hidden_BTC * self.config.logit_scale
 
     def encode(
@@ -246,6 +257,8 @@ class Transformer(nn.Module):
     def embed(self, ids_BT: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None = None) -> Tensor:
         """What the first layer gets, [B, T, C] in the dtype of the parameters."""
         x_BTC: Tensor = self.embed_tokens(ids_BT)
+        if self.embed_in is not None:
+            x_BTC = self.embed_in(x_BTC)
         if self.config.embedding_scale != 1.0:
             x_BTC = x_BTC * torch.tensor(self.config.embedding_scale, dtype=x_BTC.dtype)
         if self.embed_positions is not None:
@@ -294,8 +307,10 @@ class Transformer(nn.Module):
         longer_BT = lengths_BT = None
         if step is None and (switch is not None or config.longest_sequence > config.max_positions):
             lengths_BT = sequence_lengths(positions_BT, segment_ids_BT, lengths_B)
-        if switch is not None:
-            longer_BT = step.longer(switch, lengths_B) if lengths_BT is None else lengths_BT > switch
+        if switch is not None and step is not None:
+            longer_BT = step.longer(switch, lengths_B)
+        elif switch is not None and lengths_BT is not None:
+            longer_BT = lengths_BT > switch
         kinds = {config.rope_of(layer) for layer in range(config.num_layers)}
         return {
             rope: rotary_tables(rope, config.head_dim, positions_BT, dtype, longer_BT, lengths_BT)

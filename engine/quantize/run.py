@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from torch import Tensor
 from trine.engine.env import available_memory, environment, package_version
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.generate.load import inference_dtype
-from trine.engine.log import format_bytes, progress
+from trine.engine.log import format_bytes, progress, say
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
+from trine.engine.model.families import FAMILIES
 from trine.engine.model.quantized.plan import linear_rules
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
+from trine.engine.model.sentence import DENSE
 from trine.engine.model.weight_files import StoredTensor, copy_companions, read_json, write_weights
 from trine.engine.quantize.calibration import Samples
 from trine.engine.quantize.choices import Override, choose_layers, quantization_of
@@ -120,13 +122,20 @@ class _Run:
 
     def __init__(self, checkpoint: Path, opened: Opened, settings: Settings) -> None:
         self.checkpoint, self.opened, self.settings = checkpoint, opened, settings
+        if opened.model.config.embedding_width is not None:
+            raise UsageError(f"{checkpoint} has projections around its embedding, which cannot be quantized yet")
+        config = opened.model.config
+        if not config.causal and settings.evaluation is not None:
+            say(f"a {config.family} model predicts no next tokens; what quantizing costs is not measured on text")
+            self.settings = settings = replace(settings, evaluation=None)
         linear = linear_rules(opened.model, opened.rules, experts=True).values()
         paths = [rule.stored.removesuffix(".weight") for rule, _, _ in linear]
         paths += [f"re:{re.escape(rule.stored)}" for rule in opened.rules if rule.stacked]
         self.layers = choose_layers(opened, settings.scheme, settings.overrides, transposes=settings.writer.transposes)
         for layer in self.layers.values():
             settings.writer.check(layer.path, layer.scheme, layer.num_features, layer.width)
-        self.quantization = quantization_of(self.layers.values(), dict.fromkeys([*paths, _HEAD]), settings.scheme)
+        ignored = dict.fromkeys([*paths, _HEAD, FAMILIES[config.family].head])
+        self.quantization = quantization_of(self.layers.values(), ignored, settings.scheme)
         stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
         widest = max(stored, key=lambda dtype: dtype.itemsize)
         self.dtype = settings.dtype or inference_dtype(widest, torch.device("cpu"))[0]
@@ -221,6 +230,8 @@ class _Run:
         limit = self.settings.max_memory
         if not self.settings.speed:
             return None, "not asked for"
+        if not self.opened.model.config.causal:
+            return None, "an encoder writes no text"
         if not (self.checkpoint / "tokenizer.json").is_file():
             return None, "the checkpoint has no tokenizer.json"
         room = available_memory() if limit is None else limit
@@ -242,6 +253,8 @@ class _Run:
             by_path.setdefault(name.rpartition(".")[0], []).append(tensor)
         for rule in self.opened.rules:
             name = rule.stored
+            if name.startswith(DENSE):
+                continue  # in a file of its own, which is copied
             if name in self.layers:
                 for tensor in by_path[self.layers[name].path]:
                     if tensor.name not in self.opened.stored or tensor.name == name:

@@ -136,7 +136,7 @@ class Walk:
     @torch.no_grad()
     def logits(self, x_RC: Tensor) -> Tensor:
         """fp32 [R, V] of hidden states behind the last layer."""
-        return self.model.logits(self.model.norm(x_RC) * self.model.config.logit_scale)
+        return self.model.logits(self.model.behind_layers(x_RC))
 
     def width(self, name: str) -> int:
         """The number of inputs of a linear layer."""

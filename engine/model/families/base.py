@@ -99,8 +99,9 @@ class Family:
     `neutral`: keys whose other values would need code that does not exist; anything else is refused.
     `ignored`: regular expressions (after the prefix) of stored tensors that carry no information.
     `names`: modules on disk and ours. `gated_names`: the same where the feed-forward layers are gated, if then they
-    have other names. `transposed`: those of them stored [in, out]. `by_head`: those that join their
-    parts head by head. `as_rows`: vectors stored as one row of a matrix. `head`: the output layer on disk.
+    have other names; `post_sum_names`: where norms stand behind the sums. `transposed`: those of them stored [in, out].
+    `by_head`: those that join their parts head by head. `as_rows`: vectors stored as one row of a matrix. `head`: the
+    output layer on disk.
 
     Of an encoder: `tasks` are the classes of transformers by what they are for, and `task_names` the modules that each
     has beside `names`. A file may hold modules of other tasks, which are left unread.
@@ -124,6 +125,7 @@ class Family:
     to_hf: Callable[[ModelConfig], dict[str, Any]]
     names: Names
     gated_names: Names = field(default_factory=dict)
+    post_sum_names: Names = field(default_factory=dict)
     transposed: frozenset[str] = field(default_factory=frozenset)
     by_head: frozenset[str] = field(default_factory=frozenset)
     as_rows: frozenset[str] = field(default_factory=frozenset)
@@ -141,6 +143,7 @@ class Family:
         """Every tensor that a model of this config has on disk; `stacked`: in the layout of `stacked_names`."""
         parameters = _parameter_shapes(config)
         names = self.gated_names if config.mlp == "gated" and self.gated_names else self.names
+        names = self.post_sum_names if config.placement == "post_sum" and self.post_sum_names else names
         names = self.stacked_names if stacked else names
         if config.head is not None:
             names = {**names, **self.task_names.get(config.head.task, {}), **_dense_names(config.head)}

@@ -1,16 +1,15 @@
 """OPT: LayerNorm, learned positions whose table begins two rows early, ReLU, biases everywhere.
 
-OPT-350m, whose norms follow the branches and whose embeddings are projected, is refused. Class defaults are those of
-transformers 5.23 `OPTConfig`.
+In OPT-350m norms stand behind the sum with each branch, none at the end, and embedding and head are narrower than the
+layers. Class defaults are those of transformers 5.23 `OPTConfig`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from trine.engine.errors import CheckpointError
 from trine.engine.model.config import DropoutConfig, ModelConfig
-from trine.engine.model.families.base import Family, HfConfig
+from trine.engine.model.families.base import Family, HfConfig, Names
 from trine.engine.model.families.settings import read_decoder, require, write_decoder
 
 _OFFSET = 2
@@ -19,11 +18,7 @@ _OFFSET = 2
 def to_config(hf: HfConfig) -> ModelConfig:
     """config.json (with the family's defaults filled in) to ModelConfig."""
     width = require(hf, "hidden_size")
-    if (hf.get("word_embed_proj_dim") or width) != width:
-        raise CheckpointError(
-            f"config.json has word_embed_proj_dim {hf['word_embed_proj_dim']} for hidden_size {width}; projected "
-            "embeddings are not supported"
-        )
+    narrow, before = hf.get("word_embed_proj_dim") or width, bool(hf["do_layer_norm_before"])
     named = {
         "intermediate_size": require(hf, "ffn_dim"),
         "initializer_range": hf["init_std"],
@@ -38,7 +33,8 @@ def to_config(hf: HfConfig) -> ModelConfig:
     return read_decoder(
         {**hf, **named}, "opt", eps="layer_norm_eps", activation="activation_function", norm="layer",
         positions="learned", position_offset=_OFFSET, rope=None, mlp="plain", qkv_bias=bias, o_bias=bias, mlp_bias=bias,
-        dropout=dropout,
+        dropout=dropout, embedding_width=None if narrow == width else narrow, placement="pre" if before else "post_sum",
+        final_norm=before and not hf.get("_remove_final_layer_norm"),
     )  # fmt: skip
 
 
@@ -51,26 +47,39 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         **hf,
         "ffn_dim": config.ffn_width,
         "init_std": config.init_std,
-        "word_embed_proj_dim": config.width,
+        "word_embed_proj_dim": config.embedding_width or config.width,
         "enable_bias": config.qkv_bias,
         "dropout": config.dropout.residual,
         "layerdrop": 0.0,
-        "do_layer_norm_before": True,
+        "do_layer_norm_before": config.placement == "pre",
         "layer_norm_elementwise_affine": True,
-        "_remove_final_layer_norm": False,
+        "_remove_final_layer_norm": config.placement == "pre" and not config.final_norm,
     }
 
 
 _MODULES = {
-    "self_attn_layer_norm": "input_layernorm",
     "self_attn.q_proj": "self_attn.q_proj",
     "self_attn.k_proj": "self_attn.k_proj",
     "self_attn.v_proj": "self_attn.v_proj",
     "self_attn.out_proj": "self_attn.o_proj",
-    "final_layer_norm": "post_attention_layernorm",
     "fc1": "mlp.up_proj",
     "fc2": "mlp.down_proj",
 }
+
+
+def _names(norm_of_attention: str, norm_of_feed_forward: str) -> Names:
+    norms = {"self_attn_layer_norm": norm_of_attention, "final_layer_norm": norm_of_feed_forward}
+    return {
+        "model.decoder.embed_tokens": ("embed_tokens",),
+        "model.decoder.embed_positions": ("embed_positions",),
+        "model.decoder.project_in": ("embed_in",),
+        "model.decoder.project_out": ("embed_out",),
+        **{f"model.decoder.layers.*.{stored}": (f"layers.*.{ours}",) for stored, ours in {**_MODULES, **norms}.items()},
+        "model.decoder.final_layer_norm": ("norm",),
+        "lm_head": ("lm_head",),
+    }
+
+
 OPT = Family(
     name="opt",
     title="OPT",
@@ -82,6 +91,7 @@ OPT = Family(
         "activation_function": "relu",
         "init_std": 0.02,
         "tie_word_embeddings": True,
+        "do_layer_norm_before": True,
         "enable_bias": True,
         "dropout": 0.1,
         "bos_token_id": 2,
@@ -89,17 +99,10 @@ OPT = Family(
         "pad_token_id": 1,
     },
     neutral={
-        "do_layer_norm_before": True,
         "layer_norm_elementwise_affine": True,
-        "_remove_final_layer_norm": False,
     },
     to_config=to_config,
     to_hf=to_hf,
-    names={
-        "model.decoder.embed_tokens": ("embed_tokens",),
-        "model.decoder.embed_positions": ("embed_positions",),
-        **{f"model.decoder.layers.*.{stored}": (f"layers.*.{module}",) for stored, module in _MODULES.items()},
-        "model.decoder.final_layer_norm": ("norm",),
-        "lm_head": ("lm_head",),
-    },
+    names=_names("input_layernorm", "post_attention_layernorm"),
+    post_sum_names=_names("post_attention_layernorm", "post_feedforward_layernorm"),
 )

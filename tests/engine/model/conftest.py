@@ -213,6 +213,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmoe_clip": _olmoe(clip_qkv=0.7),
     "gpt_oss": _gpt_oss(),
     "opt": _opt,
+    "opt_350m": lambda: _opt(word_embed_proj_dim=48, do_layer_norm_before=False),
     "opt_unbiased": lambda: _opt(enable_bias=False, tie_word_embeddings=False),
 }
 

@@ -178,6 +178,13 @@ def _only_long_factors(config: ModelConfig) -> ModelConfig:
     return replace(config, rope=replace(config.rope, short_factors=config.rope.long_factors))
 
 
+def _projected_back(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
+    assert model.embed_in is not None
+    assert model.embed_out is not None
+    model.embed_out.weight.data.copy_(model.embed_in.weight.data.T)
+    return model
+
+
 def _first_heads_norm(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     for name, parameter in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -325,6 +332,8 @@ MUTATIONS: list[tuple[str, str, Mutation]] = [
     ("yarn attention factor of gpt-oss ignored", "gpt_oss", _with_rope(attention_factor=1.0)),
     ("window of gpt-oss on the odd layers", "gpt_oss", _switch(full_layers=(0,))),
     ("position offset ignored", "opt", _without_offset),
+    ("norms within the sum", "opt_350m", _switch(placement="post")),
+    ("projection out as that in, turned", "opt_350m", _projected_back),
     ("gelu for relu", "opt", _switch(activation="gelu")),
     ("exact gelu", "gpt2", _switch(activation="gelu")),
     ("layer norm eps 1e-12", "gpt2", _switch(norm_eps=1e-12)),
