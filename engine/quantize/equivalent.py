@@ -76,7 +76,7 @@ def places(block: Block) -> list[Place]:
     found = [
         Place(norm, tuple(name for part in parts for name in layers[part]))
         for norm, parts in _READERS.get(block.placement, ())
-        if all(part in layers for part in parts)
+        if all(part in layers for part in parts) and getattr(block, norm) is not None
     ]
     if isinstance(attention, Attention) and attention.qkv_clip is None:
         copies = attention.num_heads // attention.num_kv_heads
