@@ -7,13 +7,18 @@ counted, as everything that is no matrix product.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from trine.engine.data.batch import Batch
+from trine.engine.data.encoder_batch import EncoderBatch
+from trine.engine.data.seq2seq_batch import Seq2SeqBatch
 from trine.engine.model.checkpoint import open_checkpoint
-from trine.engine.model.cost import count_parameters, flops_per_token
+from trine.engine.model.cost import Work, count_parameters, forward_flops
 from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_weights import choose_parts
 from trine.engine.train.resolve import Setup
+from trine.engine.train.step import micro_batches
 
 
 def trained_parameters(setup: Setup) -> int:
@@ -31,16 +36,43 @@ def trained_parameters(setup: Setup) -> int:
 
 
 def training_flops_per_token(setup: Setup) -> int:
-    """Of a step, evaluations apart."""
-    config, seq_len = setup.config, setup.recipe.data.seq_len
-    flops = flops_per_token(config, seq_len, training=True)
+    """Of the first step, evaluations apart, for each token that goes through the model.
+
+    How much of a step is predicted, and how long its rows are, depends on the objective and on the data.
+    """
+    train = setup.recipe.train
+    pieces = micro_batches(
+        setup.stream, first_sample=0, batch_size=train.batch_size, micro_batch_size=setup.micro_batch_size
+    )
+    works = [_work(piece.batch) for piece in pieces]
+    flops = sum(3 * forward_flops(setup.config, work) for work in works)
+    tokens = sum(work.all_tokens for work in works)
     if setup.recipe.adapter is not None:
-        flops -= flops_per_token(config, 0, training=False)  # a product with each weight, without attention
-        flops += 6 * trained_parameters(setup)
+        # A product with each weight, without attention.
+        flops -= sum(forward_flops(setup.config, replace(work, length=0, source_length=0)) for work in works)
+        flops += 6 * trained_parameters(setup) * tokens
     if setup.teacher is not None:
         with open_checkpoint(setup.teacher) as opened:
-            flops += flops_per_token(opened.model.config, seq_len, training=False)
-    return flops
+            flops += sum(forward_flops(opened.model.config, work) for work in works)
+    return round(flops / tokens)
+
+
+def _work(batch: Batch | EncoderBatch | Seq2SeqBatch) -> Work:
+    length = batch.ids_BT.shape[1]
+    if isinstance(batch, Seq2SeqBatch):
+        targets = batch.counts[0]
+        return Work(
+            tokens=targets,
+            length=length,
+            predicted=targets,
+            source_tokens=batch.num_tokens - targets,
+            source_length=batch.source_ids_BS.shape[1],
+        )
+    if isinstance(batch, EncoderBatch):
+        predicted = 0 if batch.targets_M is None else len(batch.targets_M)
+        texts = 0 if batch.labels_B is None else len(batch.labels_B)
+        return Work(tokens=batch.num_tokens, length=length, predicted=predicted, texts=texts)
+    return Work(tokens=batch.num_tokens, length=length, predicted=batch.num_tokens)
 
 
 def frozen_bytes(setup: Setup) -> int:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from trine.engine.model.cost import Work, forward_flops
 from trine.engine.train.loop import train
 from trine.engine.train.plan import estimate_memory
 from trine.engine.train.recipe import Recipe
@@ -56,6 +59,49 @@ def test_flops_are_those_of_the_products(continued: MakeRecipe, bases: dict[str,
     # What need not be computed, and is counted by the convention: gradients of the inputs of the first q, k and v.
     first = 2 * 32 * (2 * 32 * 32 + 3 * 4 * 32)
     assert counted["adapter"] == said["adapter"] - 3 * attention - first
+
+
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "masked_lm": ("bert", {}),
+    "classification": ("bert", {"kind": "classification"}),
+    "tagging": ("bert", {"kind": "tagging"}),
+    "span_corruption": ("t5", {}),
+    "seq2seq": ("t5", {"kind": "seq2seq"}),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_flops_of_every_objective_are_those_of_the_products(
+    name: str, objective_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """The forward pass, one row at a time so that nothing is padded; sources and targets, hidden tokens and texts."""
+    model, objective = OBJECTIVES[name]
+    train = {"batch_size": 4, "micro_batch_size": 1}
+    setup = resolve(objective_recipe(tmp_path / "run", model, objective=objective, train=train))
+    subject = make_subject(setup)
+    batches = [setup.stream.batch(first, 1) for first in range(4)]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        for batch in batches:
+            subject.objective.loss(subject.model, batch)
+    tokens = sum(batch.num_tokens for batch in batches)
+    assert abs(training_flops_per_token(setup) - 3 * counter.get_total_flops() / tokens) <= 0.5
+
+
+def test_flops_of_next_sentences(objective_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Their rows are padded, and padding is no work of the model's: here it is counted with the rest, as torch does."""
+    setup = resolve(objective_recipe(tmp_path / "run", "bert", objective={"kind": "masked_lm", "next_sentence": True}))
+    subject = make_subject(setup)
+    batch = setup.stream.batch(0, 4)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        subject.objective.loss(subject.model, batch)
+    rows, length = batch.ids_BT.shape
+    work = Work(tokens=rows * length, length=length, predicted=len(batch.targets_M), texts=rows)
+    assert forward_flops(setup.config, work) == counter.get_total_flops()
+
+
+def test_recomputed_activations_are_not_counted(continued: MakeRecipe) -> None:
+    plain, again = (resolve(continued(train={"checkpoint_activations": value})) for value in (False, True))
+    assert training_flops_per_token(plain) == training_flops_per_token(again)
 
 
 def test_memory_of_what_is_not_trained(continued: MakeRecipe, bases: dict[str, Path]) -> None:
