@@ -24,6 +24,7 @@ from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.families import FAMILIES, TensorRule, config_to_hf
 from trine.engine.model.quantized.registry import CONFIG_KEYS
+from trine.engine.model.sentence import DENSE
 from trine.engine.model.weight_files import (
     StoredTensor,
     copy_companions,
@@ -146,7 +147,9 @@ class _Work:
     def __init__(self, opened: Opened, averages: Mapping[str, StoredTensor] | None, dtype: torch.dtype) -> None:
         self._opened, self._averages, self._dtype = opened, averages, dtype
         config = opened.model.config
-        self._rules = {rule.stored: rule for rule in FAMILIES[config.family].rules(config)}
+        rules = FAMILIES[config.family].rules(config)
+        # Dense steps of a sentence encoder lie in files of their own, which are copied.
+        self._rules = {rule.stored: rule for rule in rules if not rule.stored.startswith(DENSE)}
         # Where each of our parameters lies in the files, or each expert's part of it.
         self._sources = {
             (name, rule.expert): (rule, place) for rule in opened.rules for place, name in enumerate(rule.ours)
