@@ -23,8 +23,9 @@ from trine.engine.convert.target import check_new, choose_dtype, dtype_name, new
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.families import FAMILIES, TensorRule, config_to_hf
+from trine.engine.model.head_config import EmbeddingConfig
 from trine.engine.model.quantized.registry import CONFIG_KEYS
-from trine.engine.model.sentence import DENSE
+from trine.engine.model.sentence import DENSE, write_embedding
 from trine.engine.model.weight_files import (
     StoredTensor,
     copy_companions,
@@ -54,7 +55,10 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What is to be written: bytes by name, how each tensor is made, and config.json."""
+    """What is to be written: bytes by name, how each tensor is made, and config.json.
+
+    `steps`: of a sentence encoder those behind the model, whose Dense layers lie in files of their own; else None.
+    """
 
     sizes: Mapping[str, int]
     make: Callable[[str], Tensor]
@@ -62,6 +66,8 @@ class _Plan:
     family: str
     dtype: torch.dtype | None
     num_parameters: int
+    width: int
+    steps: EmbeddingConfig | None = None
 
 
 def export(
@@ -92,8 +98,12 @@ def export(
     with _numbers(checkpoint, chosen, ema=ema) if dequantize or not quantized else _codes(checkpoint) as plan:
         with new_folder(out, sum(plan.sizes.values())) as folder:
             make = shown(plan.make, len(plan.sizes), "exporting")
-            write_weights(folder, plan.sizes, make, max_shard_bytes=max_shard_bytes, num_parameters=plan.num_parameters)
+            sizes = {name: size for name, size in plan.sizes.items() if not name.startswith(DENSE)}
+            write_weights(folder, sizes, make, max_shard_bytes=max_shard_bytes, num_parameters=plan.num_parameters)
             copy_companions(checkpoint, folder)
+            if plan.steps is not None:
+                dense = {name: size for name, size in plan.sizes.items() if name not in sizes}
+                write_embedding(folder, plan.steps, plan.width, sizes=dense, make=make)
             write_json(folder / "config.json", plan.config)
             with open_checkpoint(folder):
                 pass  # every name and shape is that of the config
@@ -112,6 +122,7 @@ def _codes(checkpoint: Path) -> Iterator[_Plan]:
     """A quantized folder as it stands."""
     with open_checkpoint(checkpoint) as opened:
         family, parameters = opened.model.config.family, _num_parameters(opened)
+        width = opened.model.config.width
     with open_weights(checkpoint) as files:
         yield _Plan(
             sizes={name: tensor.num_bytes for name, tensor in files.items()},
@@ -120,6 +131,7 @@ def _codes(checkpoint: Path) -> Iterator[_Plan]:
             family=family,
             dtype=None,
             num_parameters=parameters,
+            width=width,
         )
 
 
@@ -138,6 +150,8 @@ def _numbers(checkpoint: Path, dtype: torch.dtype | None, *, ema: bool) -> Itera
             family=config.family,
             dtype=chosen,
             num_parameters=_num_parameters(opened),
+            width=config.width,
+            steps=None if config.head is None else config.head.embedding,
         )
 
 
@@ -147,9 +161,7 @@ class _Work:
     def __init__(self, opened: Opened, averages: Mapping[str, StoredTensor] | None, dtype: torch.dtype) -> None:
         self._opened, self._averages, self._dtype = opened, averages, dtype
         config = opened.model.config
-        rules = FAMILIES[config.family].rules(config)
-        # Dense steps of a sentence encoder lie in files of their own, which are copied.
-        self._rules = {rule.stored: rule for rule in rules if not rule.stored.startswith(DENSE)}
+        self._rules = {rule.stored: rule for rule in FAMILIES[config.family].rules(config)}
         # Where each of our parameters lies in the files, or each expert's part of it.
         self._sources = {
             (name, rule.expert): (rule, place) for rule in opened.rules for place, name in enumerate(rule.ours)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from trine.engine.convert.export import export
 from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.config import ModelConfig
-from trine.engine.model.families.registry import FAMILIES, config_from_hf
+from trine.engine.model.families.registry import FAMILIES, config_from_hf, features_from_hf
+from trine.engine.model.head_config import DenseConfig, EmbeddingConfig
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 
@@ -116,6 +118,21 @@ def test_what_stands_beside_the_weights_is_copied(tiny_checkpoint: Path, tmp_pat
     export(folder, tmp_path / "out")
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")} >= names
+
+
+def test_a_sentence_encoder_keeps_its_steps(tmp_path: Path) -> None:
+    config = features_from_hf({"model_type": "bert", **SIZES})
+    assert config.head is not None
+    dense = DenseConfig(num_in=32, num_out=16, bias=True, activation="tanh")
+    config = replace(config, head=replace(config.head, embedding=EmbeddingConfig(pooling=("mean",), dense=(dense,))))
+    model = Transformer(config)
+    initialize(model, seed=0)
+    save_model(model, tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "out", dtype="bf16")
+    found = load_model(tmp_path / "out")
+    assert found.config == load_model(tmp_path / "in").config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor.bfloat16()), name
 
 
 # --- quantized folders ------------------------------------------------------------------------------------------------
