@@ -13,6 +13,9 @@ Shapes: B rows, T tokens, C width, N sequences (`pooling.py`), L labels, D numbe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +24,15 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.head_config import HeadActivation, HeadConfig, TransformConfig
 from trine.engine.model.layers import Linear, make_norm
 from trine.engine.model.pooling import Spans, pool
+
+_ACTIVATIONS: dict[HeadActivation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
 
 
 class Transform(nn.Module):
@@ -40,7 +52,8 @@ class Transform(nn.Module):
         self.norm = make_norm(config, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(activate(self.dense(x), self.activation))
+        out: Tensor = self.norm(activate(self.dense(x), self.activation))
+        return out
 
 
 class Head(nn.Module):
@@ -114,12 +127,7 @@ class Head(nn.Module):
 
 def activate(x: Tensor, activation: HeadActivation) -> Tensor:
     """An activation of a head, which is too small for a kernel of its own."""
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    if activation == "identity":
-        return x
-    functions = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}
-    return functions[activation](x)
+    return _ACTIVATIONS[activation](x)
 
 
 def _fp32(x: Tensor) -> Tensor:

@@ -238,7 +238,8 @@ class Transformer(nn.Module):
 
     def _document_positions(self, ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
         """Positions that restart with each document; padding tokens have none where the config says so."""
-        counted_BT = ids_BT != self.config.pad_token_id if self._skips_padding else None
+        pad = self.config.pad_token_id
+        counted_BT = ids_BT.ne(pad) if pad is not None and self._skips_padding else None
         return document_positions(torch.zeros_like(ids_BT) if segment_ids_BT is None else segment_ids_BT, counted_BT)
 
     def _padded(

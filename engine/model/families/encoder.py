@@ -101,7 +101,7 @@ def read_head(
     vocabulary: TransformConfig,
     classes: TransformConfig | None = None,
     pooler: tuple[Task, ...] = (),
-    pooling: str = "cls",
+    pooling: Any = "cls",
 ) -> HeadConfig:
     """The head of the class that config.json names, by default one for masked language modelling.
 

@@ -9,7 +9,7 @@ import torch
 
 from trine.engine.errors import CheckpointError
 from trine.engine.model.checkpoint import load_model, save_model
-from trine.engine.model.families.registry import DECODERS, new_config
+from trine.engine.model.families.registry import FAMILIES, new_config
 from trine.engine.model.init import initialize
 from trine.engine.model.quantized.layers import is_quantized
 from trine.engine.model.quantized.scheme import make_scheme
@@ -28,12 +28,13 @@ EXPERTS = {
 # Largest relative error of the logits: 4 bits round each weight by a tenth of its size.
 SCHEMES = {"w4a16": 0.45, "w8a16": 0.02, "w8a8": 0.05, "fp8": 0.1, "fp8-block": 0.1}
 # With every commit.
-FIRST = {"gemma2", "gpt_neox", "phi3"}
+FIRST = {"gemma2", "gpt_neox", "phi3", "bert"}
+NAMES = [name for name, family in FAMILIES.items() if family.shape != "encoder-decoder"]
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(DECODERS)],
+    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(NAMES)],
 )
 def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of each family in turn."""
