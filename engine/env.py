@@ -7,6 +7,7 @@ same thing. Hardware itself is probed by `trine.kernels.hardware`.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -81,16 +82,21 @@ def numerics(device: torch.device) -> dict[str, Any]:
     return found | {name: os.environ[name] for name in NUMERIC_VARIABLES if name in os.environ}
 
 
+@functools.cache
 def package_version(name: str) -> str | None:
-    """The installed version of a distribution, or None where it is not installed."""
+    """The installed version of a distribution, or None where it is not installed; looked up once a process."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of Trine's own checkout (`-dirty` where tracked files differ); None for an installed wheel."""
+    """The commit of Trine's own checkout (`-dirty` where tracked files differ); None for an installed wheel.
+
+    Looked up once a process, whose code does not change with the checkout either.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

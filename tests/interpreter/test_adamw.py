@@ -170,9 +170,13 @@ def test_a_missing_gradient_is_refused_before_launch() -> None:
 
 # An operation is checked by running it a dozen times: few programs.
 SMALL = ((5,), (2, 129), (0, 3))
-# Dtypes of parameters and gradients, and whether the moments have 8 bits.
+# Dtypes of parameters and gradients, and whether the moments have 8 bits. Two differ in all three.
+BOTH = [(torch.float32, torch.float32, False), (torch.bfloat16, torch.bfloat16, True)]
+ALL = list(itertools.product(DTYPES, DTYPES, (False, True)))
 VARIANTS = pytest.mark.parametrize(
-    ("dtype", "gradient_dtype", "eight_bit"), list(itertools.product(DTYPES, DTYPES, (False, True))), ids=str
+    ("dtype", "gradient_dtype", "eight_bit"),
+    [pytest.param(*one, marks=[] if one in BOTH else [pytest.mark.slow]) for one in ALL],
+    ids=str,
 )
 
 
