@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 # The interpreter's tests share nothing, and few files hold most of their time.
 INTERPRETER_ARGS ?= -n 2 --dist worksteal
 .DEFAULT_GOAL = help
-.PHONY: setup quickstart test test-slow lint types aot gpu bench docs help
+.PHONY: setup quickstart test test-slow lint types aot gpu bench results docs help
 
 setup: $(VENV)/.setup ## install Trine into .venv (PIP_ARGS="..." is passed to pip)
 quickstart: setup ## train a small code model here and generate from it
@@ -31,6 +31,8 @@ gpu: ## on a GPU machine: doctor, training and generation against the CPU, GPU t
 	PYTHONPATH=.typing $(or $(wildcard $(BIN)/python),$(PYTHON)) -m trine.benchmarks.gpu_pass $(GPU_ARGS)
 bench: $(VENV)/.develop ## training speed against the transformers Trainer
 	$(BIN)/trine bench train
+results: setup ## train the recipes of docs/results.md for three seeds (WIKITEXT=folder with wikitext2-valid.txt and -test.txt)
+	$(BIN)/python -m trine.benchmarks.recipes --wikitext $(WIKITEXT)
 docs: $(VENV)/.develop ## check every command and link in the documents
 	$(BIN)/pytest -q tests/repo/test_documents.py
 help: ## this list

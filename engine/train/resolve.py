@@ -270,7 +270,10 @@ def _dropout(rate: float) -> DropoutConfig:
 def _check_prompts(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig) -> None:
     for prompt in recipe.eval.sample_prompts:
         length = len(encode_prompt(tokenizer, prompt))
-        if length + recipe.eval.sample_tokens > config.max_positions:
+        # To an encoder-decoder it is a source, beside which a target has positions of its own.
+        apart = config.encoder is not None
+        needed = (max if apart else sum)((length, recipe.eval.sample_tokens))
+        if needed > config.max_positions and config.positions != "relative":
             raise UsageError(
                 f"eval.sample_prompts: {prompt[:40]!r} has {length} tokens; with eval.sample_tokens = "
                 f"{recipe.eval.sample_tokens} it exceeds the model's context of {config.max_positions}; shorten one"

@@ -10,7 +10,9 @@ import pytest
 if TYPE_CHECKING:
     from trine.engine.text.tokenizer import Tokenizer
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+ALL_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+# Those that `make results` trains have data of their own: test_recipes.py.
+CONFIGS = [path for path in ALL_CONFIGS if not path.stem.startswith(("wikitext-", "numbers-"))]
 MILLIONS = {
     "quickstart": (5.0, 7.0), "quickstart-student": (2.4, 2.8), "shakespeare-char": (0.75, 0.85),
     "shakespeare-char-6layer": (10.5, 11.0),
@@ -93,4 +95,4 @@ def test_recipes_travel_with_the_package() -> None:
     from importlib import resources
 
     shipped = {entry.name for entry in resources.files("trine.configs").iterdir() if entry.name.endswith(".toml")}
-    assert shipped == {path.name for path in CONFIGS} >= {f"{name}.toml" for name in MILLIONS}
+    assert shipped == {path.name for path in ALL_CONFIGS} >= {f"{name}.toml" for name in MILLIONS}
