@@ -140,7 +140,7 @@ def _quantization(folder: Path, hf: dict[str, Any], opened: Opened) -> Quantizat
 def _method(report: Path) -> str | None:
     """How the codes were found, where Trine's own report is there to say so."""
     try:
-        value = json.loads(report.read_text(encoding="utf-8"))["settings"]["method"]
+        value = json.loads(report.read_text(encoding="utf-8"))["method"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return value if isinstance(value, str) else None
