@@ -1,5 +1,7 @@
 """Generating many texts at once: the batching engine against transformers, in turns on the same weights.
 
+    python -m trine.benchmarks.generate '{"size": "1B", ..., "peers": true}'        (the fields of `Settings`)
+
 Contestants: the engine with all requests at once; transformers' `generate` one request after another; the same with all
 prompts in one padded batch; its continuous batching, where this version has it for this device. All are greedy, in the
 same dtype and threads, in one process; no text ends early, so each generates the same number of tokens. In every round
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -115,3 +118,7 @@ def _trine(model: Transformer, tokenizer: Tokenizer, settings: Settings) -> Turn
         return [list(one.token_ids) for one in complete(engine, requests, params)]
 
     return run
+
+
+if __name__ == "__main__":
+    compare(Settings(**{"dtype": "auto", **json.loads(sys.argv[1])}))

@@ -6,8 +6,8 @@ For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest
 installed (without typer, doctor is left out). First, beside each other: `trine doctor`; a small model trained on both
 devices from the same weights and data, and generating on both; tests/gpu, in `--jobs` processes; on a Hopper GPU the
 check of its own attention kernel, which is used from then on where it passes (kernels/tuned/verified.json). Then alone
-on the GPU: with `--bench` the kernel benchmark, whose results go to benchmarks/results/; with `--tune` the search for
-launch configurations.
+on the GPU: with `--bench` the benchmarks of kernels, of training and of generation (these two against transformers,
+where it is installed), whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
 
 Every stage is a process of its own with a time limit, so that a kernel that hangs or breaks the device costs its stage
 and no other. With `--minutes` the whole ends in time, and what was not run is said. A table comes last; exit status 0
@@ -150,9 +150,23 @@ def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list
         stem = _gpu_name(device).lower().replace(" ", "-")
         out = Path(options.results) / f"kernels-{stem}-{datetime.now(UTC):%Y-%m-%d}.json"
         alone.append(Stage("bench kernels", kernels, 30, _benched, show=True, settings={**settings, "out": str(out)}))
+        alone += _end_to_end(device, quick=quick)
     if options.tune:
         alone.append(Stage("tune kernels", kernels, 120, show=True, settings={**settings, "tune": True}))
     return together, alone
+
+
+def _end_to_end(device: str, *, quick: bool) -> list[Stage]:
+    """Training and generating, at a size where the host counts and at one where the GPU does."""
+    peers = importlib.util.find_spec("transformers") is not None
+    stages = []
+    for size, batch, length in (("34M", 8, 512),) if quick else (("34M", 8, 512), ("1B", 8, 2048)):
+        train = {"size": size, "batch_size": batch, "seq_len": length, "steps": 5, "turns": 3, "threads": 0}
+        generate = {"size": size, "streams": 16, "prompt_tokens": 128, "new_tokens": 64, "rounds": 2, "threads": 0}
+        for name, fields in (("train", {**train, "device": device}), ("generate", {**generate, "device": device})):
+            command = [sys.executable, "-m", f"trine.benchmarks.{name}", json.dumps({**fields, "peers": peers})]
+            stages.append(Stage(f"bench {name} {size}", command, 4, _raced, show=True))
+    return stages
 
 
 def _pytest(options: argparse.Namespace) -> list[str]:
@@ -261,6 +275,17 @@ def _benched(name: str, output: str) -> list[Row]:
         if not good:
             rows.append(Row(f"  {row['operation']} {row['shape']}", good, row["reason"]))
     return rows
+
+
+def _raced(name: str, output: str) -> list[Row]:
+    """Tokens per second, and the ratios to the others."""
+    lines = output.strip().splitlines()
+    if not lines or not lines[-1].startswith("{"):
+        return []
+    contestants = json.loads(lines[-1])["contestants"]
+    speed = {which: row["tokens_per_second"] for which, row in contestants.items()}
+    others = [f"{speed['trine'] / other:.2f} x {which}" for which, other in speed.items() if which != "trine"]
+    return [Row(name, True, "; ".join([f"{speed['trine']:,.0f} tokens/s", *others]))]
 
 
 if __name__ == "__main__":

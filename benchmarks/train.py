@@ -1,4 +1,6 @@
-"""Training speed against the transformers Trainer, in turns.
+"""Training speed against the transformers Trainer, in turns: `trine bench train`.
+
+    python -m trine.benchmarks.train '{"size": "1B", ..., "peers": true}'        (the fields of `Settings`)
 
 Every contestant is a process of its own that builds the same Llama shape, warms up and then waits. In each round each
 of them runs a few optimizer steps while the others sleep, so that a machine whose speed drifts slows all alike; the
@@ -111,3 +113,8 @@ def _summary(turns: list[Turn], flops_of_a_token: float) -> dict[str, float]:
     speed = statistics.median(turn.tokens_per_second for turn in turns)
     peak = max(turn.peak_bytes for turn in turns)
     return {"tokens_per_second": speed, "gflops": speed * flops_of_a_token / 1e9, "peak_bytes": peak}
+
+
+if __name__ == "__main__":
+    fields = json.loads(sys.argv[1])
+    compare(peers=fields.pop("peers"), settings=Settings(**fields))
