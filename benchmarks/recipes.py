@@ -163,9 +163,7 @@ def page_of(jobs: Sequence[Job], found: dict[str, list[dict[str, Any]]]) -> str:
     measures = list(dict.fromkeys(measure for job in jobs for measure in job.measures))
     head = ["recipe", "parameters", "steps", "minutes", *(measure_name(one) for one in measures)]
     rows = [
-        "| "
-        + " | ".join([_name(job), *_costs(found[job.name]), *(_spread(found[job.name], m) for m in measures)])
-        + " |"
+        [_name(job), *_costs(found[job.name]), *(_spread(found[job.name], measure) for measure in measures)]
         for job in jobs
     ]
     runs = len(next(iter(found.values())))
