@@ -22,6 +22,7 @@ from trine.engine.generate.logprobs import TokenLogprobs
 from trine.engine.generate.pooling_info import describe
 from trine.engine.generate.records import EngineConfig, GenerationRequest, Output, PoolingRequest
 from trine.engine.generate.sampling import SamplingParams
+from trine.engine.generate.seq2seq import end_of_source
 from trine.engine.log import format_duration, say
 from trine.engine.model.checkpoint import resolve_checkpoint
 from trine.serve.messages import Delta, Logprob, Pool, Pooling, Ready, Sampling, Start, Stats, Submit
@@ -137,6 +138,8 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         dtype=str(model.dtype).removeprefix("torch."),
         generates=engine.generates,
         pooling=None if pooling is None else Pooling(**asdict(pooling)),
+        source_len=engine.longest_source,
+        source_end=None if model.config.encoder is None else end_of_source(model.config, tokenizer),
     )
     return lent, ready
 

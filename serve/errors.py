@@ -81,6 +81,18 @@ def too_long(prompt_tokens: int, context_len: int, param: str) -> ApiError:
     )
 
 
+def source_too_long(source_tokens: int, source_len: int, param: str) -> ApiError:
+    """400 for a prompt that the encoder of an encoder-decoder does not take."""
+    return ApiError(
+        400,
+        f"the prompt is the source of an encoder-decoder and has {source_tokens} tokens; it can have {source_len}: "
+        "shorten it, or split it up",
+        param=param,
+        code="context_length_exceeded",
+        details={"n_prompt_tokens": source_tokens, "n_ctx": source_len},
+    )
+
+
 def input_too_long(number: int, num_tokens: int, max_tokens: int) -> ApiError:
     """400 for a text that an encoder does not take whole."""
     return ApiError(

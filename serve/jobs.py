@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from trine.engine.errors import UsageError
-from trine.engine.text.prompt import encode_prompt
-from trine.serve.errors import bad_request, too_long
+from trine.engine.text.prompt import encode_prompt, encode_source
+from trine.serve.errors import bad_request, source_too_long, too_long
 from trine.serve.messages import Guide, Sampling, Submit
 from trine.serve.schemas import ChatBody, CompletionBody, GenerationBody
 from trine.serve.service import Loaded
@@ -125,7 +125,9 @@ def _job(
     job_id = f"{prefix}-{uuid.uuid4().hex}"
     requests = []
     for index, ids in enumerate(prompts):
-        room = loaded.context_len - len(ids)
+        if loaded.source_len and len(ids) > loaded.source_len:
+            raise source_too_long(len(ids), loaded.source_len, param)
+        room = loaded.context_len - (0 if loaded.source_len else len(ids))
         if room < 1:
             raise too_long(len(ids), loaded.context_len, param)
         limit = room if max_tokens is None else min(max_tokens, room)
@@ -199,6 +201,8 @@ def _encode(loaded: Loaded, prompt: str | list[int], add_special_tokens: bool, *
         if wrong:
             raise bad_request(f"{param} holds token id {wrong[0]}; the vocabulary ends at {size - 1}", param)
     try:
+        if loaded.source_len and add_special_tokens:
+            return encode_source(loaded.tokenizer, prompt, loaded.source_end)
         return encode_prompt(loaded.tokenizer, prompt, add_special_tokens=add_special_tokens)
     except UsageError as error:
         raise bad_request(str(error), param) from None

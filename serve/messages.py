@@ -148,7 +148,11 @@ class Pooling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class Ready(_Message, frozen=True):
-    """Loaded: from which folder, and what it can take. `generates` texts, gives vectors (`pooling`), or both."""
+    """Loaded: from which folder, and what it can take. `generates` texts, gives vectors (`pooling`), or both.
+
+    Of an encoder-decoder `source_len`, tokens that a source has at most (0 for others), and `source_end`, the id that
+    one ends with; `context_len` is the room of what is generated.
+    """
 
     folder: str
     vocab_size: int
@@ -157,6 +161,8 @@ class Ready(_Message, frozen=True):
     dtype: str
     generates: bool = True
     pooling: Pooling | None = None
+    source_len: int = 0
+    source_end: int | None = None
 
 
 class Failed(_Message, frozen=True):

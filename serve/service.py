@@ -36,6 +36,8 @@ class Loaded:
     created: int
     generates: bool = True
     pooling: Pooling | None = None
+    source_len: int = 0
+    source_end: int | None = None
 
 
 class Admission:
@@ -84,6 +86,8 @@ class Service:
             created=int(time.time()),
             generates=ready.generates,
             pooling=ready.pooling,
+            source_len=ready.source_len,
+            source_end=ready.source_end,
         )
 
     @property

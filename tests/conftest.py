@@ -97,6 +97,38 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: To
 
 
 @pytest.fixture(scope="session")
+def seq2seq_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Callable[[str], Path]:
+    """`seq2seq_folder("t5")` or "marian": a folder with context 32, every weight far from its initial value."""
+    import torch
+
+    from trine.engine.model.checkpoint import save_model
+    from trine.engine.model.families.registry import new_config
+    from trine.engine.model.transformer import Transformer
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            sizes = {
+                "vocab_size": tiny_tokenizer.vocab_size, "width": 32, "num_layers": 2, "num_heads": 4,
+                "num_kv_heads": 4, "head_dim": 8, "ffn_width": 48, "max_positions": 32,
+            }  # fmt: skip
+            settings = {"eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1, "bad_words_ids": [[1]]}
+            model = Transformer(new_config(family, sizes=sizes, settings=settings))
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    numbers = torch.randn(parameter.shape, generator=generator) * 0.3
+                    parameter.copy_(numbers + name.endswith("norm.weight"))
+            made[family] = tmp_path_factory.mktemp(family)
+            save_model(model, made[family])
+            tiny_tokenizer.save(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_wordpiece() -> Tokenizer:
     """A BERT tokenizer of letters and a few words: [CLS] text [SEP], and pairs with token types."""
     from string import ascii_lowercase as letters

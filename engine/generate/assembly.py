@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from trine.engine.errors import UsageError
 from trine.engine.generate.blocks import BlockPool
 from trine.engine.generate.deterministic import check_deterministic
@@ -13,6 +15,7 @@ from trine.engine.generate.records import EngineConfig
 from trine.engine.generate.runner import Runner
 from trine.engine.generate.scheduler import Scheduler
 from trine.engine.log import format_bytes, say
+from trine.engine.model.cost import kv_bytes_per_token
 from trine.engine.model.paged_cache import PagedCache
 from trine.engine.model.transformer import Transformer
 
@@ -34,6 +37,8 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
     """
     if model.head is not None:
         return _assemble_pooling(config, draft)
+    if model.encoder is not None:
+        _check_sources(config, draft)
     compute_dtype = config.compute_dtype or model.dtype
     kv_dtype = config.kv_dtype or compute_dtype
     if config.deterministic:
@@ -52,7 +57,7 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
         max_running=config.max_running,
         compute_dtype=compute_dtype,
         decode_steps=decode_steps,
-        reserved_bytes=0 if drafter is None else drafter.kv_bytes,
+        reserved_bytes=_source_bytes(model, config, compute_dtype) if drafter is None else drafter.kv_bytes,
     )
     cache = PagedCache(
         model.config, num_blocks=num_blocks, block_size=config.block_size, device=model.device, dtype=kv_dtype
@@ -77,8 +82,25 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
         compute_dtype=compute_dtype,
         decode_steps=decode_steps,
         deterministic=config.deterministic,
+        source_tokens=config.max_batch_tokens,
     )
     return Parts(pool, scheduler, runner, drafter)
+
+
+def _check_sources(config: EngineConfig, draft: Transformer | None) -> None:
+    """Raises `UsageError` for what is not computed with an encoder-decoder."""
+    for name, value in {"deterministic": config.deterministic, "speculate": config.speculate, "a draft": draft}.items():
+        if value:
+            raise UsageError(
+                f"{name} is for models that have a decoder alone, and this one has an encoder; leave it out"
+            )
+
+
+def _source_bytes(model: Transformer, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Keys and values of the sources of all that runs, kept and laid together."""
+    if model.encoder is None:
+        return 0
+    return 2 * config.max_running * model.config.max_positions * kv_bytes_per_token(model.config, dtype)
 
 
 def _assemble_pooling(config: EngineConfig, draft: Transformer | None) -> Parts:

@@ -17,7 +17,9 @@ failure of one completion ends that completion alone.
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +38,16 @@ from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.pooler import Pooler, pools
 from trine.engine.generate.records import EngineConfig, EngineStats, GenerationRequest, Output, PoolingRequest
 from trine.engine.generate.runner import Computed, Runner, Unread
+from trine.engine.generate.seq2seq import end_of_source
 from trine.engine.generate.sequence import PENDING, Sequence, State
+from trine.engine.generate.source_intake import SourceIntake, longest_source
 from trine.engine.generate.turns import Turn, run_turns
 from trine.engine.log import format_bytes, say, say_once, warn
 from trine.engine.model.adapters import NO_ADAPTER
 from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_base import check_base
 from trine.engine.model.transformer import Transformer
+from trine.engine.text.prompt import encode_prompt, encode_source
 from trine.engine.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "GenerationRequest", "Output", "PoolingRequest"]
@@ -83,12 +88,12 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.tokenizer = tokenizer
         self._model = model.eval()
-        self._intake = Intake(tokenizer, end_ids(model, tokenizer), model.config.max_positions)
+        self._intake = self._make_intake()
         parts = assemble(model, tokenizer.vocab_size, config, draft)
         self._pool, self._scheduler = parts.pool, parts.scheduler
         self._generator, self._drafter = parts.runner, parts.drafter
         self._pooler = Pooler(model, tokenizer.vocab_size) if pools(model) else None
-        self._overlaps = config.overlap
+        self._overlaps = model.device.type == "cuda" if config.overlap is None else config.overlap
         self._entries: dict[str, Entry] = {}
         self._drafts: dict[Sequence, Draft] = {}  # for the step that verifies them
         self._flight: _Flight | None = None
@@ -110,6 +115,12 @@ class Engine:
     def generates(self) -> bool:
         """Whether it completes texts."""
         return self._generator is not None
+
+    @property
+    def longest_source(self) -> int:
+        """Tokens that a prompt can have, of an encoder-decoder; 0 for other models."""
+        config = self._model.config
+        return 0 if config.encoder is None else longest_source(config, self.config.max_batch_tokens)
 
     @property
     def num_decode_steps(self) -> int:
@@ -156,7 +167,7 @@ class Engine:
             return
         bank = self._runner.adapters
         self._intake.check(request)
-        ids, params = list(request.prompt_ids), request.params
+        ids, params = self._intake.tokens(request), request.params
         adapter = NO_ADAPTER if request.adapter is None else bank.slot(request.adapter)
         matcher = self._intake.matcher(request)
         completion = self._intake.completion(request, 0, matcher)
@@ -170,10 +181,17 @@ class Engine:
             salt=self._salt(request),
             adapter=adapter,
             reads_cache=params.prompt_logprobs is None,
+            source_ids=self._intake.source_ids(request),
         )
         self._scheduler.add(sequence)
         forked = params.n == 1
         self._entries[request.id] = Entry(request, {0: sequence}, {0: completion}, matcher=matcher, forked=forked)
+
+    def encode(self, prompt: str | SequenceOf[int]) -> list[int]:
+        """Ids of a prompt, as `GenerationRequest` takes them: for an encoder-decoder those of a source."""
+        if self._model.encoder is None:
+            return encode_prompt(self.tokenizer, prompt)
+        return encode_source(self.tokenizer, prompt, end_of_source(self._model.config, self.tokenizer))
 
     def abort(self, request_id: str) -> None:
         """Forget a request: nothing of it is computed or returned any more. Unknown ids are passed over."""
@@ -206,6 +224,8 @@ class Engine:
             UsageError: the name is in use or empty, the engine is deterministic, or there is no room.
             CheckpointError: the folder is damaged, belongs to another model, or needs what is not supported.
         """
+        if self._model.encoder is not None:
+            raise UsageError("adapters of an encoder-decoder are not computed here; merge them into the model")
         if self.config.deterministic:
             raise UsageError("adapters are not computed in the deterministic mode; load them in an engine without it")
         adapter, bank = read_adapter(folder, self._model.config), self._runner.adapters
@@ -413,6 +433,7 @@ class Engine:
             sequence, begin = chunk.sequence, end
             end += chunk.count
             self._prompt_tokens += max(0, min(chunk.start + chunk.count, sequence.num_prompt) - chunk.start)
+            self._prompt_tokens += 0 if chunk.start else max(0, len(sequence.source_ids) - 1)
             if sequence.state is not State.FINISHED:
                 entry = self._entries[sequence.request_id]
                 self._score_prompt(entry, chunk, computed, begin)
@@ -451,7 +472,19 @@ class Engine:
         if not entry.sequences:
             del self._entries[entry.request.id]
 
+    def _make_intake(self) -> Intake:
+        config, eos_ids = self._model.config, end_ids(self._model, self.tokenizer)
+        if config.encoder is None:
+            return Intake(self.tokenizer, eos_ids, config.max_positions)
+        longest = longest_source(config, self.config.max_batch_tokens)
+        return SourceIntake(self.tokenizer, eos_ids, config, longest=longest)
+
     def _salt(self, request: GenerationRequest) -> bytes:
-        """For cached blocks: keys and values depend on the adapter. No text in UTF-8 begins with the byte 255."""
+        """For cached blocks: keys and values depend on the source of an encoder-decoder, and on the adapter. No text in
+        UTF-8 begins with the byte 255, nor with 254.
+        """
         salt = request.salt.encode()
+        if self._model.encoder is not None:
+            source = " ".join(map(str, request.prompt_ids)).encode()
+            salt = b"\xfe" + hashlib.blake2b(source, digest_size=16).digest() + salt
         return salt if request.adapter is None else b"\xff" + self._runner.adapters.digest(request.adapter) + salt

@@ -44,7 +44,8 @@ class Entry:
     def needs_tokens(self) -> bool:
         """Whether the next choice, or what is said of this one, depends on which token is chosen now."""
         params = self.request.params
-        return self.matcher is not None or params.has_penalties or params.logprobs is not None
+        forced = any(choice.forced_last_id is not None for choice in self.choices.values())
+        return forced or self.matcher is not None or params.has_penalties or params.logprobs is not None
 
     def turns(self, chunk: Chunk, row: int, intake: Intake, drafts: dict[Sequence, Draft]) -> list[Turn]:
         """The turns that begin at the row of a chunk: its own, and at the end of a prompt those of all choices."""

@@ -44,6 +44,14 @@ class Intake:
             )
         check_ids(request.params, vocab_size)
 
+    def tokens(self, request: GenerationRequest) -> list[int]:
+        """What the decoder starts from."""
+        return list(request.prompt_ids)
+
+    def source_ids(self, request: GenerationRequest) -> tuple[int, ...]:
+        """What an encoder reads: nothing, where there is none."""
+        return ()
+
     def matcher(self, request: GenerationRequest) -> Matcher | None:
         """The request's grammar, compiled. Raises `UsageError` where it cannot be used."""
         if request.grammar is None:

@@ -12,7 +12,6 @@ from trine.engine.errors import TrineError
 from trine.engine.generate.engine import Engine, GenerationRequest, Output
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
-from trine.engine.text.prompt import encode_prompt
 
 Prompt = str | Sequence[int]
 
@@ -86,7 +85,7 @@ def complete_each(
 def _add(engine: Engine, index: int, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Pending:
     entry = _Pending(params)
     try:
-        ids = tuple(encode_prompt(engine.tokenizer, prompt))
+        ids = tuple(engine.encode(prompt))
         engine.add(GenerationRequest(id=str(index), prompt_ids=ids, params=params, adapter=adapter))
         entry.open = params.n
     except TrineError as error:

@@ -67,6 +67,7 @@ class Request:
         matcher: the grammar that the text must match, at its start.
         begin_ids: what the new ids go on from, where that is not the prompt: of an encoder-decoder, whose prompt is
             the source. Repetitions of these are penalized then.
+        forced_last_id: what the budget's last id has to be.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class Request:
         device: torch.device | str = "cpu",
         matcher: Matcher | None = None,
         begin_ids: Sequence[int] | None = None,
+        forced_last_id: int | None = None,
     ) -> None:
+        self.forced_last_id = forced_last_id
         self.matcher = matcher
         self.prompt_ids = tuple(prompt_ids)
         self.token_ids: list[int] = []

@@ -22,6 +22,7 @@ from trine.engine.generate.cpu_step import CpuDecoder, make_decoder
 from trine.engine.generate.graphs import Array, DecodeGraphs, Late
 from trine.engine.generate.plan import Chunk, Plan
 from trine.engine.generate.sequence import PENDING, Sequence
+from trine.engine.generate.sources import Sources
 from trine.engine.log import format_duration, say, say_once
 from trine.engine.model.adapters import NO_ADAPTER, AdapterBank
 from trine.engine.model.paged_cache import PagedCache, PagedStep
@@ -62,6 +63,7 @@ class Runner:
         compute_dtype: of the activations.
         decode_steps: compute steps that only decode by captured graphs (GPU) or compiled loops (CPU), where that works.
         deterministic: see `Transformer.forward`.
+        source_tokens: of an encoder-decoder, source tokens that are encoded together.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Runner:
         compute_dtype: torch.dtype,
         decode_steps: bool = True,
         deterministic: bool = False,
+        source_tokens: int = 0,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -82,9 +85,12 @@ class Runner:
         self.adapters = AdapterBank(model, compute_dtype)
         self._tables = BlockTables(max_running, -(-max_tokens // cache.block_size))
         self._decoder: DecodeGraphs | CpuDecoder | None = None
+        self._sources = None if model.encoder is None else Sources(model, compute_dtype, source_tokens)
         self._switches = model.config.rope_switch is not None
         if self._switches:
             say_once("decoding runs operation by operation: this model's rotation changes with the length of a text")
+        elif self._sources is not None:
+            say_once("decoding runs operation by operation: its steps know no sources")
         elif decode_steps and cache.device.type == "cuda":
             self._decoder = DecodeGraphs(
                 self._decode, cache, max_rows=max_running, max_tokens=max_tokens, deterministic=deterministic
@@ -112,7 +118,7 @@ class Runner:
     def forward(self, plan: Plan, unread: Unread | None = None) -> Computed:
         """Copy the plan's blocks and compute its tokens, those of `unread` where a sequence ends in one of them."""
         for sequence in plan.preempted:
-            self.release(sequence)
+            self._tables.release(sequence)
         self.cache.copy_blocks(plan.copies)
         arrays = self._arrays(plan.chunks, unread)
         # Graphs and compiled loops know nothing of adapters.
@@ -125,7 +131,7 @@ class Runner:
             return Computed(logits_NV=self._decoder.run(*inputs))
         ids_N, step = self._step(arrays)
         with self.adapters.tokens(self._adapter_ids(plan.chunks)) if adapted else nullcontext():
-            return Computed(self._hidden(ids_N[None], step))
+            return Computed(self._hidden(ids_N[None], step, plan.chunks))
 
     def logits(self, computed: Computed, rows: SequenceOf[int]) -> Tensor:
         """fp32 logits [R, V] of some rows of a step."""
@@ -137,10 +143,14 @@ class Runner:
             hidden_RC = hidden_RC[torch.tensor(rows).to(hidden_RC.device, non_blocking=True)]
         return self._logits(hidden_RC)
 
-    def _hidden(self, ids_1N: Tensor, step: PagedStep) -> Tensor:
+    def _hidden(self, ids_1N: Tensor, step: PagedStep, chunks: SequenceOf[Chunk] = ()) -> Tensor:
         self.cache.step = step
         hidden_1NC: Tensor = self.model(
-            ids_1N, cache=self.cache, compute_dtype=self.compute_dtype, deterministic=self.deterministic
+            ids_1N,
+            source=None if self._sources is None else self._sources.of(chunks),
+            cache=self.cache,
+            compute_dtype=self.compute_dtype,
+            deterministic=self.deterministic,
         )
         return hidden_1NC[0]
 
@@ -204,8 +214,10 @@ class Runner:
         return ids_N if arrays.late is None else arrays.late.put(ids_N, on_device(arrays.late.rows)), step
 
     def release(self, sequence: Sequence) -> None:
-        """The sequence lost its blocks, or ended."""
+        """The sequence ended."""
         self._tables.release(sequence)
+        if self._sources is not None:
+            self._sources.release(sequence)
 
     def reset(self) -> None:
         """Forget all tables, as after a step that failed."""

@@ -167,6 +167,7 @@ class Scheduler:
             longer=source.longer,
             adapter=source.adapter,
             reads_cache=source.reads_cache,
+            source_ids=source.source_ids,
             block_hashes=source.block_hashes[:full_blocks],
             num_cached=source.num_cached,
             arrival=source.arrival,

@@ -40,6 +40,7 @@ class Sequence:
         salt: sequences share cached blocks only under the same salt (a tenant, an adapter).
         adapter: the slot of the LoRA adapter it is computed with; -1 for none.
         reads_cache: False computes every token, as log-probabilities of a prompt need; its blocks can still be shared.
+        source_ids: what the encoder of an encoder-decoder reads for it.
         pools: it is wanted as a whole, for one vector: computed in a single step, without a cache.
         draft: tokens guessed to follow `tokens`, to be verified in one step. The scheduler shortens what does not fit.
 
@@ -65,6 +66,7 @@ class Sequence:
     salt: bytes = b""
     adapter: int = -1
     reads_cache: bool = True
+    source_ids: tuple[int, ...] = ()
     pools: bool = False
     draft: list[int] = field(default_factory=list)
     num_computed: int = 0

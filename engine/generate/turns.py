@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from trine.engine.errors import TrineError, UsageError
@@ -97,8 +98,13 @@ def run_turns(turns: SequenceOf[Turn], logits_NV: Tensor) -> None:
 
 
 def _allowed(turn: Turn, logits_NV: Tensor) -> Allowed:
-    """What the grammar of a completion allows next: bool [V], an error, or None without a grammar."""
-    matcher = turn.completion.matcher
+    """What a completion's grammar, or the end of its budget, allows next: bool [V], an error, or None for anything."""
+    completion = turn.completion
+    if completion.forced_last_id is not None and len(completion.token_ids) + 1 == completion.budget:
+        allowed_V = torch.zeros(logits_NV.shape[1], dtype=torch.bool, device=logits_NV.device)
+        allowed_V[completion.forced_last_id] = True
+        return allowed_V
+    matcher = completion.matcher
     if matcher is None:
         return None
     from trine.engine.generate.grammar import unpack

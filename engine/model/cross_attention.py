@@ -29,6 +29,7 @@ class Source:
     """What an encoder made of its texts; given to the decoder with every pass.
 
     `hidden_BSC`: its hidden states. `lengths_B`: tokens of each row where rows are padded at the end.
+    One row of as many decoder tokens as there are sources has a token for each.
     `segment_ids_BS`: where a row holds several sources end to end, their numbers, ascending; a token of the decoder
     sees the source of its own number. `kept`: keys and values [B, H, S, D] by layer, once computed; None where they
     are not kept.
@@ -60,7 +61,8 @@ class Source:
     def view(self, num_rows: int, num_queries: int, segment_ids_NT: Tensor | None) -> SourceView:
         """The source as one pass of the decoder sees it. Raises ValueError for rows or documents that do not match."""
         B, S = self.hidden_BSC.shape[:2]
-        if num_rows % B:
+        by_token = num_rows == 1 and num_queries == B
+        if num_rows % B and not by_token:
             raise ValueError(
                 f"{num_rows} rows of the decoder for {B} sources; give each source the same number of rows"
             )
@@ -71,7 +73,7 @@ class Source:
                 raise ValueError("packed sources serve one row each")
             mask = cross_mask(segment_ids_NT, self.segment_ids_BS)
         else:
-            count = num_queries * (num_rows // B)
+            count = num_queries * num_rows // B
             mask = make_mask(causal=False, num_keys=S, num_queries=count, key_lengths_B=self.lengths_B)
         return SourceView(self, mask)
 
@@ -110,7 +112,7 @@ class CrossAttention(nn.Module):
         N, T, _ = x_NTC.shape
         B = k_BHSD.shape[0]
         o_BHQD = attention(
-            self._heads(self.q_proj(x_NTC).reshape(B, N // B * T, -1)),
+            self._heads(self.q_proj(x_NTC).reshape(B, N * T // B, -1)),
             k_BHSD,
             v_BHSD,
             mask=view.mask,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.config import ModelConfig
+from trine.engine.model.paged_bias import biased_paged_attention
 from trine.engine.model.positions import Biases
 from trine.kernels.invariant.attention import SPLIT
 from trine.kernels.kv_write.op import quantize
@@ -133,14 +134,27 @@ class PagedStep:
         sinks_H: Tensor | None,
         biases: Biases | None,
     ) -> Tensor:
-        """See `Step`; B is 1 and T is N. Raises ValueError for relative positions."""
-        if biases is not None:
-            raise ValueError("relative positions are not computed over a paged cache; use a KVCache")
+        """See `Step`; B is 1 and T is N."""
         cache = self.cache
         k_scale_PSK = None if cache.k_scale_LPSK is None else cache.k_scale_LPSK[layer]
         v_scale_PSK = None if cache.v_scale_LPSK is None else cache.v_scale_LPSK[layer]
         self._write(cache.k_LPSKD[layer], k_scale_PSK, k_BKTD[0].transpose(0, 1))
         self._write(cache.v_LPSKD[layer], v_scale_PSK, v_BKTD[0].transpose(0, 1))
+        if biases is not None:
+            o_NHD = biased_paged_attention(
+                q_BHTD[0].transpose(0, 1),
+                cache.k_LPSKD[layer],
+                cache.v_LPSKD[layer],
+                k_scale_PSK=k_scale_PSK,
+                v_scale_PSK=v_scale_PSK,
+                block_table_RM=self.block_table_RM,
+                query_starts=self.query_starts,
+                positions_N=self.positions_BT[0],
+                num_slots=self.num_slots,
+                biases=biases,
+                scale=scale,
+            )
+            return o_NHD.transpose(0, 1)[None]
         o_NHD = paged_attention(
             q_BHTD[0].transpose(0, 1),
             cache.k_LPSKD[layer],

@@ -37,10 +37,14 @@ class RelativeBias(nn.Module):
     def forward(self, num_queries: int, num_keys: int, first: int = 0) -> Tensor:
         """The bias of each distance, [H, R]; entry s - t + T - 1 is that of key s and query `first` + t."""
         distances_R = torch.arange(-num_queries + 1, num_keys, device=self.weight.device) - first
-        buckets_R = relative_buckets(
-            distances_R, num_buckets=len(self.weight), max_distance=self.max_distance, causal=self.causal
+        return self.of(distances_R).T
+
+    def of(self, distances: Tensor) -> Tensor:
+        """The biases of distances, key minus query: [..., H]."""
+        buckets = relative_buckets(
+            distances, num_buckets=len(self.weight), max_distance=self.max_distance, causal=self.causal
         )
-        return self.weight[buckets_R].T
+        return self.weight[buckets]
 
 
 def relative_buckets(distances: Tensor, *, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
@@ -78,6 +82,16 @@ class Biases:
         if num_tokens is not None:
             biases.table(num_tokens, num_tokens)
         return biases
+
+    def scattered(self, positions_N: Tensor, num_keys: int) -> Tensor:
+        """The bias of queries at any positions and the first `num_keys` keys: [N, H, S]; asked for by every layer of a
+        pass alike.
+        """
+        key = (len(positions_N), num_keys, -1)
+        if key not in self.tables:
+            distances_NS = torch.arange(num_keys, device=positions_N.device) - positions_N[:, None]
+            self.tables[key] = self.bias.of(distances_NS).transpose(1, 2)
+        return self.tables[key]
 
     def table(self, num_queries: int, num_keys: int, first: int = 0) -> Tensor:
         """See `RelativeBias.forward`."""

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from trine.engine.generate import translate_file
 from trine.engine.generate.beam import BeamParams
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.generate.search_settings import search_settings
-from trine.engine.model.checkpoint import load_model, save_model
-from trine.engine.model.families.registry import new_config
-from trine.engine.model.transformer import Transformer
+from trine.engine.model.checkpoint import load_model
 from trine.engine.text.tokenizer import Tokenizer
 
 Trine = Callable[..., tuple[int, str, str]]
@@ -25,22 +22,9 @@ ROWS = ["the cat sat on the mat", "first", "", "def add(first, second):", "the m
 
 
 @pytest.fixture(scope="session", params=["t5", "marian"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
-    """A tiny encoder-decoder with a tokenizer, every weight far from its initial value."""
-    sizes = {
-        "vocab_size": tiny_tokenizer.vocab_size, "width": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4,
-        "head_dim": 8, "ffn_width": 48, "max_positions": 32,
-    }  # fmt: skip
-    settings = {"eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1, "bad_words_ids": [[1]]}
-    model = Transformer(new_config(request.param, sizes=sizes, settings=settings))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + name.endswith("norm.weight"))
-    folder = tmp_path_factory.mktemp(request.param)
-    save_model(model, folder)
-    tiny_tokenizer.save(folder)
-    return folder
+def folder(request: pytest.FixtureRequest, seq2seq_folder: Callable[[str], Path]) -> Path:
+    """A tiny encoder-decoder with a tokenizer."""
+    return seq2seq_folder(request.param)
 
 
 @pytest.fixture
