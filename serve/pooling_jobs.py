@@ -115,7 +115,7 @@ def _inputs(value: str | list[str] | list[int] | list[list[int]]) -> list[str | 
     """The four forms of `input` as one list."""
     if isinstance(value, str):
         return [value]
-    return [value] if isinstance(value[0], int) else list(value)  # type: ignore[list-item, arg-type]
+    return [value] if isinstance(value[0], int) else list(value)
 
 
 def _pooling(loaded: Loaded, kind: str, lacks: str) -> Pooling:
