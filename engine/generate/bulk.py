@@ -185,7 +185,7 @@ def _run(
         before = file.rows
         if before:
             say(f"{before} of {total} rows are there; going on with the rest")
-        else:
+        if file.empty:
             file.append(header(total), rows=0)
         with BulkProgress(total, before, what=what, unit="rows") as progress:
             for rows in encode.windows(before):

@@ -47,6 +47,11 @@ class Unfinished:
     ) -> None:
         self._file.close()
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing of it is written."""
+        return not self._bytes
+
     def append(self, data: bytes, *, rows: int) -> None:
         """Write a part that holds so many rows; it counts when this returns."""
         self._file.write(data)

@@ -128,9 +128,10 @@ def test_words_are_tagged_by_their_first_token(opened: Callable[[str], Opened], 
         )
 
 
+@pytest.mark.parametrize("windows", [0, 2])
 @pytest.mark.parametrize("suffix", ["npy", "jsonl"])
 def test_an_interrupted_run_goes_on_where_it_ended(
-    opened: Callable[[str], Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+    opened: Callable[[str], Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, windows: int
 ) -> None:
     engine, info = opened("sentence" if suffix == "npy" else "classifier")
     run = embed_file if suffix == "npy" else classify_file
@@ -138,10 +139,11 @@ def test_an_interrupted_run_goes_on_where_it_ended(
     run(engine, info, texts, tmp_path / f"whole.{suffix}", settings())
     out = tmp_path / f"out.{suffix}"
     computed: list[int] = []
+    interrupting = True
     original = bulk._vectors
 
     def failing(*arguments: Any) -> Any:
-        if len(computed) == 2:
+        if interrupting and len(computed) == windows:
             raise KeyboardInterrupt
         computed.append(len(arguments[1]))
         return original(*arguments)
@@ -154,8 +156,9 @@ def test_an_interrupted_run_goes_on_where_it_ended(
     with (tmp_path / f".out.{suffix}.partial").open("ab") as file:
         file.write(b"torn")
     computed.clear()
+    interrupting = False
     done = run(engine, info, texts, out, settings())
-    assert (done.rows, done.before, computed) == (7, 6, [1])
+    assert (done.rows, done.before, computed) == (7, 3 * windows, [3, 3, 1][windows:])
     assert out.read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", f"out.{suffix}", f"whole.{suffix}"]
 
