@@ -32,7 +32,7 @@ from trine.engine.quantize.report import LayerReport, Report, layer_report
 from trine.engine.quantize.run import check_folders
 from trine.engine.quantize.statistics import InputStatistics
 from trine.engine.quantize.walk import Walk
-from trine.engine.quantize.work import Work, check_room, working_folder
+from trine.engine.quantize.work import Work, check_room, storage_errors, working_folder
 
 _SHARD_BYTES = 2**30
 
@@ -56,7 +56,8 @@ def prune_checkpoint(checkpoint: Path, out: Path, settings: PruneSettings) -> Re
     """Prune the linear layers of a Hugging Face folder, the output layer excepted, into the new folder `out`.
 
     Raises `UsageError` where `out` exists, data is missing or superfluous, or blocks do not fill a layer's rows;
-    `CheckpointError` for what is no checkpoint or is quantized, `NonFiniteError` naming a weight that is not finite.
+    `CheckpointError` for what is no checkpoint or is quantized, `NonFiniteError` naming a weight that is not finite,
+    `StorageError` where the disk is too small.
     """
     started = time.monotonic()
     check_folders(checkpoint, out)
@@ -187,7 +188,10 @@ class _Run:
                 return tensor
 
             parameters = sum(torch.Size(tensor.shape).numel() for tensor in stored.values())
-            write_weights(work.folder, sizes, read, max_shard_bytes=settings.max_shard_bytes, num_parameters=parameters)
+            with storage_errors(work.folder):
+                write_weights(
+                    work.folder, sizes, read, max_shard_bytes=settings.max_shard_bytes, num_parameters=parameters
+                )
         copy_companions(self.checkpoint, work.folder)
         write_json(work.folder / "config.json", read_json(self.checkpoint / "config.json"))
         report = Report(

@@ -14,7 +14,7 @@ from trine.engine.model.checkpoint import load_model, open_checkpoint, save_mode
 from trine.engine.model.weight_files import copy_companions
 from trine.engine.quantize.hadamard import rotate
 from trine.engine.quantize.run import check_folders
-from trine.engine.quantize.work import check_room, working_folder
+from trine.engine.quantize.work import check_room, storage_errors, working_folder
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def rotate_checkpoint(checkpoint: Path, out: Path, *, seed: int = 0, max_shard_b
     after = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     with working_folder(out, {"rotate": seed}, resume=False) as work:
         check_room(work.folder, after)
-        save_model(model, work.folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        with storage_errors(work.folder):
+            save_model(model, work.folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
         copy_companions(checkpoint, work.folder)
     return Rotated(before, after, tied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from trine.engine.errors import CheckpointError, NonFiniteError, UsageError
+from trine.engine.errors import CheckpointError, NonFiniteError, StorageError, UsageError
 from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.transformer import Transformer
@@ -213,3 +214,21 @@ def test_experts_are_pruned_by_the_tokens_that_went_to_them(tmp_path: Path) -> N
     assert torch.equal((after[name] == 0).sum(-1), torch.full((4, 16), 16))
     router = next(key for key in before if key.endswith("mlp.gate.weight"))
     assert torch.equal(after[router], before[router])
+
+
+def test_a_full_disk_is_one_error_and_what_is_finished_stays(
+    checkpoint: Path, tmp_path: Path, settings: Callable[..., PruneSettings]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (checkpoint / "model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write into .*File too large.*; make room and give the command"):
+            prune_checkpoint(checkpoint, tmp_path / "out", settings("magnitude"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / "out").exists()
+    prune_checkpoint(checkpoint, tmp_path / "out", settings("magnitude", resume=True))
+    prune_checkpoint(checkpoint, tmp_path / "whole", settings("magnitude"))
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from trine.engine.errors import CheckpointError, UsageError
+from trine.engine.errors import CheckpointError, StorageError, UsageError
 from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.transformer import Transformer
 from trine.engine.quantize.rotate_run import rotate_checkpoint
@@ -63,3 +64,14 @@ def test_what_cannot_be_rotated_leaves_nothing(checkpoint: Path, tmp_path: Path)
     with pytest.raises(UsageError, match="order 100"):
         rotate_checkpoint(tmp_path / "odd", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot write into .*File too large.*; make room and give the command"):
+            rotate_checkpoint(checkpoint, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
