@@ -76,7 +76,7 @@ def test_aborted_requests_bring_nothing(tiny_checkpoint: Path) -> None:
 
 
 def test_every_choice_of_the_start_reaches_the_engine(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_process, "_warm_up", lambda *_, **__: None)  # compiles for minutes, for nothing asked here
+    monkeypatch.setattr(engine_process, "_warm_up", lambda *_, **__: None)  # compiles for minutes, unasked
     chosen = {"max_running": 5, "max_waiting": 6, "max_batch_tokens": 70, "block_size": 32, "kv_bytes": 2**16}
     switched = {"prefix_caching": False, "deterministic": True}
     engine, _ = load(start(tiny_checkpoint, dtype="bfloat16", **chosen, **switched))

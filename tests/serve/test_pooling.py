@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import numpy as np
 import openai
 import pytest
@@ -46,7 +48,10 @@ Ask = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ask(encoder_folder: Folder) -> Ask:
-    """`ask("cross", "score", text_1=...)`: the answer of a route for a folder, all in this process."""
+    """`ask("cross", "score", text_1=...)`: the answer of a route for a folder, all in this process.
+
+    `changed`: what the folder says otherwise of its vectors.
+    """
     engines: dict[str, Any] = {}
 
     def of(kind: str) -> Any:
@@ -65,8 +70,9 @@ def ask(encoder_folder: Folder) -> Ask:
             engines[kind] = engine, loaded
         return engines[kind]
 
-    def answer(kind: str, route: str, **fields: Any) -> dict[str, Any]:
+    def answer(kind: str, route: str, *, changed: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
         engine, loaded = of(kind)
+        loaded = replace(loaded, pooling=msgspec.structs.replace(loaded.pooling, **changed or {}))
         body_type, make_job = KINDS[route]
         job = asyncio.run(make_job(parse_body(body_type, json.dumps(fields).encode()), loaded))
         for request in job.requests:
@@ -208,6 +214,25 @@ def test_shortened_embeddings_have_length_1() -> None:
     for dimensions, pooling, match in ((33, any_size, "1 to 32"), (7, listed, "8, 16")):
         with pytest.raises(ApiError, match=match):
             check_dimensions(dimensions, pooling)
+
+
+def test_what_a_folder_says_reaches_the_answer(ask: Ask) -> None:
+    whole = vectors(ask("sentence", "embeddings", input=TEXTS))
+    short = ask("sentence", "embeddings", input=TEXTS, dimensions=8, changed={"dimensions": (0,)})
+    expected = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
+    assert np.abs(vectors(short) - expected).max() < TOLERANCE
+    prompted = ask("sentence", "embeddings", input="cat", changed={"default_prompt": "query"})
+    assert np.abs(vectors(prompted) - vectors(ask("sentence", "embeddings", input="the cat"))).max() < TOLERANCE
+    dot = ask("bare", "score", text_1="a dog", text_2=["a cat", "x"], changed={"similarity": "dot"})
+    one, *others = vectors(ask("bare", "embeddings", input=["a dog", "a cat", "x"]))
+    assert [each["score"] for each in dot["data"]] == pytest.approx([float(one @ two) for two in others], rel=1e-5)
+    raw = ask("cross", "score", text_1="a", text_2="b", changed={"score_activation": "identity"})["data"][0]["score"]
+    squashed = ask("cross", "score", text_1="a", text_2="b")["data"][0]["score"]
+    assert squashed == pytest.approx(1 / (1 + np.exp(-raw)))
+    several = ask("classifier", "classify", input=TEXTS, changed={"activation": "sigmoid"})["data"]
+    logits = ask("classifier", "classify", input=TEXTS, use_activation=False)["data"]
+    for found, each in zip(several, logits, strict=True):
+        assert found["probs"] == pytest.approx((1 / (1 + np.exp(-np.array(each["probs"])))).tolist())
 
 
 @pytest.mark.parametrize(
