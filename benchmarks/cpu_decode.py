@@ -2,13 +2,15 @@
 
     python -m trine.benchmarks.cpu_decode [--llama PYTHON] [--models 34M,350M] [--weights bf16,int8,int4]
         [--rows 1,4,16,64] [--threads N] [--rounds N] [--real-time]
+    python -m trine.benchmarks.cpu_decode --weights w4a16,w8a16,w8a8 --rows 1 --threads 1
 
 Every contestant decodes greedily from a context of 128 tokens with random weights of Llama's shape; a step includes the
 embedding, the output projection and the choice of the next token. llama.cpp runs in a process of the Python that is
-named (with llama-cpp-python and gguf), with bf16, q8_0 and q4_0 weights; transformers runs bf16. In every round each
+named (with llama-cpp-python and gguf), with bf16, q8_0 and q4_0 weights; transformers runs bf16. Weights as quantized
+checkpoints hold them (w4a16, w8a16, w8a8) run beside our own bf16 ones instead. In every round each
 contestant takes one turn of 24 steps, in another order than the round before. Figures are medians over all steps; the
 ratios are medians over rounds of the ratio of the two turns' medians, so that a machine whose speed drifts, or that
-others use, slows both. `--real-time` (Linux, as root) gives all threads of all contestants real-time priority during
+others use, slows both; with one thread they are in its time on a core. `--real-time` (Linux, as root) gives all threads of all contestants real-time priority during
 the turns, for a machine that others use: threads that wait for each other by spinning lose most of their time there.
 The last line on stdout is one JSON object.
 """
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 
-from trine.benchmarks.cpu_decode_models import CONTEXT, SHAPES, STEPS, Shape, Transformers, Trine
+from trine.benchmarks.cpu_decode_models import CHECKPOINTS, CONTEXT, SHAPES, STEPS, Shape, Transformers, Trine
 from trine.engine.env import environment
 
 Turn = Callable[[], list[float]]
@@ -118,11 +120,15 @@ def report(shape: Shape, rows: int, threads: int, seconds: dict[str, list[list[f
 
 
 def compare(shape: Shape, rows: int, weights: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One kind of weights beside its peer: llama.cpp for one row, transformers for more."""
+    """One kind of weights beside its peer: llama.cpp for one row, transformers for more; bf16 for checkpoints'."""
     ours = Trine(shape, weights, rows)
     turns: dict[str, Turn] = {f"trine {weights}": ours.turn}
     processes = [os.getpid()] if options.real_time else []
-    if rows > 1:
+    if weights in CHECKPOINTS:
+        turns["trine bf16"] = Trine(shape, "bf16", rows).turn
+        result = report(shape, rows, options.threads, race(turns, options.rounds, processes), "trine bf16")
+        yield {**result, "weights_bytes": ours.bytes}
+    elif rows > 1:
         if find_spec("transformers") is not None:
             turns["transformers bf16"] = Transformers(shape, rows).turn
         seconds = race(turns, options.rounds, processes)
@@ -149,7 +155,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--real-time", action="store_true", help="real-time priority during the turns")
     options = parser.parse_args(arguments)
-    for name, known in (("models", [shape.name for shape in SHAPES]), ("weights", list(LLAMA_WEIGHTS))):
+    for name, known in (("models", [shape.name for shape in SHAPES]), ("weights", [*LLAMA_WEIGHTS, *CHECKPOINTS])):
         chosen = getattr(options, name).split(",")
         if unknown := [x for x in chosen if x not in known]:
             parser.error(f"--{name} has {', '.join(unknown)}; known are {', '.join(known)}")

@@ -35,6 +35,7 @@ from trine.engine.model.quantized.plan import (
     QuantizedRules,
     notes,
     quantized_rules,
+    read_packed,
     read_weight,
     split_weight,
 )
@@ -196,7 +197,7 @@ def load_model(
             if one is not None and one.scheme is None:
                 _install_codes(model, rule, one, stored)
             elif one is not None:
-                _install(model, rule, read_weight(one, stored).to(device))
+                _install(model, rule, one, stored, torch.device(device))
         model = model.to(dtype).to_empty(device=device)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
@@ -224,7 +225,19 @@ def _numbers(
     return rule.split(numbers, [len(part) for part in parts])
 
 
-def _install(model: Transformer, rule: TensorRule, weight: QuantizedTensor | Tensor) -> None:
+def _install(
+    model: Transformer,
+    rule: TensorRule,
+    one: QuantizedRule,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device,
+) -> None:
+    whole = len(rule.ours) == 1 and not rule.transpose
+    packed = read_packed(one, stored) if whole and device.type == "cpu" else None
+    if packed is not None:
+        install(model, rule.ours[0].removesuffix(".weight"), packed)
+        return
+    weight = read_weight(one, stored).to(device)
     assert isinstance(weight, QuantizedTensor), rule.stored
     rows = [model.get_parameter(name).shape[0] for name in rule.ours]
     for name, part in zip(rule.ours, split_weight(rule, weight, rows), strict=True):

@@ -81,6 +81,21 @@ def to_lanes(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits
     return LanesWeight(words, _tiles(scales_NG), zeros, bits, num_features, width, groups)
 
 
+def lanes_of_words(
+    words_NX: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int, width: int
+) -> LanesWeight | None:
+    """`to_lanes` of codes that come packed: int32 [N, X] of neighbours along K as q + 2^(bits - 1), the first lowest.
+
+    These are the words of the layout but for the highest bit of each code. None where they do not fill whole chunks.
+    """
+    num_features, groups = scales_NG.shape
+    if width % chunk_of(width, groups):
+        return None
+    words = _tiles(words_NX.bitwise_xor(-0x77777778 if bits == 4 else -0x7F7F7F80))
+    zeros = None if zeros_NG is None else _tiles(zeros_NG)
+    return LanesWeight(words, _tiles(scales_NG), zeros, bits, num_features, width, groups)
+
+
 def _tiles(x_NX: Tensor) -> Tensor:
     """[N, X] as [T, X, 16], filled up with zeros."""
     filled = F.pad(x_NX, (0, 0, 0, -len(x_NX) % LANES))
@@ -163,8 +178,8 @@ def has_tiles() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _tile_shapes() -> np.ndarray[Any, Any]:
-    """Palette 1; every tile 16 rows of 64 bytes."""
+def tile_shapes() -> np.ndarray[Any, Any]:
+    """What a thread gives its tiles: palette 1; every tile 16 rows of 64 bytes."""
     table = np.zeros(64, np.uint8)
     table[0] = 1
     table[16:32:2] = 64
@@ -181,5 +196,5 @@ def tiles_matmul(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None
     use_torch_threads()
     y_MN = torch.empty(len(x_MK), weight.num_features)
     x_MX = F.pad(x_MK, (0, -weight.width % weight.chunk, 0, -len(x_MK) % LANES))
-    multiply_in_tiles(*weight.arguments, array(x_MX), _tile_shapes(), array(y_MN))
+    multiply_in_tiles(*weight.arguments, array(x_MX), tile_shapes(), array(y_MN))
     return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)

@@ -83,7 +83,7 @@ def multiply_tile(weight: Any, tile: Any, shifts: Any, x_MX: Any, rows: Any, y_M
 
 @serial
 def multiply_rows(weight: Any, tile: Any, shifts: Any, x_MX: Any, y_MN: Any, place: Any) -> None:
-    """y[:, place + lane] of the 16 outputs of a tile: rows by eights, fours, twos and one."""
+    """`multiply_tile` for all rows, by eights, fours, twos and one."""
     M = x_MX.shape[0]
     m: Any = np.int64(0)
     while M - m >= 8:

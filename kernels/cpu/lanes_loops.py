@@ -101,7 +101,7 @@ def load_as_floats(context: Any, builder: Any, kind: Any, array: Any, *indices: 
     return builder.sitofp(stored, _FLOATS) if kind.dtype == types.int8 else stored
 
 
-def _fetch(builder: Any, address: Any) -> None:
+def prefetch(builder: Any, address: Any) -> None:
     """Ask for the cache line AHEAD_BYTES behind an address; whatever lies there, that does no harm."""
     byte = ir.IntType(8).as_pointer()
     ahead = builder.gep(builder.bitcast(address, byte), [_LONG(AHEAD_BYTES)])
@@ -120,7 +120,7 @@ def fetch_ahead(typing: Any, array: Any, place: Any) -> Any:
     """Have the memory behind array[place] read, AHEAD_BYTES on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _fetch(builder, place_of(context, builder, signature.args[0], *arguments))
+        prefetch(builder, place_of(context, builder, signature.args[0], *arguments))
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
@@ -132,7 +132,7 @@ def load_words(typing: Any, words: Any, place: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = place_of(context, builder, signature.args[0], *arguments)
-        _fetch(builder, address)
+        prefetch(builder, address)
         loaded = builder.load(builder.bitcast(address, _INTS.as_pointer()))
         loaded.align = 4
         return loaded
@@ -227,6 +227,32 @@ def add_scaled(typing: Any, totals: Any, sums: Any, scale: Any) -> Any:
 
 
 @intrinsic
+def load_totals(typing: Any, y: Any, rows: Any, place: Any) -> Any:
+    """y[row, place + lane] as sums, to go on with."""
+    kind = Sums(rows.count, _ways(rows.count))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        y, rows, place = arguments
+        totals = ir.Constant(context.get_value_type(kind), None)
+        for m, row in enumerate(cgutils.unpack_tuple(builder, rows)):
+            loaded = load_as_floats(context, builder, signature.args[0], y, row, place)
+            totals = builder.insert_value(totals, loaded, m)
+        return totals
+
+    return kind(y, rows, types.int64), generate
+
+
+@intrinsic
+def no_lanes(typing: Any) -> Any:
+    """16 zeros, as sums of one row."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(context.get_value_type(_LANES), None)
+
+    return _LANES(), generate
+
+
+@intrinsic
 def store_lanes(typing: Any, totals: Any, y: Any, rows: Any, place: Any) -> Any:
     """y[row, place + lane] = the totals of each row."""
 
@@ -252,7 +278,7 @@ def add_row(typing: Any, sums: Any, weights: Any, n: Any, x: Any, k: Any, rows: 
         for way in range(kind.ways):
             at = builder.add(k, _LONG(way * LANES))
             numbers = load_as_floats(context, builder, signature.args[1], weights, n, at)
-            _fetch(builder, place_of(context, builder, signature.args[1], weights, n, at))
+            prefetch(builder, place_of(context, builder, signature.args[1], weights, n, at))
             for m, row in enumerate(cgutils.unpack_tuple(builder, rows)):
                 others = load_as_floats(context, builder, signature.args[3], x, row, at)
                 parts[m + count * way] = multiply_add(builder, numbers, others, parts[m + count * way])

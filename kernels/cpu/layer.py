@@ -20,7 +20,7 @@ from trine.kernels.cpu.attention import DTYPES as CACHE_DTYPES
 from trine.kernels.cpu.attention import pool_arguments
 from trine.kernels.cpu.codes import LANES
 from trine.kernels.cpu.compiled import address, available, single, why_not
-from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, INT8, TILES, AnyProjection
+from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, INT8, AnyProjection, LanesProjection
 
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _CACHE_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
@@ -84,7 +84,7 @@ class DecodeLayer:
         for name, x, size in (("q_norm", q_norm_D, D), ("k_norm", k_norm_D, D), ("sinks", sinks_H, num_heads)):
             if x is not None and tuple(x.shape) != (size,):
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({size},)")
-        if gate_up.kind == TILES and F % LANES:
+        if isinstance(gate_up, LanesProjection) and F % LANES:
             raise ValueError(f"gate_up has {F} rows of gate; tiles of codes need a multiple of {LANES}")
         self.head_dim, self.width, self.window = D, C, -1 if window is None else window
         self.num_heads, self.feed, self.activation = num_heads, F, activation

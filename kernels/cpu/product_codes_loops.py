@@ -1,8 +1,9 @@
 """Products of a step with weights in the layout "lanes", for a range of outputs, by one thread. Imports Numba.
 
-What `product_loops.py` calls by address for weights of 4- and 8-bit codes with scales of groups: the tiles of
-`codes_loops.py`, whose inputs are fp32 and are not rounded. One function for each number of bits, compiled when a step
-first has such a weight.
+What `product_loops.py` calls by address for weights of 4- and 8-bit codes with scales of groups: on CPUs that have the
+instruction for it by whole numbers (`dots_loops.py`), elsewhere in fp32 (`codes_loops.py`). Either way inputs are not
+rounded by more than sums in fp32 are. There is a function for each number of bits, compiled when a step first has such
+a weight.
 
 Shapes: M rows, K inputs, X inputs filled up to whole chunks, N outputs, G groups.
 """
@@ -14,66 +15,153 @@ from typing import Any
 
 import numpy as np
 
-from trine.kernels.cpu.codes_loops import multiply_rows
+from trine.kernels.cpu.codes_loops import load_scales, multiply_rows
 from trine.kernels.cpu.compiled import callback, serial
-from trine.kernels.cpu.lanes_loops import LANES
+from trine.kernels.cpu.dots_loops import FACTORS, PARTS, add_chunk, row_bytes
+from trine.kernels.cpu.lanes_loops import LANES, load_lanes, load_totals, no_lanes, no_sums, store_lanes
 from trine.kernels.cpu.memory_loops import bytes_at, floats, longs, words
 from trine.kernels.cpu.product_loops import (
     CHUNK,
+    DOTS,
     FIELDS,
     GROUPS,
     INPUTS,
     OUTPUTS,
     SCALES,
     SCALES_KIND,
+    TILES,
     WEIGHT,
     ZEROS,
 )
 
+# Tiles, far apart, that are read in turns, and words of one that are read at a time: what hides waiting for memory is
+# the prefetcher of the hardware, which follows each of them on its own (as rows in `vector_loops.py`).
+STREAMS, BLOCK_WORDS = 4, 16
 # Codes of a word, by bits: only how many they are decides what is compiled.
 _EIGHT, _FOUR = (0, 4, 8, 12, 16, 20, 24, 28), (0, 8, 16, 24)
+
+
+@serial
+def lanes_weight(projection: Any, num_codes: int) -> Any:
+    """(words, scales, zeros, shape) as `codes_loops.py` takes them, scales by address; the number of chunks."""
+    N, K, G, chunk = projection[OUTPUTS], projection[INPUTS], projection[GROUPS], projection[CHUNK]
+    C = (K + chunk - 1) // chunk
+    chunk_words, num_tiles = chunk // num_codes, (N + LANES - 1) // LANES
+    codes = words(projection[WEIGHT], num_tiles * C * chunk_words * LANES)
+    zeros = bytes_at(projection[ZEROS], num_tiles * G * LANES if projection[ZEROS] != 0 else 0)
+    scales = (projection[SCALES], projection[SCALES_KIND])
+    return (codes, scales, zeros, (N, K, chunk_words, C // G)), C
 
 
 @serial
 def multiply_tiles(
     projection: Any, shifts: Any, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int
 ) -> None:
-    """y[m, n] = sum_k w[n, k] x[m, k] for the tiles of begin <= n < end; `begin` is the first of one."""
-    N, K, G, chunk = projection[OUTPUTS], projection[INPUTS], projection[GROUPS], projection[CHUNK]
-    C = (K + chunk - 1) // chunk
-    chunk_words, num_tiles = chunk // len(shifts), (N + LANES - 1) // LANES
-    X = C * chunk
-    x_MX = floats(x if X == K else prepared, num_rows * X).reshape(num_rows, X)
-    codes = words(projection[WEIGHT], num_tiles * C * chunk_words * LANES)
-    zeros = bytes_at(projection[ZEROS], num_tiles * G * LANES if projection[ZEROS] != 0 else 0)
-    weight = (codes, (projection[SCALES], projection[SCALES_KIND]), zeros, (N, K, chunk_words, C // G))
-    width = y_step // 4
-    y_MN = floats(y, num_rows * width).reshape(num_rows, width)
+    """y[m, n] = sum_k w[n, k] x[m, k] for the tiles of begin <= n < end, in fp32; `begin` is the first of one."""
+    weight, C = lanes_weight(projection, len(shifts))
+    N, X = projection[OUTPUTS], C * projection[CHUNK]
+    x_MX = floats(x if projection[INPUTS] == X else prepared, num_rows * X).reshape(num_rows, X)
+    y_MN = floats(y, num_rows * (y_step // 4)).reshape(num_rows, y_step // 4)
     part_ML = np.empty((num_rows, LANES), np.float32)
-    for tile in range(begin // LANES, (end + LANES - 1) // LANES):
-        first = tile * LANES
-        if first + LANES <= N:
-            multiply_rows(weight, tile, shifts, x_MX, y_MN, first)
-            continue
-        multiply_rows(weight, tile, shifts, x_MX, part_ML, 0)
-        for m in range(num_rows):
-            for n in range(first, N):
-                y_MN[m, n] = part_ML[m, n - first]
+    for tile in range(begin // LANES, (min(end, N) + LANES - 1) // LANES):
+        if tile * LANES + LANES <= N:
+            multiply_rows(weight, tile, shifts, x_MX, y_MN, tile * LANES)
+        else:
+            multiply_rows(weight, tile, shifts, x_MX, part_ML, 0)
+            copy_part(part_ML, tile * LANES, N, y_MN)
 
 
-def multiply_4(fields: int, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
+@serial
+def copy_part(part_ML: Any, first: int, last: int, y_MN: Any) -> None:
+    """Results of the last tile, where it has less than 16 outputs."""
+    for m in range(part_ML.shape[0]):
+        for n in range(first, last):
+            y_MN[m, n] = part_ML[m, n - first]
+
+
+@serial
+def add_dots(weight: Any, tile: Any, shifts: Any, x: Any, span: Any, rows: Any, y_MN: Any, place: Any) -> None:
+    """Chunks of a tile, from the `span`'s first to its last, added to y[rows, place + lane], which chunk 0 begins.
+
+    x: (address of prepared rows, bytes of one, chunks of one).
+    """
+    codes, scales, zeros, shape = weight
+    chunk_words, per_group = shape[2], shape[3]
+    place_of_rows, x_step, C = x
+    chunk = chunk_words * len(shifts)
+    row = place_of_rows + rows[0] * x_step
+    totals = no_sums(rows) if span[0] == 0 else load_totals(y_MN, rows, place)
+    for c in range(span[0], span[1]):
+        group = (tile * (C // per_group) + c // per_group) * LANES
+        origin = load_lanes(zeros, group) if zeros.shape[0] > 0 else no_lanes()
+        first = (tile * C + c) * chunk_words * LANES
+        at = row + c * PARTS * chunk
+        factors = row + C * PARTS * chunk + c * FACTORS
+        scale = load_scales(scales, group)
+        totals = add_chunk(totals, codes, first, chunk_words, shifts, at, x_step, factors, origin, scale, rows)
+    store_lanes(totals, y_MN, rows, place)
+
+
+@serial
+def add_dots_of_rows(weight: Any, tile: Any, shifts: Any, x: Any, span: Any, y_MN: Any, place: Any) -> None:
+    """`add_dots` for all rows, by fours and one by one."""
+    m: Any = np.int64(0)
+    while y_MN.shape[0] - m >= 4:
+        add_dots(weight, tile, shifts, x, span, (m, m + 1, m + 2, m + 3), y_MN, place)
+        m += 4
+    while m < y_MN.shape[0]:
+        add_dots(weight, tile, shifts, x, span, (m,), y_MN, place)
+        m += 1
+
+
+@serial
+def multiply_dots(
+    projection: Any, shifts: Any, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int
+) -> None:
+    """As `multiply_tiles`, by whole numbers; tiles that are far apart in turns."""
+    weight, C = lanes_weight(projection, len(shifts))
+    N, chunk = projection[OUTPUTS], projection[CHUNK]
+    x = (prepared, row_bytes(projection[INPUTS], chunk), C)
+    y_MN = floats(y, num_rows * (y_step // 4)).reshape(num_rows, y_step // 4)
+    part_ML = np.empty((num_rows, LANES), np.float32)
+    first, last = begin // LANES, min(end, N) // LANES
+    apart, step = (last - first) // STREAMS, max(1, BLOCK_WORDS * len(shifts) // chunk)
+    for tile in range(first, first + apart):
+        for c in range(0, C, step):
+            span = (c, min(C, c + step))
+            for stream in range(STREAMS):
+                at = tile + stream * apart
+                add_dots_of_rows(weight, at, shifts, x, span, y_MN, at * LANES)
+    for tile in range(first + STREAMS * apart, last):
+        add_dots_of_rows(weight, tile, shifts, x, (0, C), y_MN, tile * LANES)
+    if last * LANES < min(end, N):
+        add_dots_of_rows(weight, last, shifts, x, (0, C), part_ML, 0)
+        copy_part(part_ML, last * LANES, N, y_MN)
+
+
+def tiles_4(fields: int, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
     """`multiply_tiles` of codes of 4 bits."""
     multiply_tiles(longs(fields, len(FIELDS)), _EIGHT, x, prepared, num_rows, begin, end, y, y_step)
 
 
-def multiply_8(fields: int, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
+def tiles_8(fields: int, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
     """`multiply_tiles` of codes of 8 bits."""
     multiply_tiles(longs(fields, len(FIELDS)), _FOUR, x, prepared, num_rows, begin, end, y, y_step)
 
 
-@lru_cache(maxsize=2)
-def tiles_address(bits: int) -> int:
-    """The address of the function for codes of so many bits."""
-    function = {4: multiply_4, 8: multiply_8}[bits]
+def dots_4(fields: int, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
+    """`multiply_dots` of codes of 4 bits."""
+    multiply_dots(longs(fields, len(FIELDS)), _EIGHT, prepared, num_rows, begin, end, y, y_step)
+
+
+def dots_8(fields: int, x: int, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int) -> None:
+    """`multiply_dots` of codes of 8 bits."""
+    multiply_dots(longs(fields, len(FIELDS)), _FOUR, prepared, num_rows, begin, end, y, y_step)
+
+
+@lru_cache(maxsize=4)
+def lanes_address(kind: int, bits: int) -> int:
+    """The address of the function for a kind of projection and a number of bits."""
+    function = {(TILES, 4): tiles_4, (TILES, 8): tiles_8, (DOTS, 4): dots_4, (DOTS, 8): dots_8}[kind, bits]
     signature = "void(int64, int64, int64, int64, int64, int64, int64, int64)"
     return int(callback(signature)(function).address)

@@ -4,7 +4,7 @@ Inputs are prepared once for all rows of a weight (`prepare`): cut into blocks, 
 codes are multiplied as they are. They are with a scale for every 64 inputs, an error about that of the weight's own
 rounding to 8 bits, or with one for the row, where that is what a quantized model asks for.
 
-A projection is thirteen int64 (`FIELDS`); `prepare` and `multiply_range` are called by address.
+A projection is fourteen int64 (`FIELDS`); `prepare` and `multiply_range` are called by address.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from trine.kernels.cpu.compiled import callback, serial
+from trine.kernels.cpu.dots_loops import round_rows
 from trine.kernels.cpu.memory_loops import bytes_at, call_with, floats, longs, shorts, words
 from trine.kernels.cpu.numbers_loops import dot
 from trine.kernels.cpu.quantize import LIMIT, SMALLEST_SCALE
@@ -35,25 +36,26 @@ from trine.kernels.cpu.vector_loops import (
     int8_rows_4,
 )
 
-# Kinds of weights. Those of codes are multiplied by inputs of int8, `INT8_TOKENS` with one scale a row. `TILES` is the
-# layout "lanes" (`codes.py`), multiplied by the function at `multiply`.
-FLOAT32, BFLOAT16, INT8, TILES, INT8_CODES, INT8_TOKENS, INT4_CODES = range(7)
-# The longest chunk of a row of `TILES`.
+# Kinds of weights. Those of codes are multiplied by inputs of int8, `INT8_TOKENS` with one scale a row. `TILES` and
+# `DOTS` are the layout "lanes" (`codes.py`), multiplied by the function at `multiply`, as fp32 or as whole numbers.
+FLOAT32, BFLOAT16, INT8, TILES, DOTS, INT8_CODES, INT8_TOKENS, INT4_CODES = range(8)
+# The longest chunk of a row of lanes.
 LONGEST_CHUNK = 128
-# What describes a projection. Addresses of what is not there are 0; steps are in bytes. From `multiply` on: of `TILES`.
+# What describes a projection. Addresses of what is not there are 0; steps are in bytes. From `multiply` on: of lanes.
 FIELDS = (
     "kind", "weight", "outputs", "inputs", "step", "scales", "scales_step", "bias",
-    "multiply", "zeros", "scales_kind", "chunk", "groups",
+    "multiply", "zeros", "scales_kind", "chunk", "groups", "bits",
 )  # fmt: skip
 (
-    KIND, WEIGHT, OUTPUTS, INPUTS, STEP, SCALES, SCALES_STEP, BIAS, MULTIPLY_TILES, ZEROS, SCALES_KIND, CHUNK, GROUPS,
+    KIND, WEIGHT, OUTPUTS, INPUTS, STEP, SCALES, SCALES_STEP, BIAS, MULTIPLY_LANES, ZEROS, SCALES_KIND, CHUNK, GROUPS,
+    BITS,
 ) = range(len(FIELDS))  # fmt: skip
 
 
 @serial
 def unit_of(kind: int) -> int:
     """Outputs that are computed together, of which a thread takes whole ones."""
-    return LANES if kind == TILES else STREAMS
+    return LANES if kind in (TILES, DOTS) else STREAMS
 
 
 @serial
@@ -68,7 +70,7 @@ def blocks_of(kind: int, num_inputs: int) -> Any:
 @serial
 def prepared_bytes(kind: int, num_inputs: int) -> Any:
     """Bytes of one prepared row."""
-    if kind == TILES:
+    if kind in (TILES, DOTS):
         return 4 * ((num_inputs + LONGEST_CHUNK - 1) // LONGEST_CHUNK * LONGEST_CHUNK)
     blocks, size = blocks_of(kind, num_inputs)
     return blocks * (size + 4 + 4 * LANES) if kind >= INT8_CODES else 4 * blocks * size
@@ -122,13 +124,16 @@ def fill_chunks(x: Any, num_inputs: int, chunk: int, place: int) -> None:
 def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
     """Blocks of the rows at x (fp32, [M, K]) to `place`: numbers; or codes [M, B, 64], scales [M, B], sums [M, B, 16].
 
-    The last block ends with the row (4 bits: is filled up), so that no weight is read beyond its row. For tiles: whole
-    rows, filled up to chunks.
+    The last block ends with the row (4 bits: is filled up), so that no weight is read beyond its row. Of lanes:
+    whole rows, filled up to chunks, or rounded (`dots_loops.py`).
     """
     projection = longs(fields, len(FIELDS))
     kind, K = projection[KIND], projection[INPUTS]
     if kind == TILES:
         fill_chunks(floats(x, num_rows * K), K, projection[CHUNK], place)
+        return
+    if kind == DOTS:
+        round_rows(floats(x, num_rows * K), K, projection[CHUNK], projection[BITS], place)
         return
     if kind < INT4_CODES and K < CODE_BLOCK:
         return  # read as they are
@@ -226,8 +231,8 @@ def multiply_range(
 ) -> None:
     """y[m, n] = sum_k w[n, k] x[m, k] (scaled) + bias[n] for begin <= n < end; rows of y are `y_step` bytes apart."""
     projection = longs(fields, len(FIELDS))
-    if projection[KIND] == TILES:
-        call_with(projection[MULTIPLY_TILES], (fields, x, prepared, num_rows, begin, end, y, y_step))
+    if projection[KIND] in (TILES, DOTS):
+        call_with(projection[MULTIPLY_LANES], (fields, x, prepared, num_rows, begin, end, y, y_step))
     elif projection[KIND] < INT4_CODES and projection[INPUTS] < CODE_BLOCK:
         sum_plain(projection, x, num_rows, begin, end, y, y_step)
     else:

@@ -20,7 +20,7 @@ from trine.kernels.cpu.codes import LANES, LanesWeight, dequantize_lanes
 from trine.kernels.cpu.compiled import address, array, single
 
 # Kinds of numbers, as in `product_loops.py` (which imports Numba). Inputs of a shorter row are not rounded.
-FLOAT32, BFLOAT16, INT8, TILES, INT8_CODES, INT8_TOKENS, INT4_CODES = range(7)
+FLOAT32, BFLOAT16, INT8, TILES, DOTS, INT8_CODES, INT8_TOKENS, INT4_CODES = range(8)
 SHORTEST = 64
 # Of int4: codes of one half of 64 bytes, and codes with one scale.
 CODES_OF_HALF, SCALED = 64, 32
@@ -118,19 +118,27 @@ class Projection:
         scales_step = scales.strides[0] if scales.size else 0
         return [
             self.kind, weight.ctypes.data, len(weight), self.inputs, weight.strides[0], address(scales), scales_step,
-            address(bias), 0, 0, 0, 0, 0,
+            address(bias), 0, 0, 0, 0, 0, 0,
         ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LanesProjection:
-    """A weight made by `codes.to_lanes`, whose memory is used as it lies; inputs are not rounded."""
+    """A weight made by `codes.to_lanes`, whose memory is used as it lies; inputs are not rounded.
+
+    `dots`: by whole numbers (`dots_loops.py`), or in fp32; None: as is faster on this CPU.
+    """
 
     weight: LanesWeight
     bias: Tensor | None = None
     product: Product | None = None
+    dots: bool | None = None
     scales: None = None
-    kind: int = TILES
+
+    @property
+    def kind(self) -> int:
+        """As in `product_loops.py`."""
+        return DOTS if (_has_dots() if self.dots is None else self.dots) else TILES
 
     @property
     def inputs(self) -> int:
@@ -154,19 +162,25 @@ class LanesProjection:
 
     def fields(self, keep: list[Any]) -> list[int]:
         """As of `Projection`."""
-        from trine.kernels.cpu.product_codes_loops import tiles_address
+        from trine.kernels.cpu.product_codes_loops import lanes_address
 
         weight, bias = self.weight, single(self.bias)
         keep += (weight, bias)
         zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
         return [
             self.kind, weight.words.data_ptr(), self.outputs, self.inputs, 4 * LANES * weight.words.shape[1],
-            weight.scales.data_ptr(), 0, address(bias), tiles_address(weight.bits), zeros,
-            _SCALE_KINDS[weight.scales.dtype], weight.chunk, weight.groups,
+            weight.scales.data_ptr(), 0, address(bias), lanes_address(self.kind, weight.bits), zeros,
+            _SCALE_KINDS[weight.scales.dtype], weight.chunk, weight.groups, weight.bits,
         ]  # fmt: skip
 
 
 AnyProjection = Projection | LanesProjection
+
+
+def _has_dots() -> bool:
+    from trine.kernels.cpu.vector_loops import has_dot_instruction
+
+    return has_dot_instruction()
 
 
 def _check_inputs(name: str, takes: int, gets: int | None) -> None:

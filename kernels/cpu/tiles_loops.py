@@ -38,7 +38,8 @@ _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _POINTER = _BYTE.as_pointer()
 
 
-def _call(builder: Any, name: str, *arguments: Any) -> None:
+def call(builder: Any, name: str, *arguments: Any) -> None:
+    """Call an instruction that LLVM has for x86."""
     signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.{name}"), arguments)
 
@@ -48,7 +49,7 @@ def configure(typing: Any, shapes: Any) -> Any:
     """Give this thread's tiles the shapes of a table of 64 bytes."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _call(builder, "ldtilecfg", place_of(context, builder, signature.args[0], arguments[0], _LONG(0)))
+        call(builder, "ldtilecfg", place_of(context, builder, signature.args[0], arguments[0], _LONG(0)))
         return context.get_dummy_value()
 
     return types.void(shapes), generate
@@ -59,7 +60,7 @@ def release(typing: Any) -> Any:
     """Give the tiles back."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _call(builder, "tilerelease")
+        call(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -71,7 +72,7 @@ def clear(typing: Any, tiles: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for tile in range(signature.args[0].count):
-            _call(builder, "tilezero", _BYTE(tile))
+            call(builder, "tilezero", _BYTE(tile))
         return context.get_dummy_value()
 
     return types.void(tiles), generate
@@ -84,15 +85,15 @@ def multiply(typing: Any, tiles: Any, x: Any, first: Any, k: Any, pairs: Any) ->
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, x, first, k, pairs = arguments
         codes = place_of(context, builder, signature.args[4], pairs, _LONG(0))
-        _call(builder, "tileloadd64", _BYTE(_CODES), builder.bitcast(codes, _POINTER), _LONG(64))
+        call(builder, "tileloadd64", _BYTE(_CODES), builder.bitcast(codes, _POINTER), _LONG(64))
         view = context.make_array(signature.args[1])(context, builder, x)
         step = builder.mul(cgutils.unpack_tuple(builder, view.shape)[1], _LONG(2))
         for tile in range(signature.args[0].count):
             row = builder.add(first, _LONG(ROWS * tile))
             address = place_of(context, builder, signature.args[1], x, row, k)
             loaded = _BYTE(4 + tile % 2)
-            _call(builder, "tileloadd64", loaded, builder.bitcast(address, _POINTER), step)
-            _call(builder, "tdpbf16ps", _BYTE(tile), loaded, _BYTE(_CODES))
+            call(builder, "tileloadd64", loaded, builder.bitcast(address, _POINTER), step)
+            call(builder, "tdpbf16ps", _BYTE(tile), loaded, _BYTE(_CODES))
         return context.get_dummy_value()
 
     return types.void(tiles, x, types.int64, types.int64, pairs), generate
@@ -105,7 +106,7 @@ def store_sums(typing: Any, tiles: Any, sums: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for tile in range(signature.args[0].count):
             place = place_of(context, builder, signature.args[1], arguments[1], _LONG(ROWS * LANES * tile))
-            _call(builder, "tilestored64", _BYTE(tile), builder.bitcast(place, _POINTER), _LONG(64))
+            call(builder, "tilestored64", _BYTE(tile), builder.bitcast(place, _POINTER), _LONG(64))
         return context.get_dummy_value()
 
     return types.void(tiles, sums), generate

@@ -71,7 +71,7 @@ def has_dot_instruction() -> bool:
     return bool(features.get("avx512vnni")) and bool(features.get("avx512f"))
 
 
-def _add_fours(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
+def add_fours(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     """total[i] + sum of unsigned[4 i + j] signed[4 i + j], j < 4: bytes in int32."""
     if has_dot_instruction():
         words = [builder.bitcast(x, _WORDS) for x in (unsigned, signed)]
@@ -181,7 +181,7 @@ def int8_code_rows(
             for address, total in zip(rows, totals, strict=True):
                 weights = load(builder, builder.add(address, offset), _CODES)
                 unsigned = builder.xor(weights, ir.Constant(_CODES, [-128] * CODE_BLOCK))
-                exact = builder.sitofp(_add_fours(builder, start, unsigned, inputs), _FLOATS)
+                exact = builder.sitofp(add_fours(builder, start, unsigned, inputs), _FLOATS)
                 builder.store(multiply_add(builder, exact, scale, builder.load(total)), total)
         _sums(builder, totals, y, y_step)
         return context.get_dummy_value()
@@ -230,7 +230,7 @@ def int4_code_rows(
                 factors = builder.fmul(builder.fpext(stored, four), x_scales)
                 high = builder.lshr(packed, ir.Constant(_CODES, [4] * CODE_BLOCK))
                 for i, weights in enumerate((builder.and_(packed, low_bits), high)):
-                    exact = builder.sitofp(_add_fours(builder, starts[i], weights, blocks[i][0]), _FLOATS)
+                    exact = builder.sitofp(add_fours(builder, starts[i], weights, blocks[i][0]), _FLOATS)
                     lanes = shuffle(builder, factors, [2 * i] * 8 + [2 * i + 1] * 8)
                     builder.store(multiply_add(builder, exact, lanes, builder.load(total)), total)
         _sums(builder, totals, y, y_step)

@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu.codes import LANES, LanesWeight, from_lanes, join_lanes, to_lanes
+from trine.kernels.cpu.codes import LANES, LanesWeight, from_lanes, join_lanes, lanes_of_words, to_lanes
 from trine.kernels.cpu.compiled import available
 from trine.kernels.launch import ceil_div
 from trine.kernels.target import uses_triton
@@ -113,6 +113,21 @@ def pack(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None = None, *
     return replace(weight, decode=_for_few_rows(values_NK, weight))
 
 
+def pack_words(
+    words_NX: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None = None, *, bits: int, width: int
+) -> PackedWeight | None:
+    """`pack` of codes in int32 words, as `lanes_of_words` takes them, twenty times as fast; None where it cannot be."""
+    _check_scales(words_NX.shape[0], width, scales_NG, zeros_NG, bits)
+    if uses_triton(words_NX) or words_NX.is_meta or not available():
+        return None
+    lanes = lanes_of_words(words_NX, scales_NG, zeros_NG, bits, width)
+    if lanes is None:
+        return None
+    scales_GN = scales_NG.t().contiguous()
+    zeros_GN = None if zeros_NG is None else zeros_NG.t().contiguous()
+    return PackedWeight(lanes.words, scales_GN, zeros_GN, None, bits, width, "lanes", lanes)
+
+
 def can_join(weights: Sequence[PackedWeight]) -> bool:
     """Whether `join` takes them: layout "lanes", alike in all but their outputs, of which there are whole tiles."""
     kinds = {
@@ -146,7 +161,14 @@ def _check(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: 
         raise ValueError(f"bits is {bits}; it must be 4 or 8")
     if values_NK.dim() != 2 or values_NK.dtype != torch.int8 or values_NK.shape[1] == 0:
         raise ValueError(f"values are {values_NK.dtype} {tuple(values_NK.shape)}; expected int8 [N, K], K positive")
-    num_features, width = values_NK.shape
+    _check_scales(*values_NK.shape, scales_NG, zeros_NG, bits)
+    if bits == 4 and values_NK.numel() and not values_NK.is_meta:
+        low, high = values_NK.aminmax()
+        if int(low) < -8 or int(high) > 7:
+            raise ValueError("values of 4 bits must be in -8 .. 7; store unsigned codes minus 8")
+
+
+def _check_scales(num_features: int, width: int, scales_NG: Tensor, zeros_NG: Tensor | None, bits: int) -> None:
     if scales_NG.dtype not in SCALE_DTYPES or scales_NG.dim() != 2 or scales_NG.shape[0] != num_features:
         raise ValueError(
             f"scales are {scales_NG.dtype} {tuple(scales_NG.shape)}; expected float32, bfloat16 or float16 "
@@ -163,11 +185,8 @@ def _check(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: 
         raise ValueError(
             f"zeros are {zeros_NG.dtype} {tuple(zeros_NG.shape)}; expected int8 {tuple(scales_NG.shape)}, as the scales"
         )
-    if bits == 4 and not values_NK.is_meta:
-        if bool(((values_NK < -8) | (values_NK > 7)).any()):
-            raise ValueError("values of 4 bits must be in -8 .. 7; store unsigned codes minus 8")
-        if zeros_NG is not None and bool(((zeros_NG < -8) | (zeros_NG > 8)).any()):
-            raise ValueError("zeros of 4 bits must be in -8 .. 8; store unsigned zero points minus 8")
+    if bits == 4 and zeros_NG is not None and not zeros_NG.is_meta and bool(((zeros_NG < -8) | (zeros_NG > 8)).any()):
+        raise ValueError("zeros of 4 bits must be in -8 .. 8; store unsigned zero points minus 8")
 
 
 def _places(bits: int) -> list[tuple[int, int, int]]:

@@ -4,8 +4,8 @@
     one for all            [1]                             w[n, k] = q[n, k] s[0]
     one for each block     [ceil(N / 128), ceil(K / 128)]  w[n, k] = q[n, k] s[n // 128, k // 128]    (float8 only)
 
-Codes lie as [N, K], which is how tensor cores want both operands. On a CPU float8 codes are kept as bf16 numbers, and
-int8 codes in the layout of the product that multiplies them (`cpu_int8.py`).
+Codes lie as [N, K], which is how tensor cores want both operands, and a CPU's compiled loops. On a CPU float8 codes are
+kept as bf16 numbers, and int8 codes without Numba in the layout of the product that multiplies them (`cpu_int8.py`).
 """
 
 from __future__ import annotations

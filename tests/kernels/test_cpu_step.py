@@ -25,7 +25,7 @@ C, H, K, D, FEED, BLOCK = 160, 4, 2, 40, 224, 8
 
 def quantize(weight: Tensor, kind: str) -> AnyProjection:
     if kind.startswith("lanes"):
-        return LanesProjection(lanes_weight(weight, kind))
+        return LanesProjection(lanes_weight(weight, kind), dots=kind.startswith("lanes dots"))
     if kind == "int4":
         groups = F.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
         scales = groups.abs().amax(dim=2) / 7
@@ -39,8 +39,8 @@ def quantize(weight: Tensor, kind: str) -> AnyProjection:
 
 
 def lanes_weight(weight: Tensor, kind: str) -> LanesWeight:
-    """Codes of "lanes BITS GROUP SCALES", with zero points where "zeros" follows; GROUP 0: a scale a row."""
-    _, bits, size, scales_dtype, *zeros = kind.split()
+    """Codes of "lanes dots|floats BITS GROUP SCALES", where "zeros" follows with zero points; GROUP 0: all of a row."""
+    _, _, bits, size, scales_dtype, *zeros = kind.split()
     limit = 2 ** (int(bits) - 1) - 1
     groups = weight.unflatten(1, (-1, int(size) or weight.shape[1]))
     scales = (groups.abs().amax(dim=2) / limit).to(getattr(torch, scales_dtype))
@@ -160,16 +160,18 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
         ("int4", 2, 1e-5),
         ("int4", 5, 1e-5),
         ("int8 by rows", 3, 1e-5),
-        ("lanes 4 32 bfloat16", 1, 1e-6),
-        ("lanes 4 32 float16 zeros", 2, 1e-6),
-        ("lanes 4 0 float32", 7, 1e-6),
-        ("lanes 8 0 bfloat16", 1, 1e-6),
-        ("lanes 8 32 float32 zeros", 8, 1e-6),
+        ("lanes dots 4 32 bfloat16", 1, 1e-6),
+        ("lanes floats 4 32 float16 zeros", 3, 1e-6),
+        ("lanes floats 8 0 bfloat16", 2, 1e-6),
+        ("lanes dots 4 32 float16 zeros", 5, 1e-6),
+        ("lanes dots 4 0 float32", 2, 1e-6),
+        ("lanes dots 8 0 bfloat16", 1, 1e-6),
+        ("lanes dots 8 32 float32 zeros", 8, 1e-6),
         ("float32", 9, 1e-6),
         ("bfloat16", 17, 8e-3),
         ("int8", 64, 8e-3),
         ("int4", 33, 8e-3),
-        ("lanes 4 32 bfloat16", 12, 8e-3),
+        ("lanes dots 4 32 bfloat16", 12, 8e-3),
     ],
 )
 def test_a_layer_equals_float64_at_any_number_of_rows(kind: str, rows: int, allowed: float) -> None:
@@ -239,7 +241,7 @@ def test_the_constants_of_python_are_those_of_the_loops() -> None:
 
     assert step.SPLIT == attention_loops.SPLIT
     assert projection.SHORTEST == vector_loops.CODE_BLOCK == projection.CODES_OF_HALF
-    kinds = ("FLOAT32", "BFLOAT16", "INT8", "TILES", "INT8_CODES", "INT8_TOKENS", "INT4_CODES")
+    kinds = ("FLOAT32", "BFLOAT16", "INT8", "TILES", "DOTS", "INT8_CODES", "INT8_TOKENS", "INT4_CODES")
     assert [getattr(projection, kind) for kind in kinds] == [getattr(product_loops, kind) for kind in kinds]
     scales = [projection._SCALE_KINDS[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     assert scales == [codes_loops.FLOAT32, codes_loops.BFLOAT16, codes_loops.FLOAT16]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu import table
+from trine.kernels.cpu import byte_tiles, table
 from trine.kernels.cpu.codes import has_tiles
 from trine.kernels.cpu.compiled import available, why_not
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
@@ -250,6 +250,16 @@ def test_integer_products_are_exact(monkeypatch: pytest.MonkeyPatch, vnni: bool)
         x = QuantizedRows(rows[:count], torch.ones(count, 1), torch.float32)
         expected = (rows[:count].double() @ values.double().t()).float()
         assert torch.equal(quantized_linear(x, weight), expected)
+
+
+@pytest.mark.parametrize(("rows", "outputs", "width"), [(48, 32, 64), (77, 96, 1024), (130, 64, 192)])
+def test_many_rows_of_bytes_in_matrix_tiles_are_exact(rows: int, outputs: int, width: int) -> None:
+    if not (available() and has_tiles()):
+        pytest.skip("this CPU has no matrix tiles, or there is no Numba")
+    values, x = codes(outputs, width, 1, 8)[0], codes(rows, width, 1, 8, seed=1)[0]
+    values[0], x[-1] = -128, 127
+    assert byte_tiles.fits(values)
+    assert torch.equal(byte_tiles.multiply_rows(x, values), (x.double() @ values.double().t()).float())
 
 
 @pytest.mark.parametrize("kind", [torch.int8, FLOAT8], ids=str)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
@@ -32,12 +32,15 @@ from trine.engine.model.quantized.format import (
     check_groups,
     encoding_of,
     fitted,
+    fitting_scheme,
 )
 from trine.engine.model.quantized.ordered import group_order
 from trine.engine.model.quantized.scheme import BLOCK, Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.quantized.words import num_words, unpack_words
 from trine.engine.model.weight_files import StoredTensor
+from trine.kernels.quantized.op import Weight
+from trine.kernels.quantized.packing import pack_words
 
 Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
@@ -84,7 +87,8 @@ class CompressedTensors(Format):
         decode = partial(_decode, path, form, num_features, width)
         if scheme.kind == "float" and scheme.activations == "none":
             return Encoding(layout, decode, None, "fp8 weights without fp8 activations are held as numbers")
-        return encoding_of(scheme, width, layout, decode, form.note or self.note)
+        encoding = encoding_of(scheme, width, layout, decode, form.note or self.note)
+        return replace(encoding, packed=partial(_packed, path, form, num_features, width))
 
     def tensors(self, files: Headers) -> dict[str, StoredTensor]:
         """Without scales of activations and caches."""
@@ -222,13 +226,28 @@ def _one_or_none(name: str, headers: Headers) -> tuple[int, ...]:
     return () if stored is not None and stored.shape == () else (1,)
 
 
+def _packed(path: str, form: Form, num_features: int, width: int, stored: Stored) -> Weight | None:
+    """The words as the kernels of a CPU read them; None where columns, groups or rows are to be rearranged."""
+    scheme = form.scheme
+    kept = form.packing == "pack-quantized" and fitting_scheme(scheme, width) == scheme and not form.whole
+    if not kept or "weight_g_idx" in stored:
+        return None
+    _check_shape(path, num_features, width, stored)
+    zeros_NG = _zeros(path, form, num_features, stored)
+    return pack_words(stored["weight_packed"], stored["weight_scale"], zeros_NG, bits=scheme.bits, width=width)
+
+
+def _check_shape(path: str, num_features: int, width: int, stored: Stored) -> None:
+    shape = stored["weight_shape"].tolist()
+    if shape != [num_features, width]:
+        raise CheckpointError(f"{path}.weight_shape holds {shape}; config.json asks for {[num_features, width]}")
+
+
 def _decode(path: str, form: Form, num_features: int, width: int, stored: Stored) -> QuantizedTensor | Tensor:
     scheme, order_K = form.scheme, None
     codes_NK = stored["weight_packed"] if form.packing == "pack-quantized" else stored["weight"]
     if form.packing == "pack-quantized":
-        shape = stored["weight_shape"].tolist()
-        if shape != [num_features, width]:
-            raise CheckpointError(f"{path}.weight_shape holds {shape}; config.json asks for {[num_features, width]}")
+        _check_shape(path, num_features, width, stored)
         codes_NK = unpack_words(codes_NK, scheme.bits, width)
     if "weight_g_idx" in stored:
         order_K = group_order(f"{path}.weight_g_idx", stored["weight_g_idx"], scheme.group_size or width)

@@ -22,6 +22,7 @@ from trine.engine.errors import CheckpointError
 from trine.engine.model.quantized.scheme import GROUP_SIZES, Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
+from trine.kernels.quantized.op import Weight
 
 # Shapes and the dtypes that are allowed (safetensors' names), by the name of the tensor.
 Layout = dict[str, tuple[tuple[int, ...], frozenset[str]]]
@@ -38,12 +39,14 @@ class Encoding:
 
     `scheme` is what our layers multiply with; None where there is no product of such codes, and `decode` then gives
     the numbers [N, K] in fp32. `note` says in a few words what becomes other than the file says, if anything does.
+    `packed` makes what layers multiply with, on a CPU, of the tensors without decoding them, or None where it cannot.
     """
 
     layout: Layout
     decode: Callable[[Stored], QuantizedTensor | Tensor]
     scheme: Scheme | None
     note: str = ""
+    packed: Callable[[Stored], Weight | None] | None = None
 
 
 class Format(ABC):

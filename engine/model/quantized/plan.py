@@ -17,6 +17,7 @@ from trine.engine.model.quantized.format import Encoding, Format, Layout
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
+from trine.kernels.quantized.op import Weight
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,14 @@ def notes(quantized: QuantizedRules) -> list[str]:
     """What becomes of these weights other than the file says, with the number of layers, a line each."""
     counts = Counter(one.encoding.note for one in quantized.values() if one.encoding.note)
     return [f"{note} ({count} layers)" for note, count in counts.items()]
+
+
+def read_packed(quantized: QuantizedRule, stored: Mapping[str, StoredTensor]) -> Weight | None:
+    """One weight as layers on a CPU multiply with it, of its tensors as they lie; None where it must be decoded."""
+    packed = quantized.encoding.packed
+    if packed is None:
+        return None
+    return packed({name: stored[f"{quantized.path}.{name}"].read() for name in quantized.encoding.layout})
 
 
 def read_weight(quantized: QuantizedRule, stored: Mapping[str, StoredTensor]) -> QuantizedTensor | Tensor:

@@ -22,6 +22,8 @@ from trine.engine.model.quantized.registry import read_format
 from trine.engine.model.quantized.scheme import SCHEMES, Scheme, make_scheme
 from trine.engine.model.quantized.tensor import to_groups
 from trine.engine.quantize.rtn import quantize_rtn
+from trine.kernels.cpu.compiled import available
+from trine.kernels.quantized.packing import unpack
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -125,6 +127,26 @@ def test_stored_tensors_come_back_and_fit_their_layout(name: str, read_layer: An
     assert (back.zeros_NG is None) == scheme.symmetric
     if quantized.zeros_NG is not None:
         assert torch.equal(back.zeros_NG, quantized.zeros_NG)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not available(), reason="without Numba weights lie in another layout")
+@pytest.mark.parametrize("name", list(ALL))
+@pytest.mark.parametrize("width", [384, 320])
+def test_words_become_the_layout_of_the_kernels_without_being_decoded(name: str, width: int, read_layer: Any) -> None:
+    scheme = ALL[name]
+    if scheme.group_size and width % scheme.group_size:
+        pytest.skip("groups that do not fill the rows")
+    stored = to_stored(quantize_rtn(_weight(torch.bfloat16)[:189, :width], scheme))
+    encoding, decoded = read_layer(_config(scheme), stored, 189, width)
+    packed = encoding.packed(stored)
+    assert (packed is not None) == (scheme.kind == "int" and scheme.activations == "none")
+    if packed is None:
+        return
+    expected = decoded.weight()
+    assert torch.equal(packed.words, expected.words)
+    for found, wanted in zip(unpack(packed), unpack(expected), strict=True):
+        assert (found is None) == (wanted is None)
+        assert found is None or wanted is None or torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", list(ALL))
