@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from trine.engine.data.prepare import prepare
@@ -117,5 +117,5 @@ def _numbers(data: Path) -> None:
     prepare([data / "words.jsonl"], tokenizer_dir=data / "characters", out=data / "words", validation_fraction=0.05)
 
 
-def _write(path: Path, records: Iterable[dict[str, object]]) -> None:
+def _write(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8")

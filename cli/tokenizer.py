@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,14 +20,6 @@ class Kind(StrEnum):
     UNIGRAM = "unigram"
     WORDPIECE = "wordpiece"
     CHAR = "char"
-
-
-class Roles(StrEnum):
-    """The shape of the model that the tokenizer is for."""
-
-    DECODER = "decoder"
-    ENCODER = "encoder"
-    ENCODER_DECODER = "encoder-decoder"
 
 
 @app.callback()
@@ -56,13 +48,13 @@ def train(
         ),
     ] = None,
     roles: Annotated[
-        Roles,
+        Literal["decoder", "encoder", "encoder-decoder"],
         typer.Option(
             metavar="decoder|encoder|encoder-decoder",
             help="Which model it is for: an encoder needs tokens that begin a text, hide and pad, an encoder-decoder "
             "one that pads, and sentinels. --kind wordpiece is for encoders already.",
         ),
-    ] = Roles.DECODER,
+    ] = "decoder",
     sentinels: Annotated[
         int | None,
         typer.Option(
@@ -96,11 +88,11 @@ def train(
         raise UsageError(f"--vocab-size is needed with --kind {kind.value}, such as --vocab-size 4096")
     if kind is Kind.CHAR and (vocab_size is not None or special_token):
         raise UsageError("--vocab-size and --special-token have no effect with --kind char; leave them out")
-    if kind is Kind.WORDPIECE and roles is not Roles.DECODER:
-        raise UsageError(f"--roles {roles.value} does not go with --kind wordpiece, which is BERT's; leave it out")
-    if sentinels is not None and roles is not Roles.ENCODER_DECODER:
+    if kind is Kind.WORDPIECE and roles != "decoder":
+        raise UsageError(f"--roles {roles} does not go with --kind wordpiece, which is BERT's; leave it out")
+    if sentinels is not None and roles != "encoder-decoder":
         raise UsageError(f"--sentinels {sentinels} has no effect without --roles encoder-decoder; leave it out")
-    num_sentinels = (sentinels or 100) if roles is Roles.ENCODER_DECODER else 0
+    num_sentinels = (sentinels or 100) if roles == "encoder-decoder" else 0
     if out.is_file() or ((out / "tokenizer.json").exists() and not overwrite):
         raise UsageError(f"{out} exists already; use --overwrite or another --out")
     texts = read_texts(find_sources(files, suffixes=suffix or ()), text_field=text_field, skip_bad=skip_bad)
@@ -110,13 +102,13 @@ def train(
             tokenizer = train_wordpiece(texts, vocab_size=vocab_size, special_tokens=more)
         else:
             learn = train_unigram if kind is Kind.UNIGRAM else train_bpe
-            special_tokens = [END_OF_TEXT, *role_tokens(roles.value), *more]
+            special_tokens = [END_OF_TEXT, *role_tokens(roles), *more]
             tokenizer = learn(texts, vocab_size=vocab_size - num_sentinels, special_tokens=special_tokens)
-        if tokenizer.vocab_size < vocab_size - num_sentinels:
-            warn(f"the text is too small for {vocab_size} ids: the vocabulary has {tokenizer.vocab_size}")
     else:
         tokenizer = train_characters(texts)
-    if roles is not Roles.DECODER:
-        tokenizer = with_roles(tokenizer, roles.value, sentinels=num_sentinels)
+    if roles != "decoder":
+        tokenizer = with_roles(tokenizer, roles, sentinels=num_sentinels)
+    if vocab_size is not None and tokenizer.vocab_size < vocab_size:
+        warn(f"the text is too small for {vocab_size} ids: the vocabulary has {tokenizer.vocab_size}")
     tokenizer.save(out)
     say(f"wrote {out}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")

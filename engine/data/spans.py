@@ -63,7 +63,8 @@ class Noise:
         hidden, spans = self.counts(length)
         stays = _pieces(length - hidden, spans, key, "stays")
         gone = _pieces(hidden, spans, key, "gone")
-        return np.repeat(np.tile([False, True], spans), np.stack([stays, gone], axis=1).ravel())
+        hidden_L: BoolArray = np.repeat(np.tile([False, True], spans), np.stack([stays, gone], axis=1).ravel())
+        return hidden_L
 
 
 def corrupt(tokens: IntArray, hidden: BoolArray, sentinels: IntArray) -> tuple[IntArray, IntArray]:
@@ -75,13 +76,15 @@ def _with_sentinels(tokens: IntArray, taken: BoolArray, sentinels: IntArray) -> 
     first = taken & ~np.concatenate([[False], taken[:-1]])
     marked = tokens.copy()
     marked[first] = sentinels[: int(first.sum())]
-    return marked[~taken | first]
+    kept: IntArray = marked[~taken | first]
+    return kept
 
 
 def _pieces(total: int, count: int, key: int, purpose: str) -> IntArray:
     """`total` cut into `count` pieces of at least one, [count]."""
     borders = choose(key, count - 1, total - 1, purpose=purpose) + 1
-    return np.diff(np.concatenate([[0], borders, [total]]))
+    lengths: IntArray = np.diff(np.concatenate([[0], borders, [total]]))
+    return lengths
 
 
 def sentinels_of(tokenizer: Tokenizer) -> IntArray:
@@ -89,7 +92,7 @@ def sentinels_of(tokenizer: Tokenizer) -> IntArray:
 
     Raises `DataError` where there are none, or where they are not counted down from the end of the vocabulary.
     """
-    found = []
+    found: list[int] = []
     while (token := tokenizer.vocabulary.get(SENTINEL.format(len(found)))) is not None:
         found.append(token)
     if not found:

@@ -48,7 +48,7 @@ class TextTask:
         if self.pair_field is not None:
             inputs = [(text, record.text(self.pair_field)) for text, record in zip(texts, records, strict=True)]
         encoded = self.tokenizer.encode_inputs(inputs, max_tokens=self.seq_len if self.truncate else None)
-        examples = []
+        examples: list[Example] = []
         for record, (ids, types) in zip(records, encoded, strict=True):
             if len(ids) > self.seq_len:
                 raise DataError(

@@ -25,6 +25,7 @@ from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.train.charts import RUN_ROLES, Chart, Line, draw, palette, smooth, standalone
 from trine.engine.train.energy import format_energy, format_mass
 from trine.engine.train.recipe import OWN_SET
+from trine.engine.train.recipe_objective import PAIRS
 from trine.engine.train.run_log import Record, RunLog, measure_name, read_run, series
 
 TEMPLATE = "report.html.j2"
@@ -87,6 +88,7 @@ def render(log: RunLog) -> str:
         panels=_panels(log),
         evaluations=_evaluations(log),
         samples=_samples(log),
+        between=" → " if log.objective in PAIRS else "",
         resumed=bool(log.resumed_at),
         recipe=_sections(log.recipe),
         environment=list(flatten(log.start.get("environment", {}))),

@@ -190,7 +190,9 @@ class NumberScorer:
 def token_scores(model: Transformer, hidden_NC: Tensor, targets_N: Tensor) -> tuple[float, int]:
     """Summed loss over the vocabulary, and how many targets are the likeliest token."""
     total, hits = 0.0, 0
-    for hidden_nC, targets_n in zip(hidden_NC.split(_CHUNK_ROWS), targets_N.split(_CHUNK_ROWS), strict=True):
+    for hidden_nC, targets_n in zip(
+        torch.split(hidden_NC, _CHUNK_ROWS), torch.split(targets_N, _CHUNK_ROWS), strict=True
+    ):
         logits_nV = model.logits(hidden_nC)
         total += float(F.cross_entropy(logits_nV, targets_n, reduction="sum"))
         hits += int((logits_nV.argmax(dim=-1) == targets_n).sum())
@@ -204,6 +206,6 @@ def pairs_of(batch: Seq2SeqBatch) -> Iterator[tuple[list[int], list[int]]]:
         if batch.segment_ids_BT is None or batch.source_segments_BS is None:
             yield batch.source_ids_BS[row].tolist(), target_T.tolist()
             continue
-        for segment in batch.segment_ids_BT[row][target_T != IGNORED].unique().tolist():
+        for segment in torch.unique(batch.segment_ids_BT[row][target_T != IGNORED]).tolist():
             source_S = batch.source_ids_BS[row][batch.source_segments_BS[row] == segment]
             yield source_S.tolist(), target_T[batch.segment_ids_BT[row] == segment].tolist()
