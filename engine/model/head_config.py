@@ -85,7 +85,8 @@ class HeadConfig:
 
     `labels`: names of the classes, or of the numbers of a regression. `pooling`: of classification. `pooler`: a square
     layer with tanh on the pooled vector. `transform`: a layer before the output. `dropout`: before the output, in
-    training. `embedding`: of features alone.
+    training. `embedding`: of features alone. `score_activation`: what turns the one logit of a cross-encoder into its
+    score, as a class of torch; None where the file leaves that to its readers.
     """
 
     task: Task
@@ -96,6 +97,7 @@ class HeadConfig:
     transform: TransformConfig | None = None
     dropout: float = 0.0
     embedding: EmbeddingConfig | None = None
+    score_activation: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, get_args(Task))

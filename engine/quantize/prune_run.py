@@ -21,6 +21,7 @@ from trine.engine.log import progress
 from trine.engine.model.checkpoint import Opened, open_checkpoint
 from trine.engine.model.families import TensorRule
 from trine.engine.model.quantized.plan import linear_rules
+from trine.engine.model.sentence import DENSE
 from trine.engine.model.weight_files import copy_companions, read_json, write_json, write_weights
 from trine.engine.quantize.calibration import Samples
 from trine.engine.quantize.choices import is_left
@@ -179,7 +180,8 @@ class _Run:
     def write(self, work: Work, quality: Quality | None, started: float) -> Report:
         """The files of the result."""
         settings, stored = self.settings, self.opened.stored
-        sizes = {rule.stored: stored[rule.stored].num_bytes for rule in self.opened.rules}
+        names = [rule.stored for rule in self.opened.rules if not rule.stored.startswith(DENSE)]  # those are copied
+        sizes = {name: stored[name].num_bytes for name in names}
         with work.layers(range(work.finished)) as done:
 
             def read(name: str) -> Tensor:

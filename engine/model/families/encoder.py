@@ -123,7 +123,8 @@ def read_head(
     if name not in _PROBLEMS:
         raise CheckpointError(f"config.json has problem_type {name!r}; supported: {', '.join(_PROBLEMS)}")
     return HeadConfig(
-        task=task, labels=labels, problem=_PROBLEMS[name], transform=classes, pooling=pooling, **values
+        task=task, labels=labels, problem=_PROBLEMS[name], transform=classes, pooling=pooling,
+        score_activation=read_score_activation(hf), **values,
     )  # fmt: skip
 
 
@@ -153,9 +154,21 @@ def read_dropout(hf: HfConfig) -> float:
     return float((hf.get("hidden_dropout_prob") if own is None else own) or 0.0)
 
 
+def read_score_activation(hf: HfConfig) -> str | None:
+    """The class that sentence-transformers notes for a cross-encoder, now or before its version 4."""
+    inside = hf.get("sentence_transformers") or {}
+    name = inside.get("activation_fn") or hf.get("sbert_ce_default_activation_function")
+    return None if name is None else str(name)
+
+
 def write_head(config: ModelConfig) -> dict[str, Any]:
     """The labels and the problem of the task; `architectures` is written with the family."""
-    return {} if config.head is None else labels_to_hf(config.head.labels, config.head.problem)
+    head = config.head
+    if head is None:
+        return {}
+    score = head.score_activation
+    scored = {} if score is None else {"sentence_transformers": {"activation_fn": score}}
+    return {**labels_to_hf(head.labels, head.problem), **scored}
 
 
 def labels_to_hf(labels: tuple[str, ...], problem: Problem | None) -> dict[str, Any]:
