@@ -150,7 +150,7 @@ def _of_tokens(model: Transformer, hidden_NC: Tensor, targets_N: Tensor) -> tupl
     """Of each target its log-probability (float64, on the CPU), and whether it is the likeliest token."""
     rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
     log_probs, likeliest = [], []
-    for hidden, targets in zip(hidden_NC.split(rows), targets_N.split(rows), strict=True):
+    for hidden, targets in zip(torch.split(hidden_NC, rows), torch.split(targets_N, rows), strict=True):
         logits_RV = model.logits(hidden)
         likeliest.append(logits_RV.argmax(-1) == targets)
         log_probs.append(logits_RV.log_softmax(-1).gather(1, targets[:, None])[:, 0].double())

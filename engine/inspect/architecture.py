@@ -107,5 +107,6 @@ def _changed(owner: Any, *, keep: tuple[str, ...] = (), leave: set[str] | None =
         value = getattr(owner, each.name)
         default = each.default_factory() if callable(each.default_factory) else each.default
         if each.name in keep or (value != default and each.name not in (leave or ())):
-            found[each.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            found[each.name] = dataclasses.asdict(value) if nested else value
     return found

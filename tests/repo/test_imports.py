@@ -33,6 +33,8 @@ FLOORS = {
 }
 HEAVY = {"torch", "pydantic", "transformers", "numpy", "tokenizers", "safetensors", "matplotlib", "jinja2", "triton"}
 HEAVY |= {"numba", "fastapi", "uvicorn", "msgspec", "starlette"}
+# Modules that need the extra `eval`, which the development tools do not hold, and the one that asks for them.
+HARNESS = {f"trine.engine.evaluate.{name}" for name in ("harness", "task_data", "tasks")}
 LIGHT_ENGINE = {"trine.engine.errors", "trine.engine.log"}
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 FORBIDDEN = (
@@ -127,6 +129,15 @@ def test_development_tools_are_imported_by_benchmarks_only() -> None:
             assert not tools & {name.partition(".")[0] for name in imports(path)}, module_name(path)
 
 
+def test_the_harness_of_tasks_is_imported_only_where_tasks_are_run() -> None:
+    for path in MODULES:
+        module = module_name(path)
+        if module not in HARNESS | {"trine.engine.evaluate.run_tasks"}:
+            names = {name for each in imports(path) for name in (each, each.rpartition(".")[0])}
+            assert not HARNESS & names, module
+            assert not {"lm_eval", "datasets"} & {name.partition(".")[0] for name in names}, module
+
+
 def test_only_the_engine_process_of_the_server_knows_tensors() -> None:
     """The API process starts in a moment and holds no model: it may use texts, errors, lines and what probabilities are
     made of logits by, nothing heavier.
@@ -204,7 +215,7 @@ def test_every_module_imports_and_none_is_loaded_twice() -> None:
     """A module reached under two names would register its operations twice."""
     code = (
         "import sys, importlib, collections, os\n"
-        f"for name in {[module_name(path) for path in MODULES]!r}:\n"
+        f"for name in {[name for name in map(module_name, MODULES) if name not in HARNESS]!r}:\n"
         "    importlib.import_module(name)\n"
         "files = collections.defaultdict(set)\n"
         "for name, module in list(sys.modules.items()):\n"

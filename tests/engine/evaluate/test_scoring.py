@@ -100,6 +100,6 @@ def test_what_cannot_be_scored_is_refused(
 def test_a_score_that_is_no_number_is_an_error(tiny_checkpoint: Path) -> None:
     broken = load_model(tiny_checkpoint)
     with torch.no_grad():
-        broken.norm.weight.fill_(float("nan"))
+        broken.get_parameter("norm.weight").fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="--dtype float32"):
         list(score(broken, [Pair([1], [2])]))
