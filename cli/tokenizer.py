@@ -74,6 +74,7 @@ def train(
     from trine.engine.data.sources import read_texts
     from trine.engine.errors import UsageError
     from trine.engine.log import say, warn
+    from trine.engine.storage import writing
     from trine.engine.text.train_tokenizer import (
         END_OF_TEXT,
         role_tokens,
@@ -110,5 +111,6 @@ def train(
         tokenizer = with_roles(tokenizer, roles, sentinels=num_sentinels)
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
         warn(f"the text is too small for {vocab_size} ids: the vocabulary has {tokenizer.vocab_size}")
-    tokenizer.save(out)
+    with writing(out):
+        tokenizer.save(out)
     say(f"wrote {out}: {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint[:12]}")

@@ -31,6 +31,7 @@ from trine.engine.data.shard_writer import ShardWriter
 from trine.engine.data.shards import FORMAT_VERSION, MANIFEST, SPLITS, Split, read_manifest
 from trine.engine.data.sources import Complaints, Piece, read_source
 from trine.engine.errors import DataError, UsageError
+from trine.engine.storage import writing
 from trine.engine.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 27
@@ -70,7 +71,8 @@ def prepare(
     skip_bad: leave out bad UTF-8, empty files and broken lines, and list them in the manifest, instead of stopping.
     overwrite: replace prepared data made from something else. workers: threads (default: one per core).
 
-    Raises `DataError` for bad input and for prepared data that differs, `UsageError` for impossible options.
+    Raises `DataError` for bad input and for prepared data that differs, `UsageError` for impossible options,
+    `StorageError` where there is no room.
     """
     out = Path(out)
     _check_options(files, validation_fraction, shard_tokens, workers)
@@ -295,7 +297,8 @@ def _replacing(out: Path) -> Iterator[Path]:
     old = out.parent / f".{out.name}.old-{os.getpid()}"
     folder.mkdir()
     try:
-        yield folder
+        with writing(out):
+            yield folder
         if out.exists():
             out.rename(old)
         folder.rename(out)

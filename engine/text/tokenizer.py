@@ -91,8 +91,12 @@ class Tokenizer:
         for name, text in files.items():
             aside = (folder / name).with_name(f".{Path(name).name}.partial")
             aside.parent.mkdir(exist_ok=True)
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(folder / name)
+            try:
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(folder / name)
+            except BaseException:
+                aside.unlink(missing_ok=True)  # a full disk must not stay full
+                raise
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
         """The ids of `text`."""

@@ -22,6 +22,7 @@ import jinja2
 
 from trine.engine.errors import DataError
 from trine.engine.log import format_bytes, format_count, format_duration
+from trine.engine.storage import writing
 from trine.engine.train.charts import RUN_ROLES, Chart, Line, draw, palette, smooth, standalone
 from trine.engine.train.energy import format_energy, format_mass
 from trine.engine.train.recipe import OWN_SET
@@ -55,14 +56,16 @@ class Panel:
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the page of the run in folder `run` to `out` (default: `report.html` in it) and return its path.
 
-    Raises `UsageError` or `DataError` (one line) where `run` is no readable run folder; nothing is written then.
+    Raises `UsageError` or `DataError` (one line) where `run` is no readable run folder, `StorageError`
+    where there is no room; nothing is written then.
     """
     log = read_run(run)
     page = render(log)
     path = out if out is not None else run / "report.html"
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path, partial):
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
     return path
 
 
