@@ -146,13 +146,12 @@ def test_old_settings_of_modernbert_are_read(make_encoder: MakeEncoder, tmp_path
 def test_labels_and_problems_are_read(make_encoder: MakeEncoder, tmp_path: Path) -> None:
     folder = make_encoder("bert_cls").folder
     names = {"0": "no", "2": "maybe", "1": "yes"}
-    for number, (changes, labels, problem) in enumerate(
-        [
-            ({"id2label": names}, ("no", "yes", "maybe"), "single_label"),
-            ({"problem_type": "multi_label_classification"}, ("LABEL_0", "LABEL_1", "LABEL_2"), "multi_label"),
-            ({"id2label": ..., "num_labels": 3}, ("LABEL_0", "LABEL_1", "LABEL_2"), "single_label"),
-        ]
-    ):
+    cases: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
+        ({"id2label": names}, ("no", "yes", "maybe"), "single_label"),
+        ({"problem_type": "multi_label_classification"}, ("LABEL_0", "LABEL_1", "LABEL_2"), "multi_label"),
+        ({"id2label": ..., "num_labels": 3}, ("LABEL_0", "LABEL_1", "LABEL_2"), "single_label"),
+    ]
+    for number, (changes, labels, problem) in enumerate(cases):
         head = read_config(_copy(folder, tmp_path / str(number), **changes)).head
         assert head is not None
         assert (head.labels, head.problem) == (labels, problem)
