@@ -44,7 +44,7 @@ def models(tmp_path: Path, task: Task, labels: int = 0) -> tuple[Transformer, An
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     save_model(model, tmp_path)
     return model, CLASSES[task].from_pretrained(tmp_path, dtype=torch.float64).eval()
 

@@ -159,7 +159,7 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("kind", "line", "message"), BAD, ids=[f"{kind}-{message[4:24]}" for kind, _, message in BAD])
 def test_a_bad_line_is_named(write: Write, tokenizer: Tokenizer, kind: str, line: Any, message: str) -> None:
-    tasks = {
+    tasks: dict[str, tuple[Any, Any]] = {
         "texts": (texts_of(tokenizer), GOOD_TEXT),
         "numbers": (texts_of(tokenizer, labels=None), {**GOOD_TEXT, "label": 1}),
         "pairs": (pairs_of(tokenizer), GOOD_PAIR), "tags": (tags_of(tokenizer), {"words": ["a"], "labels": ["O"]}),

@@ -35,7 +35,7 @@ def models(tmp_path: Path, family: str) -> tuple[Transformer, Any]:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     save_model(model, tmp_path)
     return model.eval(), CLASSES[family].from_pretrained(tmp_path, dtype=torch.float64).eval()
 
