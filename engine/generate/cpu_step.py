@@ -42,7 +42,7 @@ _KNOWN = {
 # How far logits may be from those of the model's forward, relative to the largest: products round differently.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 # Where layers round their inputs to codes: an input between two codes becomes the one or the other by its last bit.
-_ROUNDED_TOLERANCE = 0.05
+_ROUNDED_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.15}
 _PROBE_TOKENS = 5
 
 
@@ -54,6 +54,7 @@ class CpuDecoder:
         layers = [_layer(block, cache, model.config, compute_dtype) for block in model.layers]
         bias = None if model.head_bias is None else model.head_bias.detach()
         output = Projection(model.head_weight.detach(), bias=bias)
+        assert isinstance(model.norm, RMSNorm)
         self._step = DecodeStep(layers, model.norm.weight.detach(), output)
 
     @property
@@ -139,7 +140,7 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
 
 def _tolerance(model: Transformer, compute_dtype: torch.dtype) -> float:
     rounding = any(rounds_inputs(layers) for block in model.layers for layers in _groups(block))
-    return max(_TOLERANCE[compute_dtype], _ROUNDED_TOLERANCE if rounding else 0.0)
+    return (_ROUNDED_TOLERANCE if rounding else _TOLERANCE)[compute_dtype]
 
 
 def _default(field: Any) -> Any:

@@ -71,8 +71,11 @@ def _join(layers: Sequence[nn.Module]) -> Weight:
     if len(weights) == 1:
         return weights[0]
     packed, scaled = _kinds(weights)
+    whole: Weight
+    parts: Sequence[Weight]
     whole, parts = join_packed(packed) if packed else join_scaled(scaled)
     for layer, part in zip(layers, parts, strict=True):
+        assert isinstance(layer, QuantizedLinear)
         layer.weight = part
     return whole
 

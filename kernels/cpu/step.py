@@ -70,8 +70,8 @@ class BatchProduct:
 
     def __init__(self, projection: AnyProjection) -> None:
         self.dtype = torch.float32 if projection.kind == FLOAT32 else torch.bfloat16
-        plain = isinstance(projection, Projection) and projection.scales is None
-        weight = projection.weight if plain else projection.dense().to(self.dtype)
+        weight = projection.weight if isinstance(projection, Projection) and projection.scales is None else None
+        weight = projection.dense().to(self.dtype) if weight is None else weight
         self.bias = None if projection.bias is None else projection.bias.to(self.dtype)
         self.packed = torch.backends.mkldnn.is_available() and (
             self.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

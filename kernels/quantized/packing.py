@@ -161,7 +161,7 @@ def _check(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bits: 
         raise ValueError(f"bits is {bits}; it must be 4 or 8")
     if values_NK.dim() != 2 or values_NK.dtype != torch.int8 or values_NK.shape[1] == 0:
         raise ValueError(f"values are {values_NK.dtype} {tuple(values_NK.shape)}; expected int8 [N, K], K positive")
-    _check_scales(*values_NK.shape, scales_NG, zeros_NG, bits)
+    _check_scales(len(values_NK), values_NK.shape[1], scales_NG, zeros_NG, bits)
     if bits == 4 and values_NK.numel() and not values_NK.is_meta:
         low, high = values_NK.aminmax()
         if int(low) < -8 or int(high) > 7:

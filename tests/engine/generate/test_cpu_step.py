@@ -25,7 +25,6 @@ from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.cpu.compiled import available
 from trine.kernels.quantized.cpu import dequantize_rows
 from trine.kernels.quantized.packing import PackedWeight
-from trine.kernels.quantized.scaled_weight import ScaledWeight
 
 needs_loops = pytest.mark.skipif(not available(), reason="compiled loops need Numba")
 CONFIG = ModelConfig(
@@ -95,6 +94,11 @@ def quantize(model: Transformer, scheme: Scheme) -> dict[str, torch.Tensor]:
     return numbers
 
 
+def dense(weight: Any) -> torch.Tensor:
+    work = torch.float32
+    return dequantize_rows(weight, work) if isinstance(weight, PackedWeight) else weight.dequantize(work)
+
+
 QUANTIZED = {
     "w4a16": make_scheme("w4a16", group_size="32"),
     "w4a16, groups of 64, asymmetric": make_scheme("w4a16", group_size="64", symmetric=False),
@@ -117,11 +121,7 @@ def test_compiled_steps_of_quantized_models_give_the_plain_generators_texts(
     found = texts(model, tiny_tokenizer, prompts, params)
     assert [found[one.prompt_index] for one in expected] == [one.token_ids for one in expected]
     for layer, values in numbers.items():  # joined, the layers hold what they held
-        weight = model.layers.get_submodule(layer).weight
-        assert isinstance(weight, PackedWeight | ScaledWeight)
-        packed = isinstance(weight, PackedWeight)
-        dense = dequantize_rows(weight, torch.float32) if packed else weight.dequantize(torch.float32)
-        torch.testing.assert_close(dense, values.float(), msg=layer)
+        torch.testing.assert_close(dense(model.layers.get_submodule(layer).weight), values.float(), msg=layer)
 
 
 @needs_loops
@@ -132,7 +132,7 @@ def test_codes_of_joined_layers_are_held_once(name: str) -> None:
     assert make_decoder(model, PagedCache(model.config, num_blocks=2, block_size=16), torch.float32) is not None
     attention = model.layers[0].self_attn
     weights = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    codes = [weight.words if isinstance(weight, PackedWeight) else weight.codes for weight in weights]
+    codes: list[torch.Tensor] = [one.words if isinstance(one, PackedWeight) else one.codes for one in weights]
     assert len({one.untyped_storage().data_ptr() for one in codes}) == 1
     assert codes[0].untyped_storage().nbytes() == sum(one.nbytes for one in codes)
 
