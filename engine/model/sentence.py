@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trine.engine.errors import CheckpointError
+from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.model.head_config import DenseConfig, EmbeddingConfig, HeadActivation, Pooling
 from trine.engine.model.weight_files import (
     StoredTensor,
@@ -65,8 +65,8 @@ _NO_LIMIT = 10**6
 
 
 def is_sentence_encoder(folder: Path) -> bool:
-    """Whether such files stand beside the checkpoint."""
-    return (folder / _STEPS).is_file()
+    """Whether such files stand beside the checkpoint. A cross-encoder has them too, but gives no embeddings."""
+    return (folder / _STEPS).is_file() and _read_optional(folder / _PROMPTS).get("model_type") != "CrossEncoder"
 
 
 def read_embedding(folder: Path, width: int, max_positions: int) -> EmbeddingConfig:
@@ -75,6 +75,13 @@ def read_embedding(folder: Path, width: int, max_positions: int) -> EmbeddingCon
     `width` and `max_positions` are the model's. Raises `CheckpointError` naming a step or setting that is not
     supported.
     """
+    try:
+        return _read(folder, width, max_positions)
+    except (UsageError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the files beside {folder} do not describe a sentence encoder: {error}") from None
+
+
+def _read(folder: Path, width: int, max_positions: int) -> EmbeddingConfig:
     steps = _read_steps(folder)
     kinds = [kind for kind, _ in steps]
     order = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense"), *["Normalize"] * ("Normalize" in kinds)]

@@ -16,6 +16,8 @@ _PROBLEMS: dict[str, Problem] = {
     "multi_label_classification": "multi_label",
     "regression": "regression",
 }
+# Far beyond what a classifier has; more is a damaged file.
+_MOST_LABELS = 2**20
 # What encoders of the BERT kind have in common; their norms follow the sums.
 BERT_SWITCHES: Mapping[str, Any] = {
     "causal": False, "norm": "layer", "placement": "post_sum", "final_norm": False, "embedding_norm": True,
@@ -141,7 +143,12 @@ def read_labels(hf: HfConfig) -> tuple[str, ...]:
     """The names of the classes: of `id2label`, else LABEL_0, ... for `num_labels`, which is 2 where nothing is said."""
     names = hf.get("id2label")
     if names is None:
-        return tuple(f"LABEL_{label}" for label in range(hf.get("num_labels") or 2))
+        count = hf.get("num_labels") or 2
+        if not isinstance(count, int) or not 0 < count <= _MOST_LABELS:
+            raise CheckpointError(f"config.json has num_labels {count!r}; it must be from 1 to {_MOST_LABELS}")
+        return tuple(f"LABEL_{label}" for label in range(count))
+    if not isinstance(names, Mapping) or not names:
+        raise CheckpointError(f"config.json has id2label {names!r}; expected a name for each of 0, 1, 2, ...")
     by_number = {int(number): str(label) for number, label in names.items()}
     if sorted(by_number) != list(range(len(by_number))):
         raise CheckpointError(f"config.json has id2label for {sorted(by_number)}; expected 0, 1, 2, ...")
@@ -156,8 +163,10 @@ def read_dropout(hf: HfConfig) -> float:
 
 def read_score_activation(hf: HfConfig) -> str | None:
     """The class that sentence-transformers notes for a cross-encoder, now or before its version 4."""
-    inside = hf.get("sentence_transformers") or {}
-    name = inside.get("activation_fn") or hf.get("sbert_ce_default_activation_function")
+    inside = hf.get("sentence_transformers")
+    name = (inside.get("activation_fn") if isinstance(inside, Mapping) else None) or hf.get(
+        "sbert_ce_default_activation_function"
+    )
     return None if name is None else str(name)
 
 

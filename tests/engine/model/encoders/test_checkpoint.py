@@ -246,6 +246,8 @@ def test_new_models_are_made(family: str, tmp_path: Path) -> None:
         ("bert_mlm", {"hidden_size": 66}, "hidden_size 66, which is not a multiple of num_attention_heads 4"),
         ("bert_cls", {"problem_type": "ranking"}, "problem_type 'ranking'"),
         ("bert_cls", {"id2label": {"0": "a", "2": "b"}}, r"id2label for \[0, 2\]"),
+        ("bert_cls", {"id2label": ["a", "b"]}, "expected a name for each of 0, 1, 2"),
+        ("bert_cls", {"id2label": None, "num_labels": 10**12}, "num_labels 1000000000000; it must be from 1"),
         ("roberta_mlm", {"max_position_embeddings": 2}, "max_position_embeddings 2, of which 2 stand before the text"),
         ("modernbert_mlm", {"sparse_prediction": True}, "sparse_prediction = True"),
         ("modernbert_cls", {"classifier_pooling": "max"}, "classifier_pooling 'max'; supported: cls, mean"),
