@@ -36,6 +36,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_OF_LAYER_HF = re.compile(r"model\.layers\.(\d+)\.")
 _OF_LAYER = re.compile(r"blk\.(\d+)\.")
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 FREQUENCIES = "rope_freqs.weight"
@@ -86,6 +87,17 @@ def name_of(file: GgufFile, name: str) -> str:
     if module not in _TOP:
         raise CheckpointError(f"{file.path} holds a tensor {name!r} that trine import does not know")
     return f"{_TOP[module]}.{kind}"
+
+
+def stored_name(name: str) -> str:
+    """The opposite of `name_of`. Raises `CheckpointError` for a tensor that no file has."""
+    module, _, kind = name.rpartition(".")
+    layer = _OF_LAYER_HF.match(name)
+    part = module.removeprefix(layer[0]) if layer is not None else module
+    for stored, ours in (_LAYER if layer is not None else _TOP).items():
+        if part == ours:
+            return f"blk.{layer[1]}.{stored}.{kind}" if layer is not None else f"{stored}.{kind}"
+    raise CheckpointError(f"{name} has no place in a GGUF file; export the model as a folder")
 
 
 def config_of(file: GgufFile, dtype: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trine.engine.errors import CheckpointError, DataError
@@ -19,7 +20,7 @@ from trine.engine.model.gguf import GgufFile
 from trine.engine.text.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -74,6 +75,46 @@ def tokenizer_of(file: GgufFile) -> Tokenizer:
         return Tokenizer(json.dumps(definition), settings=settings)
     except (DataError, UnicodeEncodeError) as error:
         raise CheckpointError(f"{file.path} has a tokenizer that does not fit together: {error}") from None
+
+
+def metadata_of(folder: Path, vocab_size: int) -> dict[str, Any]:
+    """What a file says of the tokenizer of a folder: byte-level BPE with one of the cuts known here.
+
+    Rows of the embedding without a token get tokens that are never used. Raises `CheckpointError` for other tokenizers.
+    """
+    tokenizer = Tokenizer.load(folder)
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = definition["model"]
+    cuts = [name for name, cut in _CUTS.items() if _plain(cut) == _plain(definition.get("pre_tokenizer"))]
+    form = {"type": "NFC"} if cuts == ["qwen2"] else None
+    if model.get("type") != "BPE" or model.get("byte_fallback") or not cuts or definition.get("normalizer") != form:
+        raise CheckpointError(
+            f"{folder} has a tokenizer that is not written to GGUF files: byte-level BPE is, cut as {', '.join(_CUTS)}"
+        )
+    tokens, types = [f"[PAD{number}]" for number in range(vocab_size)], [_UNUSED] * vocab_size
+    added = {one["content"]: one for one in definition.get("added_tokens", [])}
+    for token, number in {**model["vocab"], **{name: one["id"] for name, one in added.items()}}.items():
+        if number >= vocab_size:
+            raise CheckpointError(f"{folder} has the token {token!r} at {number}, beyond its {vocab_size} embeddings")
+        tokens[number], types[number] = token, _NORMAL
+        if token in added:
+            types[number] = _CONTROL if added[token]["special"] else _USER
+    found: dict[str, Any] = {"model": "gpt2", "pre": cuts[0], "tokens": tokens, "token_type": types}
+    found["merges"] = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    for role, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("padding", tokenizer.pad_id)):
+        found |= {} if number is None else {f"{role}_token_id": number}
+    found["add_bos_token"] = tokenizer.bos_id is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [
+        tokenizer.bos_id
+    ]
+    template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
+    return {**{f"{_PREFIX}{key}": value for key, value in found.items() if value != []}, **template}
+
+
+def _plain(part: Any) -> Any:
+    """A part of tokenizer.json without what changes no token."""
+    if isinstance(part, dict):
+        return {key: _plain(value) for key, value in part.items() if key != "trim_offsets"}
+    return [_plain(one) for one in part] if isinstance(part, list) else part
 
 
 def _byte_level(file: GgufFile, tokens: list[str]) -> dict[str, Any]:

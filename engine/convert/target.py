@@ -42,6 +42,16 @@ def check_new(out: Path) -> None:
         raise UsageError(f"{out} exists already; give --out a folder that does not")
 
 
+def check_room(out: Path, num_bytes: int) -> None:
+    """Make the folder around `out`. Raises `StorageError` where so many bytes do not fit there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < num_bytes:
+        raise StorageError(
+            f"{out.parent} has {format_bytes(free)} free, the result needs {format_bytes(num_bytes)}; make room"
+        )
+
+
 @contextmanager
 def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """A hidden folder beside `out` for so many bytes; it becomes `out` at the end, and is gone if anything fails.
@@ -50,14 +60,9 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """
     aside = out.parent / f".writing-{out.name}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         if aside.exists():
             shutil.rmtree(aside)
-        free = shutil.disk_usage(out.parent).free
-        if free < num_bytes:
-            raise StorageError(
-                f"{out.parent} has {format_bytes(free)} free, the result needs {format_bytes(num_bytes)}; make room"
-            )
+        check_room(out, num_bytes)
         aside.mkdir()
         yield aside
         for path in (*aside.rglob("*"), aside):

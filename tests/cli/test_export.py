@@ -30,3 +30,24 @@ def test_what_is_wrong_is_one_line(trine: Trine, tiny_checkpoint: Path, tmp_path
         assert (found, said.count("\n")) == (status, 1)
         assert words in said
         assert not (tmp_path / "a").exists()
+
+
+def test_a_gguf_file(
+    trine: Trine,
+    succeeds: Callable[..., str],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "a.gguf"
+    told = succeeds("export", tiny_checkpoint, "--out", out, "--format", "gguf", "--dtype", "q8_0")
+    assert "a.gguf: llama, " in told
+    assert " parameters in q8_0, " in told
+    assert "no tokenizer was written: " in told
+    for arguments, words in (
+        (("--format", "onnx"), "--format is 'onnx'; it must be hf or gguf"),
+        (("--format", "gguf", "--ema"), "--ema does not belong to a GGUF file"),
+        (("--format", "gguf", "--dtype", "q4_0"), "--dtype is 'q4_0'; of a GGUF file it must be auto, float32"),
+    ):
+        status, _, said = trine("export", tiny_checkpoint, "--out", tmp_path / "b", *arguments)
+        assert (status, said.count("\n")) == (2, 1)
+        assert words in said

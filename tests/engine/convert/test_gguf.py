@@ -133,7 +133,7 @@ def test_an_imported_model_computes_the_same(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(theirs(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "F16", "BF16"])
 def test_weights_are_those_that_the_package_reads(kind: str, tmp_path: Path) -> None:
     original = _model("llama")
     _write(tmp_path / "a.gguf", original, kind)
