@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,12 +60,13 @@ def describe(model: Transformer, folder: Path) -> PoolingInfo | None:
     if model.head is None:
         return None
     head, config = model.head.config, model.config
+    longest = int(min(config.max_positions, _tokenizer_length(folder)))
     written = _read(folder / "config.json")
     if head.task in ("classification", "tagging"):
         return PoolingInfo(
             kind="tagging" if head.task == "tagging" else "classification",
             dim=len(head.labels),
-            max_tokens=config.max_positions,
+            max_tokens=longest,
             labels=head.labels,
             activation=_activation(head, written),
             score_activation=_score_activation(written | _read(folder / "config_sentence_transformers.json")),
@@ -77,7 +79,7 @@ def describe(model: Transformer, folder: Path) -> PoolingInfo | None:
     return PoolingInfo(
         kind="embedding",
         dim=dense[-1].num_out if dense else config.width * len(embedding.pooling),
-        max_tokens=min(config.max_positions, embedding.max_tokens or config.max_positions),
+        max_tokens=min(longest, embedding.max_tokens or longest),
         token_types=config.token_types,
         lower_case=embedding.lower_case,
         prompts=embedding.prompts,
@@ -117,6 +119,12 @@ def _dimensions(written: dict[str, Any]) -> tuple[int, ...]:
     if named:
         return tuple(sorted(int(size) for size in named))
     return (0,) if written.get("is_matryoshka") else ()
+
+
+def _tokenizer_length(folder: Path) -> float:
+    """Tokens of a text, as the tokenizer's files limit them; one without a limit says a number like 10 ** 30."""
+    length = _read(folder / "tokenizer_config.json").get("model_max_length")
+    return length if isinstance(length, int) and length > 0 else math.inf
 
 
 def _read(path: Path) -> dict[str, Any]:

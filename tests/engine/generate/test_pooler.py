@@ -227,6 +227,18 @@ def test_what_a_folder_says_of_its_vectors(encoder_folder: Folder, tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"scores by torch\.nn\.ReLU"):
         info("cross", sentence_transformers={"activation_fn": "torch.nn.ReLU"})
     assert info("tagger").kind == "tagging"
+    # As sentence-transformers 6 writes a cross-encoder: steps of its own, the activation beside them.
+    folder = tmp_path / "cross-encoder"
+    shutil.copytree(encoder_folder("cross"), folder)
+    step = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    (folder / "modules.json").write_text(json.dumps([step]))
+    said = {"model_type": "CrossEncoder", **identity}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(said))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 20}))
+    cross = describe(load_for_inference(folder)[0], folder)
+    assert cross is not None
+    assert (cross.kind, cross.score_activation, cross.max_tokens) == ("classification", "identity", 20)
 
 
 def test_an_encoder_neither_completes_nor_has_a_perplexity(encoder_folder: Folder) -> None:
