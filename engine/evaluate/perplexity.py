@@ -106,6 +106,8 @@ def perplexity(
     """
     if not model.config.causal or model.head is not None:
         raise UsageError("this model is an encoder and predicts no next token; it has no perplexity")
+    if model.encoder is not None:
+        raise UsageError("this model predicts the targets of sources and no text alone; it has no perplexity")
     window = model.config.max_positions if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     _check_sizes(model, tokenizer, window, stride)

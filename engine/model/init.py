@@ -11,6 +11,8 @@ size) since the scores are not divided, embeddings and head have 1, and biases b
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +56,7 @@ def _fan_in_std(config: ModelConfig, name: str, module: nn.Module) -> float:
         return config.init_std * config.width**-0.5
     assert isinstance(module.weight, Tensor)
     num_in = module.weight.shape[-1] * (config.head_dim if name.endswith("q_proj") else 1)
-    return float(config.init_std * num_in**-0.5)
+    return config.init_std / math.sqrt(num_in)
 
 
 def _normal(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:

@@ -43,7 +43,7 @@ def biased_paged_attention(
         counts_R = query_starts.diff().long()
         rows_N = torch.repeat_interleave(torch.arange(len(counts_R), device=counts_R.device), counts_R)
         k_NSKD, v_NSKD = k_NSKD[rows_N], v_NSKD[rows_N]
-    q_NKGD = q_NHD.float().unflatten(1, (k_NSKD.shape[2], -1))
+    q_NKGD = q_NHD.float().reshape(N, k_NSKD.shape[2], -1, q_NHD.shape[2])
     scores_NKGS = torch.einsum("nkgd,nskd->nkgs", q_NKGD, k_NSKD)
     scores_NHS = scores_NKGS.flatten(1, 2) * (q_NHD.shape[-1] ** -0.5 if scale is None else scale)
     scores_NHS = scores_NHS + biases.scattered(positions_N, num_slots)

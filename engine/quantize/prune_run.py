@@ -82,6 +82,8 @@ class _Run:
 
     def __init__(self, checkpoint: Path, opened: Opened, settings: PruneSettings) -> None:
         self.checkpoint, self.opened, self.settings = checkpoint, opened, settings
+        if opened.model.encoder is not None:
+            raise UsageError(f"{checkpoint} is an encoder-decoder, which is not pruned; prune a decoder or an encoder")
         self.parts: list[list[TensorRule]] = [[] for _ in opened.model.layers]
         for rule, _, width in linear_rules(opened.model, opened.rules, experts=True).values():
             if not is_left(rule):

@@ -125,7 +125,12 @@ class _Run:
         if opened.model.config.embedding_width is not None:
             raise UsageError(f"{checkpoint} has projections around its embedding, which cannot be quantized yet")
         config = opened.model.config
-        if not config.causal and settings.evaluation is not None:
+        if config.encoder is not None and settings.method.calibrated:
+            raise UsageError(
+                f"method {settings.method_name} follows text through the layers of a decoder, and {checkpoint} has an "
+                "encoder beside it; take rtn or hqq"
+            )
+        if (not config.causal or config.encoder is not None) and settings.evaluation is not None:
             say(f"a {config.family} model predicts no next tokens; what quantizing costs is not measured on text")
             self.settings = settings = replace(settings, evaluation=None)
         linear = linear_rules(opened.model, opened.rules, experts=True).values()

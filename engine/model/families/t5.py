@@ -126,7 +126,7 @@ _FEED_FORWARD = {"wi": "up_proj", "wi_0": "gate_proj", "wi_1": "up_proj", "wo": 
 
 
 def _names(gated: bool) -> dict[str, tuple[str, ...]]:
-    names = {"shared": ("embed_tokens",), "lm_head": ("lm_head",)}
+    names: dict[str, tuple[str, ...]] = {"shared": ("embed_tokens",), "lm_head": ("lm_head",)}
     for stored, ours, last in (("encoder", "encoder.", 1), ("decoder", "", 2)):
         block, layer = f"{stored}.block.*.layer", f"{ours}layers.*"
         names[f"{stored}.block.0.layer.0.SelfAttention.relative_attention_bias"] = (f"{ours}relative_bias",)
