@@ -32,6 +32,9 @@ _PARTS = (
     ("norms", ("norm",)),
 )
 
+# As a text passes through them.
+_ORDER = ("embedding", "attention", "feed-forward", "experts", "router", "norms", "head")
+
 
 def describe(config: ModelConfig) -> Architecture:
     """A config in a person's words."""
@@ -71,8 +74,7 @@ def count(model: Transformer) -> Parameters:
         parts[part_of(name)] += parameter.numel()
     total = sum(parts.values())
     idle = round(parts["experts"] * (1 - share))
-    order = [name for name, _ in _PARTS if parts[name]]
-    return Parameters(total=total, active=total - idle, parts={name: parts[name] for name in order})
+    return Parameters(total=total, active=total - idle, parts={name: parts[name] for name in _ORDER if parts[name]})
 
 
 def part_of(name: str) -> str:

@@ -42,16 +42,18 @@ class Architecture:
 
 @dataclass(kw_only=True, slots=True)
 class Weights:
-    """Files with their bytes and tensors; bytes and tensors of each dtype, by the file format's names."""
+    """Files with their bytes and tensors; bytes and tensors of each dtype, by the file format's names.
+
+    `num_bytes`: of all files.
+    """
 
     files: dict[str, dict[str, int]]
     bytes_by_dtype: dict[str, int]
     tensors_by_dtype: dict[str, int]
+    num_bytes: int = field(init=False)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all files."""
-        return sum(one["bytes"] for one in self.files.values())
+    def __post_init__(self) -> None:
+        self.num_bytes = sum(one["bytes"] for one in self.files.values())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,17 +85,19 @@ class Text:
 
 @dataclass(kw_only=True, slots=True)
 class Memory:
-    """Bytes, estimated: of the weights once loaded in `dtype`, of the cache for a token and for a full context."""
+    """Bytes, estimated: of the weights once loaded in `dtype`, of the cache for a token and for a full context.
+
+    `serve`: for one text as long as the context, beside what a step's activations take.
+    """
 
     dtype: str
     weights: int
     cache_per_token: int
     cache_full: int
+    serve: int = field(init=False)
 
-    @property
-    def serve(self) -> int:
-        """To serve one text as long as the context, beside what a step's activations take."""
-        return self.weights + self.cache_full
+    def __post_init__(self) -> None:
+        self.serve = self.weights + self.cache_full
 
 
 @dataclass(kw_only=True, slots=True)

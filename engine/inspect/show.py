@@ -64,7 +64,9 @@ def _architecture(one: Architecture) -> Iterator[str]:
 
 
 def _context(one: Architecture) -> Iterator[str]:
-    yield f"{one.context:,} tokens" + ("" if one.window is None else f", a window of {one.window:,} in some layers")
+    window = "" if one.window is None else f", a window of {one.window:,} in some layers"
+    limit = ", as trained: positions are relative and have no end" if one.positions == "relative" else ""
+    yield f"{one.context:,} tokens{window}{limit}"
     if one.rope is None:
         yield f"{one.positions} positions"
         return

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
 from trine.engine.evaluate.scoring import Pair, score
+from trine.engine.generate.adapted import load_adapted
 from trine.engine.generate.load import load_for_inference
+from trine.engine.generate.plain import generate
+from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.quantized.scheme import Scheme
+from trine.engine.quantize.methods import METHODS
+from trine.engine.quantize.run import Settings, quantize_checkpoint
 
 FOLDER = Path(__file__).resolve().parents[3] / ".venv/lm-eval"
 pytestmark = [
@@ -163,3 +171,38 @@ def assert_piqa_is_scored_by_the_forward_pass(checkpoint: Path, out: Path, accur
         assert [each[0][0] for each in example["resps"]] == pytest.approx(values, abs=1e-4)
         right += values.index(max(values)) == example["doc"]["label"]
     assert accuracy == pytest.approx(right / 12)
+
+
+def test_adapters_and_quantized_folders_answer_for_themselves(
+    tiny_checkpoint: Path, task_data: Path, tmp_path: Path
+) -> None:
+    """Side by side, and each as its own forward pass says."""
+    codes, adapter = tmp_path / "codes", tmp_path / "adapter"
+    settings = Settings(scheme_name="w8a16", scheme=Scheme(bits=8), method_name="rtn", method=METHODS["rtn"])
+    quantize_checkpoint(tiny_checkpoint, codes, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft uses names that transformers is about to drop
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), config).save_pretrained(adapter)
+    command = ["--tasks", "piqa,tiny", "--task-data", task_data, "--json", "--samples"]
+    (status, out, err), (adapted_status, adapted_out, adapted_err) = evaluate(
+        [tiny_checkpoint, *command, "--compare", codes, "--out", tmp_path / "both"],
+        [tiny_checkpoint, *command, "--adapter", adapter, "--out", tmp_path / "adapted"],
+    )
+    assert (status, adapted_status) == (0, 0), err + adapted_err
+    plain, quantized = json.loads(out)["models"]
+    [adapted] = json.loads(adapted_out)["models"]
+    assert len({plain["fingerprint"], quantized["fingerprint"], adapted["fingerprint"]}) == 3
+    for found, (model, tokenizer) in (
+        ((tmp_path / "both", plain), load_for_inference(tiny_checkpoint)),
+        ((tmp_path / "both", quantized), load_for_inference(codes)),
+        ((tmp_path / "adapted", adapted), load_adapted(tiny_checkpoint, adapter)),
+    ):
+        folder = found[0] / "samples" / found[1]["fingerprint"][:12]
+        for line in (folder / "tiny.jsonl").read_text().splitlines():
+            example = json.loads(line)
+            params = SamplingParams(max_tokens=6, temperature=0, stop=("\n",))
+            (completion,) = generate(model, tokenizer, [example["doc"]["question"]], params)
+            assert example["resps"] == [[completion.text]]
