@@ -205,8 +205,10 @@ def _encoded(numbers: Tensor, kind: str) -> bytes:
     scaled = blocks * torch.where(scale == 0, 0.0, 1 / scale)
     whole = scaled.abs().floor()
     codes = (whole + (2 * (scaled.abs() - whole)).floor()) * scaled.sign()
-    halves = scale.to(torch.float16).view(torch.uint8)
-    return torch.cat((halves, codes.to(torch.int8).view(torch.uint8)), 1).numpy().tobytes()
+    halves = scale.to(torch.float16)
+    if not halves.isfinite().all():
+        raise CheckpointError(f"a weight of {numbers.abs().max():.3g} is beyond Q8_0; give --dtype bf16")
+    return torch.cat((halves.view(torch.uint8), codes.to(torch.int8).view(torch.uint8)), 1).numpy().tobytes()
 
 
 def _header(work: _Work, metadata: dict[str, Any]) -> bytes:
