@@ -25,6 +25,7 @@ from trine.engine.train.recipe import OptimSettings
 
 DEFAULT_MUON_LR = 0.02
 DEFAULT_MUON_MOMENTUM = 0.95
+_LAYERS = ("layers.", "encoder.layers.")
 _ROUTERS = (".mlp.gate.weight", ".shared_expert_gate.weight")
 _HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")  # of two dimensions where each head has its own
 
@@ -47,7 +48,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, muon: bool) -
     for name, parameter in named:
         if parameter.dim() < 2 or name.endswith((".bias", *_HEAD_NORMS)):
             groups.no_decay[name] = parameter
-        elif muon and name.startswith("layers.") and not name.endswith(_ROUTERS):
+        elif muon and name.startswith(_LAYERS) and not name.endswith(_ROUTERS):
             groups.muon[name] = parameter
         else:
             groups.decay[name] = parameter

@@ -45,6 +45,13 @@ def test_a_smaller_vocabulary_is_said(succeeds: Succeeds, text: Path, tmp_path: 
     assert "warning: the text is too small for 5000 ids" in output
 
 
+def test_sentinels_count_in_the_vocabulary(succeeds: Succeeds, text: Path, tmp_path: Path) -> None:
+    roles = ("--roles", "encoder-decoder", "--sentinels", 6)
+    succeeds("tokenizer", "train", text, "--vocab-size", 275, "--out", tmp_path / "tok", *roles)
+    tokenizer = Tokenizer.load(tmp_path / "tok")
+    assert (tokenizer.vocab_size, tokenizer.vocabulary["<extra_id_0>"]) == (275, 274)
+
+
 def test_characters(succeeds: Succeeds, text: Path, tmp_path: Path) -> None:
     succeeds("tokenizer", "train", text / "a.py", "--kind", "char", "--out", tmp_path / "tok")
     assert Tokenizer.load(tmp_path / "tok").vocab_size == 2 + len(set("def f(x):\n    return x + 1\n"))
@@ -55,6 +62,12 @@ def test_bad_usage_is_refused_and_writes_nothing(trine: Trine, succeeds: Succeed
     for arguments, expected, message in (
         ((text,), 2, "--vocab-size is needed"),
         ((text, "--kind", "char", "--vocab-size", 300), 2, "have no effect with --kind char"),
+        (
+            (text, "--kind", "wordpiece", "--vocab-size", 90, "--roles", "encoder"),
+            2,
+            "does not go with --kind wordpiece",
+        ),
+        ((text, "--vocab-size", 300, "--sentinels", 4), 2, "--sentinels 4 has no effect without"),
         ((text, "--vocab-size", 100), 2, "vocabulary size 100 is too small"),
         ((tmp_path / "nowhere", "--vocab-size", 300), 1, "no file or folder"),
     ):

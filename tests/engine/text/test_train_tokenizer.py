@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from trine.engine.errors import DataError, UsageError
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.text.train_tokenizer import (
+    END_OF_TEXT,
     PRETOKENS,
+    Shape,
+    role_tokens,
     train_bpe,
     train_characters,
     train_unigram,
     train_wordpiece,
+    with_roles,
 )
 
 TEXT = "def f(self, x):\n    return self.x + 10\n\nfor i in range(10):\n    print(i)\n" * 5
@@ -90,6 +96,34 @@ def test_character_ids_do_not_depend_on_the_order_of_the_text() -> None:
     one, other = train_characters(["abc", "xyz"]), train_characters(["zyx", "cba"])
     assert isinstance(one, Tokenizer)
     assert one.fingerprint == other.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("shape", ["encoder", "encoder-decoder"])
+def test_roles_are_those_that_transformers_sees(kind: str, shape: Shape, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    names = [END_OF_TEXT, *role_tokens(shape)]
+    learned = {
+        "bpe": lambda: train_bpe([TEXT], vocab_size=300, special_tokens=names),
+        "unigram": lambda: train_unigram([TEXT], vocab_size=300, special_tokens=names),
+        "char": lambda: train_characters([TEXT]),
+    }[kind]()
+    tokenizer = with_roles(learned, shape, sentinels=3 if shape == "encoder-decoder" else 0)
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    one, two, text = tokenizer.encode("self"), tokenizer.encode("return"), theirs("self", "return").input_ids
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (theirs.pad_token_id, theirs.eos_token_id)
+    assert None not in (tokenizer.pad_id, tokenizer.eos_id)
+    if shape == "encoder":
+        ids = (theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id)
+        assert (tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == ids
+        assert text == [tokenizer.cls_id, *one, tokenizer.sep_id, *two, tokenizer.sep_id]
+        assert tokenizer.encode("<|mask|>") == [tokenizer.mask_id]
+    else:
+        assert text == [*one, *two, tokenizer.eos_id]
+        last = tokenizer.vocab_size - 1
+        assert [theirs.convert_tokens_to_ids(f"<extra_id_{n}>") for n in range(3)] == [last, last - 1, last - 2]
+        assert theirs.decode([last], skip_special_tokens=True) == ""
 
 
 def test_wordpiece_spells_words_by_pieces_and_marks_what_it_never_saw() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from trine.engine.errors import CheckpointError
 from trine.engine.model.config import ModelConfig, MoeConfig, RopeConfig
+from trine.engine.model.families.registry import new_config
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.muon import Muon, update_scale
@@ -95,6 +96,17 @@ def test_learned_positions_belong_to_adamw() -> None:
     customs = {"positions": "learned", "rope": None, "norm": "layer", "mlp": "plain", "num_kv_heads": 2}
     groups = parameter_groups(tiny_model(family="gpt2", **customs).named_parameters(), muon=True)
     assert set(groups.decay) == {"embed_tokens.weight", "embed_positions.weight", "lm_head.weight"}
+
+
+def test_muon_takes_the_layers_of_both_halves_of_an_encoder_decoder() -> None:
+    config = new_config(
+        "t5", settings={"decoder_start_token_id": 0},
+        sizes={"vocab_size": 40, "width": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8, "ffn_width": 24},
+    )  # fmt: skip
+    groups = parameter_groups(Transformer(config, device="meta").named_parameters(), muon=True)
+    halves = [{name for name in groups.muon if name.startswith("encoder.") == encoder} for encoder in (True, False)]
+    assert [len(half) for half in halves] == [2 * 6, 2 * 10]
+    assert set(groups.decay) == {"embed_tokens.weight", "relative_bias.weight", "encoder.relative_bias.weight"}
 
 
 def test_adamw_equals_torch_and_the_float64_formula() -> None:
