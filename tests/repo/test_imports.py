@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def room(module: str) -> str:
     return max(known, key=len)
 
 
+@functools.cache  # several tests ask this of every module
 def imports(path: Path, *, top_level_only: bool = False) -> list[str]:
     """The full names a module imports; `from a import b` gives `a.b`, so a sub-module counts as itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
