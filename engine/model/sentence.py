@@ -142,8 +142,8 @@ def write_embedding(
     steps = [("Transformer", ""), ("Pooling", "1_Pooling")]
     steps += [("Dense", f"{number + 2}_Dense") for number in range(len(embedding.dense))]
     steps += [("Normalize", f"{len(steps)}_Normalize")] if embedding.normalize else []
-    for _, path in steps:
-        (folder / path).mkdir(exist_ok=True)
+    for _, name in steps:
+        (folder / name).mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", _written_pooling(embedding.pooling, width))
     names = {ours: name for name, ours in _ACTIVATIONS.items()}
     for number, one in enumerate(embedding.dense):
@@ -161,8 +161,8 @@ def write_embedding(
             max_shard_bytes=10**12,
             num_parameters=one.num_out * (one.num_in + one.bias),
         )
-    settings = {"max_seq_length": embedding.max_tokens, "do_lower_case": embedding.lower_case}
-    write_json(folder / _SETTINGS, settings)
+    limits = {"max_seq_length": embedding.max_tokens, "do_lower_case": embedding.lower_case}
+    write_json(folder / _SETTINGS, limits)
     prompts = {"prompts": dict(embedding.prompts), "default_prompt_name": embedding.default_prompt}
     write_json(folder / _PROMPTS, {**prompts, "similarity_fn_name": embedding.similarity})
     modules = [

@@ -162,9 +162,11 @@ def test_labels_and_problems_are_read(make_encoder: MakeEncoder, tmp_path: Path)
 
 def test_the_activation_of_a_cross_encoder_is_kept(make_encoder: MakeEncoder, tmp_path: Path) -> None:
     name = "torch.nn.modules.linear.Identity"
-    for number, note in enumerate(
-        [{"sentence_transformers": {"activation_fn": name}}, {"sbert_ce_default_activation_function": name}]
-    ):
+    notes: list[dict[str, Any]] = [
+        {"sentence_transformers": {"activation_fn": name}},
+        {"sbert_ce_default_activation_function": name},
+    ]
+    for number, note in enumerate(notes):
         folder = _copy(make_encoder("bert_regression").folder, tmp_path / str(number), **note)
         save_model(load_model(folder), tmp_path / f"new{number}")
         written = json.loads((tmp_path / f"new{number}" / "config.json").read_text())
