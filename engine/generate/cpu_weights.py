@@ -71,9 +71,8 @@ def _join(layers: Sequence[nn.Module]) -> Weight:
     if len(weights) == 1:
         return weights[0]
     packed, scaled = _kinds(weights)
-    whole: Weight
-    parts: Sequence[Weight]
-    whole, parts = join_packed(packed) if packed else join_scaled(scaled)
+    both: tuple[Weight, Sequence[Weight]] = join_packed(packed) if packed else join_scaled(scaled)
+    whole, parts = both
     for layer, part in zip(layers, parts, strict=True):
         assert isinstance(layer, QuantizedLinear)
         layer.weight = part

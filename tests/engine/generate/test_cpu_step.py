@@ -130,8 +130,8 @@ def test_codes_of_joined_layers_are_held_once(name: str) -> None:
     model = make_model(width=64, ffn_width=128)
     quantize(model, QUANTIZED[name])
     assert make_decoder(model, PagedCache(model.config, num_blocks=2, block_size=16), torch.float32) is not None
-    attention = model.layers[0].self_attn
-    weights = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    attention: Any = model.layers[0].self_attn
+    weights: list[Any] = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
     codes: list[torch.Tensor] = [one.words if isinstance(one, PackedWeight) else one.codes for one in weights]
     assert len({one.untyped_storage().data_ptr() for one in codes}) == 1
     assert codes[0].untyped_storage().nbytes() == sum(one.nbytes for one in codes)
