@@ -45,8 +45,6 @@ def initialize(model: Transformer, seed: int) -> None:
             _normal(module.sinks, model.config.init_std, generator)
     if model.lm_bias is not None:
         model.lm_bias.zero_()
-    if model.lm_bias is not None:
-        model.lm_bias.zero_()
 
 
 def _fan_in_std(config: ModelConfig, name: str, module: nn.Module) -> float:
@@ -55,7 +53,7 @@ def _fan_in_std(config: ModelConfig, name: str, module: nn.Module) -> float:
     if isinstance(module, RelativeBias):
         return config.init_std * config.width**-0.5
     assert isinstance(module.weight, Tensor)
-    num_in = module.weight.shape[-1] * (config.head_dim if name.endswith("q_proj") else 1)
+    num_in: int = module.weight.shape[-1] * (config.head_dim if name.endswith("q_proj") else 1)
     return config.init_std / math.sqrt(num_in)
 
 

@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         x_BTC = self._embedded(ids_BT, positions_BT, dtype, token_types_BT)
         tables = self._tables(positions_BT, segment_ids_BT, lengths_B, step, dtype)
         biases = Biases.make(self.relative_bias, T if step is None else None)
-        view = None if source is None else source.view(*ids_BT.shape, segment_ids_BT)
+        view = None if source is None else source.view(len(ids_BT), T, segment_ids_BT)
         context = Context(masks, tables, step, sequences, deterministic, biases, view)
         for layer in self.layers:
             if checkpoint_activations and torch.is_grad_enabled():

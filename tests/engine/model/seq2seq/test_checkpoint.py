@@ -97,6 +97,14 @@ def test_embedding_under_the_name_of_the_decoder_alone_serves_both(
     assert torch.equal(_logits(folder, source_ids, target_ids), _logits(pair.folder, source_ids, target_ids))
 
 
+def test_file_that_keeps_its_last_products_in_float32_is_read_in_float32(make_pair: MakePair, tmp_path: Path) -> None:
+    """As transformers writes a T5 in half precision, whose activations leave the range of float16 there."""
+    folder = _copy(make_pair("t5_v10").folder, tmp_path / "mixed")
+    _edit_tensors(folder, lambda x: x.update({k: v.half() for k, v in x.items() if not k.endswith("wo.weight")}))
+    assert load_model(folder).dtype == torch.float32
+    assert load_model(folder, dtype=torch.float16).dtype == torch.float16
+
+
 def test_stored_sinusoids_and_repeated_embeddings_of_marian_are_not_needed(
     make_pair: MakePair, source_ids: Tensor, target_ids: Tensor, tmp_path: Path
 ) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 from trine.engine.model import cross_attention, encoder, positions, transformer
 from trine.engine.model.cache import KVCache
 from trine.engine.model.checkpoint import load_model
+from trine.engine.model.cross_attention import CrossAttention
 from trine.engine.model.positions import RelativeBias
 from trine.engine.model.transformer import Transformer
+from trine.kernels.attention.op import attention, make_mask
 
 Mutation = Callable[[Transformer, pytest.MonkeyPatch], Transformer]
 
@@ -70,7 +72,6 @@ def _first_layer_alone(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> T
 
 def _bias_across(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """Cross-attention with the decoder's bias by distance."""
-    attention = cross_attention.attention
 
     def biased(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         assert model.relative_bias is not None
@@ -81,8 +82,9 @@ def _bias_across(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transfo
 
 
 def _cross_scaled(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    for block in model.layers:
-        block.cross_attn.scale = None
+    for module in model.modules():
+        if isinstance(module, CrossAttention):
+            module.scale = None
     return model
 
 
@@ -137,7 +139,6 @@ def _source_first(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transf
 
 
 def _causal_encoder(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-    make_mask = encoder.make_mask
     monkeypatch.setattr(encoder, "make_mask", lambda **options: make_mask(**{**options, "causal": True}))
     return model
 
@@ -146,7 +147,6 @@ def _padding_seen(where: Any) -> Mutation:
     """The lengths of the sources are not passed on."""
 
     def mutate(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
-        make_mask = where.make_mask
         monkeypatch.setattr(where, "make_mask", lambda **options: make_mask(**{**options, "key_lengths_B": None}))
         return model
 

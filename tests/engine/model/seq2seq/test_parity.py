@@ -63,7 +63,7 @@ def test_gradients_equal_transformers(
     pair = make_pair(name)
     model = load_model(pair.folder)
     lengths, targets = torch.tensor([24, 17]), target_ids[:, :20]
-    options = {"checkpoint_activations": checkpoint_activations}
+    options: dict[str, Any] = {"checkpoint_activations": checkpoint_activations}
     source = model.encode(source_ids[:, :24], lengths_B=lengths, **options)
     logits = model.logits(model(targets[:, :-1], source=source, **options))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).backward()
