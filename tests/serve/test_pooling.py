@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import re
 import shlex
 import subprocess
@@ -408,6 +409,36 @@ def test_a_client_that_leaves_is_aborted_and_a_full_server_says_so(scripted: Any
     assert (status, answer["error"]["code"]) == (500, "generation_failed")
     assert server.ask("/v1/embeddings", {"input": [scripts.FULL]})[0] == 429
     assert "trine_texts_in_flight 0.0" in server.ask("/metrics")[1]
+
+
+ODD: tuple[Any, ...] = (
+    None, 0, -1, 1, 2**40, 0.5, True, "", "a dog", "\udc80", [], [[]], [5], [5, 7], [[5], [7, 9]], ["a", "b"], ["a", 5],
+    [None], [2**40], {"text": "a"}, [{"text": "a"}], {}, "base64", "query", ["the cat"] * 40, "x " * 100,
+)  # fmt: skip
+
+
+def test_no_body_wedges_the_server_or_passes_for_a_fault_of_its_own(sentences: Any) -> None:
+    """Seeded random bodies: each is answered or refused, none is a 5xx, and afterwards nothing is held."""
+    chance = random.Random(0)
+    good = {
+        "embeddings": {"input": ["a", "b"]},
+        "classify": {"input": "a"},
+        "score": {"text_1": "a", "text_2": ["b", "c"]},
+        "rerank": {"query": "a", "documents": ["b", "c"]},
+    }
+    statuses = []
+    for _ in range(250):
+        route = chance.choice(sorted(good))
+        names = sorted(KINDS[route][0].model_fields)
+        body = {**good[route], **{name: chance.choice(ODD) for name in chance.sample(names, chance.randrange(3))}}
+        status, answer, _ = sentences.ask(f"/v1/{route}", json.dumps(body).encode())
+        assert status in (200, 400, 404), (body, answer)
+        if status != 200:
+            assert answer["error"]["message"]
+        statuses.append(status)
+    assert min(statuses.count(200), statuses.count(400)) > 40
+    assert _metric(sentences, "trine_texts_in_flight") == _metric(sentences, "trine_num_requests_waiting") == 0
+    assert sentences.ask("/ready")[0] == 200
 
 
 def test_the_examples_of_the_document_work(sentences: Any) -> None:
