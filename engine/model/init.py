@@ -51,7 +51,7 @@ def _fan_in_std(config: ModelConfig, name: str, module: nn.Module) -> float:
     if isinstance(module, Embedding) or name == "lm_head":
         return config.init_std
     if isinstance(module, RelativeBias):
-        return config.init_std * config.width**-0.5
+        return config.init_std / math.sqrt(config.width)
     assert isinstance(module.weight, Tensor)
     num_in: int = module.weight.shape[-1] * (config.head_dim if name.endswith("q_proj") else 1)
     return config.init_std / math.sqrt(num_in)
