@@ -7,12 +7,12 @@
 Every contestant decodes greedily from a context of 128 tokens with random weights of Llama's shape; a step includes the
 embedding, the output projection and the choice of the next token. llama.cpp runs in a process of the Python that is
 named (with llama-cpp-python and gguf), with bf16, q8_0 and q4_0 weights; transformers runs bf16. Weights as quantized
-checkpoints hold them (w4a16, w8a16, w8a8) run beside our own bf16 ones instead. In every round each contestant takes one
-turn of 24 steps, in another order than the round before. Figures are medians over all steps; the ratios are medians over
-rounds of the ratio of the two turns' medians, so that a machine whose speed drifts, or that others use, slows both; with
-one thread they are in its time on a core. `--real-time` (Linux, as root) gives all threads of all contestants real-time
-priority during the turns, for a machine that others use: threads that wait for each other by spinning lose most of
-their time there.
+checkpoints hold them (w4a16, w8a16, w8a8) run beside our own bf16 ones instead. In every round each contestant takes a
+turn of 24 steps, in another order than the round before. Figures are medians over all steps; the ratios are medians
+over rounds of the ratio of the two turns' medians, so that a machine whose speed drifts, or that others use, slows
+both; with one thread they are in its time on a core. `--real-time` (Linux, as root) gives all threads of all
+contestants real-time priority during the turns, for a machine that others use: threads that wait for each other by
+spinning lose most of their time there.
 The last line on stdout is one JSON object.
 """
 

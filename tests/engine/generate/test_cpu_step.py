@@ -58,7 +58,7 @@ def make_model(**changes: Any) -> Transformer:
 
 def texts(model: Transformer, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], params: SamplingParams) -> Any:
     """The tokens of each prompt by the engine's compiled steps."""
-    engine = Engine(model, tokenizer, EngineConfig(max_running=8))
+    engine = Engine(model, tokenizer, EngineConfig(max_running=16))
     assert engine.num_decode_steps == 1
     found: list[list[int]] = [[] for _ in prompts]
     for number, ids in enumerate(prompts):
@@ -115,7 +115,8 @@ def test_compiled_steps_of_quantized_models_give_the_plain_generators_texts(
 ) -> None:
     model = make_model(width=64, ffn_width=128, qkv_bias=True)
     numbers = quantize(model, QUANTIZED[name])
-    prompts = [tuple(tiny_tokenizer.encode(text)) for text in ("the cat", "def add(", "x", "return", "second")]
+    beginnings = ("the cat", "def add(", "x", "return", "second", "a", "for i", "the", "def", "y = ")
+    prompts = [tuple(tiny_tokenizer.encode(text)) for text in beginnings]  # more than the loops take at once
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     expected = generate(model, tiny_tokenizer, prompts, params)
     found = texts(model, tiny_tokenizer, prompts, params)
