@@ -9,8 +9,7 @@ Weights that config.json says are quantized take the place of the model's layers
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -26,7 +25,7 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES, Family, TensorRule, config_from_hf, config_to_hf
 from trine.engine.model.families.registry import features_from_hf, merge_generation_config
 from trine.engine.model.families.settings import write_eos, write_targets
-from trine.engine.model.families.wrappers import text_settings, text_tensors
+from trine.engine.model.families.wrappers import text_settings
 from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized, replace_linear
@@ -42,6 +41,7 @@ from trine.engine.model.quantized.plan import (
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.sentence import DENSE, is_sentence_encoder, open_dense, read_embedding, write_embedding
+from trine.engine.model.stored_names import fits, is_of_head, normalised, of_the_task, with_stored_pooler
 from trine.engine.model.transformer import Transformer
 from trine.engine.model.weight_files import (
     FLOATS,
@@ -152,7 +152,7 @@ def open_checkpoint(folder: Path | str, *, head_settings: Mapping[str, Any] | No
     config = _config(folder, plain) if head_settings is None else config_from_hf({**plain, **head_settings})
     family = FAMILIES[config.family]
     with open_weights(folder) as files, open_dense(folder) as dense:
-        stored = _normalised(files if form is None else form.tensors(files), family, config) | dense
+        stored = normalised(files if form is None else form.tensors(files), family, config) | dense
         config = with_stored_pooler(config, family, stored)
         config = replace(config, tie_embeddings=_tied(config, family, stored))
         _check_counts(folder, config, stored)
@@ -162,8 +162,8 @@ def open_checkpoint(folder: Path | str, *, head_settings: Mapping[str, Any] | No
         quantized = {} if form is None else quantized_rules(model, rules, form, stored)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if head_settings is not None:
-            rules = [rule for rule in rules if not _is_of_head(rule) or _fits(rule, shapes, stored)]
-        stored = _of_the_task(stored, config, family, rules, quantized)
+            rules = [rule for rule in rules if not is_of_head(rule) or fits(rule, shapes, stored)]
+        stored = of_the_task(stored, config, family, rules, quantized)
         _check(folder, rules, shapes, stored, quantized)
         note = "" if form is None or form.by_layer else f"{form.name} weights are held as numbers"
         yield Opened(model, rules, stored, quantized, note)
@@ -293,62 +293,6 @@ def save_model(
     if config.head is None:  # an encoder writes no text
         write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", hf)
-
-
-def _normalised(files: Mapping[str, StoredTensor], family: Family, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Tensors under the names of a model of this config: with the prefix or without, ignored ones dropped.
-
-    Of a multimodal folder those of the text part. Old endings of names are replaced.
-    """
-    files = text_tensors(files)
-    for old, new in family.renamed:
-        files = {name.removesuffix(old) + new if name.endswith(old) else name: one for name, one in files.items()}
-    bare = not any(name.startswith(family.prefix) for name in files)
-    stored = {
-        family.prefix + name if bare and not family.is_of_prefix(name) else name: tensor
-        for name, tensor in files.items()
-    }
-    ignored = re.compile(re.escape(family.prefix) + "(" + "|".join(family.ignored) + ")")
-    stored = {name: tensor for name, tensor in stored.items() if not ignored.fullmatch(name)}
-    for copy, original in family.copies.items():
-        if copy in stored and (original not in stored or torch.equal(stored[copy].read(), stored[original].read())):
-            stored[original] = stored.pop(copy)
-    if config.head is not None and config.head.task == "features":
-        stored = {name.removeprefix(family.prefix): tensor for name, tensor in stored.items()}
-    return stored
-
-
-def _is_of_head(rule: TensorRule) -> bool:
-    return all(name.startswith("head.") or name == "lm_bias" for name in rule.ours)
-
-
-def _fits(rule: TensorRule, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> bool:
-    found = stored.get(rule.stored)
-    return found is not None and found.shape == rule.stored_shape([shapes[name] for name in rule.ours])
-
-
-def _of_the_task(
-    stored: dict[str, StoredTensor],
-    config: ModelConfig,
-    family: Family,
-    rules: list[TensorRule],
-    quantized: QuantizedRules,
-) -> dict[str, StoredTensor]:
-    """Without what other tasks have beside the model of this one; what is left out is said."""
-    expected = {rule.stored for rule in rules} | {name for one in quantized.values() for name in one.layout()}
-    extra = sorted(name for name in stored.keys() - expected if family.is_of_another_task(config, name))
-    if extra:
-        say(f"{len(extra)} tensors are of other tasks and not read: {some_names(extra)}")
-    return {name: tensor for name, tensor in stored.items() if name not in extra}
-
-
-def with_stored_pooler(config: ModelConfig, family: Family, stored: Collection[str]) -> ModelConfig:
-    """Hidden states alone may have been saved without the pooler, which they do not need."""
-    head = config.head
-    if head is None or head.task != "features" or not head.pooler:
-        return config
-    lacking = [rule for rule in family.rules(config) if rule.ours[0].startswith("head.pooler.")]
-    return replace(config, head=replace(head, pooler=any(rule.stored in stored for rule in lacking)))
 
 
 def _tied(config: ModelConfig, family: Family, stored: dict[str, StoredTensor]) -> bool:
