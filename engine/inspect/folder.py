@@ -42,7 +42,7 @@ def read_folder(folder: Path, found: Inspection) -> None:
     if config is not None:
         found.architecture = describe(config)
         found.parameters = count(Transformer(config, device="meta"))
-        _check_ids(config, found.problems)
+        _check_ids(config, found.notes)
     found.text = read_text(folder, config, found.notes, found.problems)
     if config is not None and headers and not any(header.problems for header in headers):
         _read_tensors(folder, hf, config, found)
@@ -88,13 +88,14 @@ def _weights(headers: list[Header]) -> Weights | None:
     )  # fmt: skip
 
 
-def _check_ids(config: ModelConfig, problems: list[str]) -> None:
+def _check_ids(config: ModelConfig, notes: list[str]) -> None:
+    """A model computes all the same; but a text never ends where no id does that."""
     for name, ids in (
         ("bos_token_id", (config.bos_token_id,)),
         ("pad_token_id", (config.pad_token_id,)),
         ("eos_token_id", config.eos_token_ids),
     ):
-        problems += [
+        notes += [
             f"config.json has {name} {each}, and the vocabulary ends at {config.vocab_size - 1}"
             for each in ids
             if each is not None and each >= config.vocab_size

@@ -15,8 +15,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from trine.engine.errors import CheckpointError
+from trine.engine.inspect.architecture import count, describe
 from trine.engine.inspect.look import inspect
 from trine.engine.inspect.show import lines
+from trine.engine.model.families import FAMILIES, config_from_hf
+from trine.engine.model.transformer import Transformer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -167,7 +170,6 @@ def test_a_tied_config_over_two_different_tensors_is_a_problem(copy: Path) -> No
     ("changes", "expected"),
     [
         ({"model_type": "lama"}, "nearest: llama"),
-        ({"eos_token_id": 96}, "eos_token_id 96, and the vocabulary ends at 95"),
         ({"num_attention_heads": 3}, "num_heads"),
     ],
 )
@@ -181,6 +183,27 @@ def test_a_config_that_cannot_be_is_a_problem(copy: Path, changes: dict[str, Any
     assert any(expected in problem for problem in found.problems)
     assert found.weights is not None
     assert len(found.weights.files) == 1
+
+
+def test_a_special_token_outside_the_vocabulary_is_worth_a_note(copy: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        (copy / name).write_text(json.dumps({**json.loads((copy / name).read_text()), "eos_token_id": 96}))
+    found = inspect(copy)
+    assert found.problems == []
+    assert "config.json has eos_token_id 96, and the vocabulary ends at 95" in found.notes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_every_family_belongs_to_a_part(family: str) -> None:
+    """With the class defaults of transformers; whatever a new family brings has to be named."""
+    defaults = transformers.AutoConfig.for_model(FAMILIES[family].model_types[0]).to_dict()
+    encoder = FAMILIES[family].shape == "encoder-decoder"
+    config = config_from_hf({**defaults, "decoder_start_token_id": 0} if encoder else defaults)
+    model = Transformer(config, device="meta")
+    found = count(model)
+    assert found.total == sum(found.parts.values()) == sum(p.numel() for p in model.parameters())
+    assert {"attention", "norms", "embedding"} <= set(found.parts)
+    assert describe(config).layers == config.num_layers
 
 
 def test_nothing_of_the_kind_is_an_error(tmp_path: Path) -> None:
