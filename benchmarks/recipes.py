@@ -4,8 +4,8 @@
 
 Runs lie in `runs/results/SEED/`; those that are complete are kept, and one that was interrupted goes on, so the command
 can be given again. What is fine-tuned is also trained from first weights, by the same recipe with the model of the
-pre-training: that is what pre-training is measured against. `--steps 0.01` takes a hundredth of all steps, to see that
-everything runs; such results are not written to the page unless `--page` names one.
+pre-training: that is what pre-training is measured against. `--steps 0.01` takes a hundredth of all steps and one batch
+to evaluate on, to see that everything runs; such results are not written to the page unless `--page` names one.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def recipe_of(job: Job, out: Path, *, seed: int, steps: float) -> Recipe:
         table["data"]["tokenizer"] = str(out / job.tokenizer)
     if steps != 1.0:
         table["train"]["steps"] = max(2, round(table["train"]["steps"] * steps))
-        table["eval"]["every"] = table["train"]["steps"]
+        table["eval"] |= {"every": table["train"]["steps"], "max_batches": 1}
+        if "exact_match_examples" in table["eval"]:
+            table["eval"]["exact_match_examples"] = 8
         table["checkpoint"]["every"] = 0
         warmup = table.get("schedule", {}).get("warmup_steps", 0)
         table["schedule"]["warmup_steps"] = min(warmup, table["train"]["steps"] - 1)
