@@ -39,9 +39,20 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make_model(family: str, vocab_size: int) -> Transformer:
-    """A tiny model of a family, every parameter far from its initial value."""
-    config = config_from_hf({"model_type": FAMILIES[family].model_types[0], "vocab_size": vocab_size, **SIZES})
+# Settings under which a family computes otherwise than by default.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere with norms of q and k": ("cohere", {"use_qk_norm": True}),
+    "stablelm with norms of q and k": ("stablelm", {"qk_layernorm": True}),
+    "phi with norms of q and k": ("phi", {"qk_layernorm": True}),
+    "olmoe, clipped": ("olmoe", {"clip_qkv": 0.7}),
+}
+
+
+def make_model(name: str, vocab_size: int) -> Transformer:
+    """A tiny model of a family or variant, every parameter far from its initial value."""
+    family, settings = VARIANTS.get(name, (name, {}))
+    sizes = {"vocab_size": vocab_size, **SIZES, **settings}
+    config = config_from_hf({"model_type": FAMILIES[family].model_types[0], **sizes})
     model = Transformer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -60,7 +71,9 @@ FIRST = {"gpt2", "llama", "qwen3", "gemma2", "gpt_oss"}
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted(DECODERS)],
+    params=[
+        pytest.param(name, marks=[] if name in FIRST else [pytest.mark.slow]) for name in sorted({*DECODERS, *VARIANTS})
+    ],
 )
 def family_model(request: pytest.FixtureRequest, tiny_tokenizer: Tokenizer) -> Transformer:
     """Each family in turn."""
