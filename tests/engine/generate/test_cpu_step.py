@@ -87,8 +87,8 @@ def test_compiled_steps_give_the_plain_generators_texts(tiny_tokenizer: Tokenize
 def quantize(model: Transformer, scheme: Scheme) -> dict[str, torch.Tensor]:
     """Put quantized layers in; the numbers that their codes stand for, by the layers' names."""
     numbers = {}
-    for name in [name for name, part in model.layers.named_modules() if type(part) is Linear]:
-        coded = quantize_rtn(model.layers.get_submodule(name).weight.detach(), scheme)
+    for name, part in [(name, part) for name, part in model.layers.named_modules() if isinstance(part, Linear)]:
+        coded = quantize_rtn(part.weight.detach(), scheme)
         install(model.layers, name, coded.weight(), None)
         numbers[name] = coded.dequantize(torch.float64)
     return numbers
