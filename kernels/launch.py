@@ -66,14 +66,73 @@ def launch(
         kernel[grid](**arguments, **config.blocks)
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    with torch.cuda.device(device):
-        kernel[grid](
-            **arguments,
-            **config.blocks,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **{"enable_fp_fusion": True, **(options or {})},
-        )
+    if device.index == torch.cuda.current_device():
+        _start(kernel, grid, config, {**arguments, **config.blocks}, options or {}, device.index)
+    else:
+        with torch.cuda.device(device):
+            _start(kernel, grid, config, {**arguments, **config.blocks}, options or {}, device.index)
+
+
+# By `_likeness`, what was compiled for launches like one. By a kernel's id, the kernel (kept, so that no other gets the
+# id) and its arguments in order: the name of each, and whether it is a constexpr.
+_compiled: dict[tuple[Any, ...], Any] = {}
+_parameters: dict[int, tuple[Any, list[tuple[str, bool]]]] = {}
+
+
+def _start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    config: Config,
+    arguments: Mapping[str, Any],
+    options: Mapping[str, Any],
+    device: int,
+) -> None:
+    """Start `kernel` on the current device.
+
+    Triton derives at every launch what it has to compile, which costs the host several times what starting it does. So
+    what it compiled is kept here and started directly the next time.
+    """
+    if id(kernel) not in _parameters:
+        _parameters[id(kernel)] = kernel, [(parameter.name, parameter.is_constexpr) for parameter in kernel.params]
+    parameters = _parameters[id(kernel)][1]
+    likeness = _likeness(parameters, arguments)
+    key = (id(kernel), device, config.num_warps, config.num_stages, *options.items(), *likeness)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name, _ in parameters])
+        return
+    compiled = kernel[grid](
+        **arguments,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **{"enable_fp_fusion": True, **options},
+    )
+    if None not in likeness:
+        _compiled[key] = compiled
+
+
+def _likeness(parameters: list[tuple[str, bool]], arguments: Mapping[str, Any]) -> list[Any]:
+    """What launches of a kernel have in common that run the same machine code, at least as fine as Triton divides them.
+
+    Triton compiles for values of constexprs; for dtypes and alignment of tensors (on AMD for their memory's size too);
+    and for integers that are 1, that 16 divides, or that need more bits. None stands for what is not compared:
+    descriptors of memory, which Triton takes apart at every launch, defaults, and tensors on AMD.
+    """
+    key: list[Any] = []
+    for name, constant in parameters:
+        value = arguments.get(name, _parameters)
+        kind = value.__class__
+        if constant:
+            key.append((kind, value))
+        elif kind is int:
+            key.append((value == 1, value % 16 == 0, value.bit_length() // 32))
+        elif isinstance(value, Tensor):
+            key.append((value.dtype, value.data_ptr() % 16) if torch.version.hip is None else None)
+        elif value is None or kind is bool or kind is float:
+            key.append(kind)
+        else:
+            key.append(None)
+    return key
 
 
 @contextmanager

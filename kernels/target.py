@@ -39,6 +39,15 @@ class Target:
         return self.arch.startswith("gfx")
 
     @property
+    def is_nvidia(self) -> bool:
+        return self.arch.startswith("sm_")
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether a kernel can be started before the one ahead has ended, and wait for it (Hopper and newer)."""
+        return self.is_nvidia and int(self.arch[3:]) >= 90
+
+    @property
     def is_hopper(self) -> bool:
         return self.arch == "sm_90"
 

@@ -60,6 +60,11 @@ class Tunable:
 
     def pick(self, dtype: torch.dtype, target: Target, **shape: int) -> Config:
         """The configuration for a shape, given as named sizes such as `N=4096, C=1024`."""
+        if not (_observers or _forced):
+            key = (self.operation, dtype, target, *shape.items())
+            if key not in _picked:
+                _picked[key] = _pick(Question(self, tuple(sorted(shape.items())), dtype, target))
+            return _picked[key]
         sizes = tuple(sorted(shape.items()))
         question = Question(self, sizes, dtype, target)
         for asked in _observers:
@@ -86,6 +91,8 @@ class Question:
 # Not context variables: on a GPU the backward runs in threads of autograd's own, which would not see those.
 _forced: dict[tuple[str, tuple[tuple[str, int], ...] | None], Config] = {}
 _observers: list[list[Question]] = []
+# Answers by what was asked, in the order it was asked: most launches ask again what a step before has asked.
+_picked: dict[tuple[Any, ...], Config] = {}
 
 
 @lru_cache(maxsize=4096)
@@ -164,6 +171,7 @@ def forget() -> None:
     """Read the files of measured configurations anew."""
     tuned_entries.cache_clear()
     _pick.cache_clear()
+    _picked.clear()
 
 
 def nearest(

@@ -38,9 +38,8 @@ class EngineConfig:
             preemption or on cached blocks, to the last bit, and log-probabilities are those of `Transformer.forward`
             with `deterministic=True` in the same dtype. Slower; refused where this machine does not keep the bits.
         overlap: decide and prepare the next step while the device computes this one, whose tokens are read after that;
-            outputs are the same and come a step later. For GPUs; off unless asked for, since it has not run on one
-            yet. Steps with requests that need to know their last token (penalties, grammar, log-probabilities,
-            guesses) wait for it.
+            outputs are the same and come a step later. None: on a GPU. Steps with requests that need to know their last
+            token (penalties, grammar, log-probabilities, guesses) wait for it.
         speculate: tokens that are guessed (by `lookup.py`, or by a draft model where the engine has one) and verified
             together in a step; 0 is off. What is generated stays the same, or where a draft model meets a request that
             draws without a seed, its distribution does.
@@ -57,7 +56,7 @@ class EngineConfig:
     prefix_caching: bool = True
     decode_steps: bool = True
     deterministic: bool = False
-    overlap: bool = False
+    overlap: bool | None = None
     speculate: int = 0
     speculate_max_running: int = 4
 

@@ -102,10 +102,12 @@ def attend_kernel(
     v_block_stride, v_slot_stride, v_head_stride, scale_block_stride, scale_slot_stride, table_stride,
     o_token_stride, o_head_stride,
     num_requests, num_heads, group_size, num_splits, split_size, window, scale, softcap,
-    PARALLEL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PARALLEL: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries; `split_size` 0 divides the keys that the tile sees into `num_splits` even parts."""
+    if PARALLEL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     request = _request_of(tile, starts_ptr, num_requests, TOKENS)
@@ -210,9 +212,11 @@ def attend_kernel(
 def merge_kernel(
     parts_ptr, part_sums_ptr, part_tops_ptr, sinks_ptr, o_ptr, o_token_stride, o_head_stride, num_rows, num_heads,
     num_splits,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of BLOCK_M rows (token and head), first to last."""
+    """Merge the splits of BLOCK_M rows (token and head), first to last; what several hold is on its way at a time."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows_M < num_rows
     token_M, head_M = (rows_M // num_heads).to(tl.int64), rows_M % num_heads
@@ -224,7 +228,7 @@ def merge_kernel(
     if sinks_ptr is not None:
         tops_M = tl.load(sinks_ptr + head_M, mask=row_inside, other=0.0).to(tl.float32) * LOG2E
         sums_M += 1.0
-    for split in range(num_splits):
+    for split in tl.range(num_splits, loop_unroll_factor=8):
         part_rows_M = rows_M.to(tl.int64) * num_splits + split
         part_MD = tl.load(parts_ptr + part_rows_M[:, None] * HEAD_DIM + channels_D[None, :], mask=inside, other=0.0)
         part_sums_M = tl.load(part_sums_ptr + part_rows_M, mask=row_inside, other=0.0)

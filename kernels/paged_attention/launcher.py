@@ -37,6 +37,8 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if rows >= 64:
         # Two accumulators of 64 rows, of a split and of the sum of splits: eight warps, or they spill.
         return Config({"BLOCK_M": rows, "BLOCK_N": 32 if shape["D"] > 128 or target.arch == "sm_80" else 64}, 8, 2)
+    if target.is_hopper and 64 < shape["D"] <= 128 and shape["exact_bytes"] == dtype.itemsize and rows == 16:
+        return Config({"BLOCK_M": rows, "BLOCK_N": 128}, num_warps=4, num_stages=2)
     warps = 8 if shape["D"] <= 64 or shape["exact_bytes"] < dtype.itemsize else 4
     return Config({"BLOCK_M": rows, "BLOCK_N": 32 if shape["D"] > 128 else 64}, warps, num_stages=3)
 
@@ -46,7 +48,7 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
     return [
         Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages)
         for rows in (16, 32, 64, 128)
-        for keys in (16, 32, 64)
+        for keys in (16, 32, 64, 128)
         for warps in (2, 4, 8)
         for stages in (1, 2, 3)
         if rows >= fewest
@@ -98,6 +100,7 @@ def _launch(
     common = {"sinks_ptr": sinks, "o_ptr": o_NHD, "num_heads": H, "num_splits": num_splits, "HEAD_DIM": D}
     common |= {"parts_ptr": parts if parallel else None, "BLOCK_D": next_power_of_2(max(16, D))}
     common |= {"part_sums_ptr": sums[0] if parallel else None, "part_tops_ptr": sums[1] if parallel else None}
+    common |= {"EARLY": target.starts_early}
     common |= {"o_token_stride": o_NHD.stride(0), "o_head_stride": o_NHD.stride(1)}
     arguments: dict[str, Any] = {
         **common,
@@ -130,9 +133,10 @@ def _launch(
     }
     launch(attend_kernel, (tiles, K, num_splits if parallel else 1), config, arguments, options=_OPTIONS)
     if parallel:
-        rows = 4
-        merge = Config({"BLOCK_M": rows}, 4, 1)
-        launch(merge_kernel, (ceil_div(N * H, rows),), merge, {**common, "num_rows": N * H}, options=_OPTIONS)
+        # One request of few tokens has few rows, and each waits for its splits: a program a row.
+        merge = Config({"BLOCK_M": 1}, 1, 1)
+        options = {**_OPTIONS, "launch_pdl": True} if target.starts_early else _OPTIONS
+        launch(merge_kernel, (N * H,), merge, {**common, "num_rows": N * H}, options=options)
     return rounded(o_NHD, q_NHD.dtype)
 
 

@@ -6,8 +6,8 @@ same instruction:
 
     4 bits           (q & 0xF) ^ 0x6408        = 1032 + q  (fp16)      (q & 0xF) ^ 0x4308 = 136 + q  (bf16)
     8 bits, fp16     (q & 0xFF) ^ 0x6480       = 1152 + q
-    8 bits, bf16     (q & 0x7F) | 0x4300       = 128 + q, or 256 + q for q < 0, where bf16 counts in steps of one up
-                     to 256: minus (q & 0x80) | 0x4300, which is 128 or 256
+    8 bits, bf16     (q & 0x7F) ^ 0x4300       = 128 + q, or 256 + q for q < 0, where bf16 counts in steps of one up
+                     to 256: minus (q & 0x80) ^ 0x4300, which is 128 or 256
 
 Zero points are subtracted in the same step. Every value q - z is a small integer, so nothing here is rounded. One
 32-bit operation works on two codes; see `packing.py` for where they lie.
@@ -39,6 +39,22 @@ def _halves(words, ROWS: tl.constexpr):
     return tl.reshape(tl.join(low, high), [ROWS, 32])
 
 
+@triton.constexpr_function
+def _lop3(mask, pattern):  # type: ignore[no-untyped-def]
+    """(a & mask) ^ pattern as one instruction of NVIDIA's; 0x6A is the table of this function of three bits."""
+    return f"lop3.b32 $0, $1, {mask:#010x}, {pattern:#010x}, 0x6A;"
+
+
+@triton.jit
+def _pattern(words, MASK: tl.constexpr, PATTERN: tl.constexpr, NVIDIA: tl.constexpr):
+    """(words & MASK) ^ PATTERN. Written plainly, ptxas makes two instructions of it, for it takes one constant each."""
+    if NVIDIA:
+        bits = tl.inline_asm_elementwise(_lop3(MASK, PATTERN), "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        bits = (words & MASK) ^ PATTERN
+    return bits
+
+
 @triton.jit
 def _as_number(bits, BRAIN: tl.constexpr):
     """Bit patterns as fp16 or bf16. The interpreter has no arithmetic on bf16: there fp32, which holds the same."""
@@ -50,7 +66,14 @@ def _as_number(bits, BRAIN: tl.constexpr):
 
 @triton.jit
 def decode_slice(
-    words, zero, SLICE: tl.constexpr, ZEROS: tl.constexpr, BITS: tl.constexpr, BRAIN: tl.constexpr, ROWS: tl.constexpr
+    words,
+    zero,
+    SLICE: tl.constexpr,
+    ZEROS: tl.constexpr,
+    BITS: tl.constexpr,
+    BRAIN: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """q - z of slice number SLICE of a block, [ROWS, 32], exact in bf16 (the interpreter: fp32) if BRAIN, else fp16.
 
@@ -58,19 +81,19 @@ def decode_slice(
     """
     words = words >> (BITS * SLICE)
     if BITS == 8 and BRAIN:
-        value = _as_number(_halves((words & 0x007F007F) | 0x43004300, ROWS), BRAIN)
-        value -= _as_number(_halves((words & 0x00800080) | 0x43004300, ROWS), BRAIN)
+        value = _as_number(_halves(_pattern(words, 0x007F007F, 0x43004300, NVIDIA), ROWS), BRAIN)
+        value -= _as_number(_halves(_pattern(words, 0x00800080, 0x43004300, NVIDIA), ROWS), BRAIN)
         if ZEROS:
             value -= zero.to(value.dtype)[:, None]
     else:
         if BITS == 8:
-            value = _as_number(_halves((words & 0x00FF00FF) ^ 0x64806480, ROWS), BRAIN)
+            value = _as_number(_halves(_pattern(words, 0x00FF00FF, 0x64806480, NVIDIA), ROWS), BRAIN)
             offset = 1152.0
         elif not BRAIN:
-            value = _as_number(_halves((words & 0x000F000F) ^ 0x64086408, ROWS), BRAIN)
+            value = _as_number(_halves(_pattern(words, 0x000F000F, 0x64086408, NVIDIA), ROWS), BRAIN)
             offset = 1032.0
         else:
-            value = _as_number(_halves((words & 0x000F000F) ^ 0x43084308, ROWS), BRAIN)
+            value = _as_number(_halves(_pattern(words, 0x000F000F, 0x43084308, NVIDIA), ROWS), BRAIN)
             offset = 136.0
         if ZEROS:
             value -= (zero + offset).to(value.dtype)[:, None]
@@ -89,6 +112,7 @@ def dequantize_kernel(
     width,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    NVIDIA: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
     """One block of FEATURES rows. GROUP is 0 where a row has one scale."""
@@ -110,7 +134,8 @@ def dequantize_kernel(
         if zeros_ptr is not None:
             zero = tl.load(zeros_ptr + group * num_features + features).to(tl.float32)
         scale = tl.load(scales_ptr + group * num_features + features).to(tl.float32)
-        w = decode_slice(words, zero, s, zeros_ptr is not None, BITS, False, FEATURES).to(tl.float32) * scale[:, None]
+        w = decode_slice(words, zero, s, zeros_ptr is not None, BITS, False, NVIDIA, FEATURES).to(tl.float32)
+        w *= scale[:, None]
         columns = first + tl.arange(0, 32)
         places = rows[:, None] * width + columns[None, :]
         tl.store(w_ptr + places, w.to(w_ptr.dtype.element_ty), mask=inside[:, None] & (columns < width)[None, :])
@@ -148,6 +173,7 @@ def launch_dequantize(
         "width": width,
         "BITS": bits,
         "GROUP": group_constant(scales_GN, width),
+        "NVIDIA": target_of(words).is_nvidia,
     }
     launch(dequantize_kernel, (ceil_div(num_features, config.blocks["FEATURES"]), blocks), config, arguments)
     return rounded(w_NK, dtype)

@@ -91,9 +91,12 @@ def combine_kernel(
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK numbers of y [M, N], counted through."""
+    """BLOCK numbers of y [M, N], counted through. EARLY: started while the parts are still made."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = places < numbers
     up = tl.zeros([BLOCK], dtype=tl.float32)
@@ -134,7 +137,8 @@ def launch_combine(
 ) -> None:
     """Fill y_MN."""
     products, splits, num_rows, num_features = parts_PSMN.shape
-    config = COMBINE.pick(y_MN.dtype, target_of(y_MN), M=num_rows, N=num_features, S=splits)
+    target = target_of(y_MN)
+    config = COMBINE.pick(y_MN.dtype, target, M=num_rows, N=num_features, S=splits)
     arguments = {
         "parts_ptr": parts_PSMN,
         "y_ptr": y_MN,
@@ -146,5 +150,7 @@ def launch_combine(
         "GATED": products == 2,
         "ACTIVATION": activation,
         "SPLITS": splits,
+        "EARLY": target.starts_early,
     }
-    launch(combine_kernel, (ceil_div(num_rows * num_features, config.blocks["BLOCK"]),), config, arguments)
+    grid = (ceil_div(num_rows * num_features, config.blocks["BLOCK"]),)
+    launch(combine_kernel, grid, config, arguments, options={"launch_pdl": True} if target.starts_early else None)

@@ -6,6 +6,7 @@ Everything is dequantized and multiplied in `work`, float64 by default, and roun
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.mlp.activation import activate, gated, gated_clamped
@@ -40,8 +41,7 @@ def product_reference(
     """The product with dequantized weights in their dtype, with its bias and activation or gate."""
 
     def linear(w_NK: Tensor, bias: Tensor | None) -> Tensor:
-        y = x_MK.to(w_NK.dtype) @ w_NK.t()
-        return y if bias is None else y + bias.to(w_NK.dtype)
+        return F.linear(x_MK.to(w_NK.dtype), w_NK, None if bias is None else bias.to(w_NK.dtype))
 
     return apply(None if gate_NK is None else linear(gate_NK, gate_bias), linear(up_NK, up_bias), activation, limit)
 

@@ -101,6 +101,7 @@ def scaled_matmul_kernel(
     EVEN: tl.constexpr,
     BLOCKED: tl.constexpr,
     FAST: tl.constexpr,
+    EARLY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -109,6 +110,8 @@ def scaled_matmul_kernel(
     SPLITS: tl.constexpr,
 ):
     """One tile of y, or one part of its sums. Programs run in groups of GROUP tiles of features, rows inside."""
+    if EARLY and SPLITS > 1:
+        tl.extra.cuda.gdc_launch_dependents()
     feature_tiles = tl.cdiv(num_features, FEATURES)
     row_tiles = tl.cdiv(num_rows, ROWS)
     program = tl.program_id(0)
@@ -146,12 +149,12 @@ def shared_estimate(config: Config) -> int:
     return config.num_stages * (config.blocks["FEATURES"] + config.blocks["ROWS"]) * config.blocks["INNER"]
 
 
-def _config(shape: Shape, target: Target, features: int, rows: int, warps: int) -> Config:
+def _config(shape: Shape, target: Target, features: int, rows: int, warps: int, *, group: int = 16) -> Config:
     """With as many stages, up to four, as fit in shared memory beside 16 KiB for the epilogue."""
     inner = BLOCK
     tiles = ceil_div(shape["N"], features) * ceil_div(shape["M"], rows)
     splits = splits_for(tiles, ceil_div(shape["K"], inner), shape["M"], shape["K"], target)
-    blocks = {"FEATURES": features, "ROWS": rows, "INNER": inner, "GROUP": 8, "SPLITS": splits}
+    blocks = {"FEATURES": features, "ROWS": rows, "INNER": inner, "GROUP": group, "SPLITS": splits}
     stages = (target.shared_bytes - 16 * 1024) // shared_estimate(Config(blocks, warps, 1))
     return Config(blocks, warps, max(1, min(2 if target.is_amd else 4, stages)))
 
@@ -169,6 +172,9 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
         return _config(shape, target, 64, 128 if single else 64, 8)
     if target.arch == "sm_100" and not single:
         return _config(shape, target, 64, 128, 8)
+    if target.is_hopper and shape["exact_partial"] and shape["exact_products"] == 1:
+        # Small tiles: while one program adds up its sums, tensor cores work for another.
+        return _config(shape, target, 64, 128, 4, group=32)
     return _config(shape, target, 128, 256 if single and shape["M"] > 128 and target.arch != "sm_80" else 128, 8)
 
 
@@ -235,6 +241,7 @@ def launch_scaled(
         "EVEN": width % config.blocks["INNER"] == 0,
         "BLOCKED": blocked,
         "FAST": fast,
+        "EARLY": target.starts_early,
         "ACTIVATION": activation,
     }
     blocks = config.blocks

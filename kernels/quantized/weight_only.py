@@ -86,6 +86,7 @@ def _accumulate(
     EVEN: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    NVIDIA: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -124,7 +125,7 @@ def _accumulate(
             else:
                 x = tl.load(x_ptr + column + x_places, mask=inside & (inner < width - column)[:, None], other=0.0)
             zero = _of_slice(za, zb, zc, zd, s)
-            w = decode_slice(words, zero, s, zeros_ptr is not None, BITS, BRAIN, FEATURES)
+            w = decode_slice(words, zero, s, zeros_ptr is not None, BITS, BRAIN, NVIDIA, FEATURES)
             if x.dtype == tl.float32:
                 w = w.to(tl.float32)
             if GROUP:
@@ -162,12 +163,16 @@ def weight_only_kernel(
     EVEN: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    EARLY: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """One tile of y, or one part of its sums. Tiles of the same features follow each other, to share the weight."""
+    if EARLY and SPLITS > 1:
+        tl.extra.cuda.gdc_launch_dependents()
     row_tiles = tl.cdiv(num_rows, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
     feature = tl.program_id(0) // row_tiles * FEATURES
@@ -178,13 +183,13 @@ def weight_only_kernel(
     stop = tl.minimum(start + each, blocks)
     up = _accumulate(
         up_words_ptr, up_scales_ptr, up_zeros_ptr, x_ptr, row, feature, start, stop, num_rows, num_features, width,
-        EVEN, BITS, GROUP, FEATURES, ROWS,
+        EVEN, BITS, GROUP, NVIDIA, FEATURES, ROWS,
     )  # fmt: skip
     gate = up
     if gate_words_ptr is not None:
         gate = _accumulate(
             gate_words_ptr, gate_scales_ptr, gate_zeros_ptr, x_ptr, row, feature, start, stop, num_rows, num_features,
-            width, EVEN, BITS, GROUP, FEATURES, ROWS,
+            width, EVEN, BITS, GROUP, NVIDIA, FEATURES, ROWS,
         )  # fmt: skip
     store_tile(
         gate, up, y_ptr, gate_bias_ptr, up_bias_ptr, row, feature, split, num_rows, num_features, limit,
@@ -247,7 +252,9 @@ def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if dtype == torch.float32:
         return _config(shape, dtype, target, (32, min(rows, 32)), 4, 2)
     if rows <= 64:
-        return _config(shape, dtype, target, (64, rows), 4, 4)
+        # Wide tiles read x less often. A small weight has too few of them, and two sums of 128 x 64 are too many.
+        wide = shape["N"] >= 2048 and rows * shape["exact_products"] <= 64
+        return _config(shape, dtype, target, (128 if wide else 64, rows), 4, 3)
     # 128 x 128 is more than a program of sm_100 can hold beside the decoded weight: Triton 3.7 then makes an empty
     # kernel of it, without a word.
     return _config(shape, dtype, target, (128 if target.arch in ("sm_80", "sm_90") else 64, 128), 8, 3)
@@ -260,7 +267,7 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
         _config(shape, dtype, target, (features, rows), warps, stages)
         for features in (32, 64, 128)
         for rows in (fewest // 2, fewest)
-        for warps, stages in ((4, 3), (4, 5), (8, 3))
+        for warps, stages in ((4, 3), (4, 4), (8, 3))
         if rows >= 16 and features * rows <= min(most, 64 * 32 * warps)
     ]
     if shape["M"] <= 64:
@@ -294,7 +301,8 @@ def launch_weight_only(
     num_features = scales_GN.shape[1]
     gate_words, gate_scales, gate_zeros = gate or (None, None, None)
     shape = {"M": num_rows, "N": num_features, "K": width, "exact_bits": bits, "exact_products": 1 + (gate is not None)}
-    config = WEIGHT_ONLY.pick(x_MK.dtype, target_of(x_MK), **shape)
+    target = target_of(x_MK)
+    config = WEIGHT_ONLY.pick(x_MK.dtype, target, **shape)
     splits = config.blocks["SPLITS"]
     y_MN = x_MK.new_empty(num_rows, num_features, dtype=result_dtype(x_MK.dtype))
     parts = y_MN
@@ -318,6 +326,8 @@ def launch_weight_only(
         "EVEN": width % block_size(bits) == 0,
         "BITS": bits,
         "GROUP": group_constant(scales_GN, width),
+        "NVIDIA": target.is_nvidia and x_MK.dtype != torch.float32,
+        "EARLY": target.starts_early,
         "ACTIVATION": activation,
     }
     blocks = config.blocks

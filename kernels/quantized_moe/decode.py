@@ -39,6 +39,7 @@ def decode_codes(
     FLOAT: tl.constexpr,
     BITS: tl.constexpr,
     BRAIN: tl.constexpr,
+    NVIDIA: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Slice number SLICE of a block without its scale, [ROWS, 32] in bf16 (the interpreter: fp32) if BRAIN, else fp16.
@@ -62,7 +63,7 @@ def decode_codes(
             else:
                 value = _as_number(halves(sign | (number << 9), ROWS), BRAIN) * 16384.0
     else:
-        value = decode_slice(words, zero, SLICE, ZEROS, BITS, BRAIN, ROWS)
+        value = decode_slice(words, zero, SLICE, ZEROS, BITS, BRAIN, NVIDIA, ROWS)
     return value
 
 

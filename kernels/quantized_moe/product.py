@@ -101,6 +101,7 @@ def _accumulate(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SPREAD: tl.constexpr,
+    NVIDIA: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -135,7 +136,7 @@ def _accumulate(
             else:
                 x = tl.load(x_ptr + column + x_places, mask=(inner < width - column)[:, None], other=0.0)
             zero = _chosen(za, zb, zc, zd, s)
-            w = decode_codes(words, zero, s, zeros_ptr is not None, FLOAT, BITS, BRAIN, FEATURES)
+            w = decode_codes(words, zero, s, zeros_ptr is not None, FLOAT, BITS, BRAIN, NVIDIA, FEATURES)
             if x.dtype == tl.float32:
                 w = w.to(tl.float32)
             if GROUP:
@@ -182,6 +183,7 @@ def grouped_weight_only_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SPREAD: tl.constexpr,
+    NVIDIA: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -203,13 +205,13 @@ def grouped_weight_only_kernel(
     stop = tl.minimum(start + each, blocks)
     up = _accumulate(
         up_words_ptr, up_scales_ptr, up_zeros_ptr, x_ptr, sources, expert, feature, start, stop, num_features, width,
-        num_groups, EVEN, FLOAT, BITS, GROUP, SPREAD, FEATURES, ROWS,
+        num_groups, EVEN, FLOAT, BITS, GROUP, SPREAD, NVIDIA, FEATURES, ROWS,
     )  # fmt: skip
     gate = up
     if gate_words_ptr is not None:
         gate = _accumulate(
             gate_words_ptr, gate_scales_ptr, gate_zeros_ptr, x_ptr, sources, expert, feature, start, stop,
-            num_features, width, num_groups, EVEN, FLOAT, BITS, GROUP, SPREAD, FEATURES, ROWS,
+            num_features, width, num_groups, EVEN, FLOAT, BITS, GROUP, SPREAD, NVIDIA, FEATURES, ROWS,
         )  # fmt: skip
     if SPLITS > 1:
         # A part is a tile of its own, in fp32 and without an epilogue.
@@ -289,6 +291,7 @@ def launch_grouped(
         "BITS": bits,
         "GROUP": group,
         "SPREAD": spread,
+        "NVIDIA": target_of(x).is_nvidia,
         "ACTIVATION": activation,
     }
     grid = (tiles_2M.shape[1] * ceil_div(num_features, config.blocks["FEATURES"]), splits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,18 +56,82 @@ def test_an_empty_grid_launches_nothing() -> None:
     launch(_double_kernel, (0, 3), CONFIG, {"x_ptr": torch.ones(1), "size": 1})
 
 
-def test_options_of_a_launch_come_before_the_usual_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
+class Kernel:
+    """Stands for a kernel of Triton: notes what is compiled, and what is started without asking Triton."""
 
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda **arguments: given.append(arguments)
+    def __init__(self, *names: str, constexprs: tuple[str, ...] = ("BLOCK",)) -> None:
+        self.params = [SimpleNamespace(name=name, is_constexpr=name in constexprs) for name in (*names, *constexprs)]
+        self.compiled: list[dict[str, Any]] = []
+        self.started: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
 
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def compile_and_start(**arguments: Any) -> Any:
+            self.compiled.append(arguments)
+            return Compiled(self)
+
+        return compile_and_start
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.kernel.started.append((grid, arguments))
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_options_of_a_launch_come_before_the_usual_ones() -> None:
+    kernel = Kernel("x_ptr")
     for options in (None, {"maxnreg": 64}, {"enable_fp_fusion": False}):
-        launch(Kernel(), (1,), CONFIG, {"x_ptr": torch.ones(1)}, options=options)
-    assert [arguments["enable_fp_fusion"] for arguments in given] == [True, True, False]
-    assert [arguments.get("maxnreg") for arguments in given] == [None, 64, None]
+        launch(kernel, (1,), CONFIG, {"x_ptr": torch.ones(1)}, options=options)
+    assert [arguments["enable_fp_fusion"] for arguments in kernel.compiled] == [True, True, False]
+    assert [arguments.get("maxnreg") for arguments in kernel.compiled] == [None, 64, None]
+
+
+@pytest.mark.usefixtures("no_device")
+def test_a_launch_like_an_earlier_one_is_started_with_what_was_compiled() -> None:
+    kernel = Kernel("x_ptr", "size", "rate", "other")
+    x = torch.ones(64)
+    for size, rate in ((100, 0.5), (101, 0.25), (7, 1.0)):
+        launch(kernel, (2, size), CONFIG, {"rate": rate, "size": size, "x_ptr": x, "other": None})
+    assert len(kernel.compiled) == 1
+    assert kernel.started == [((2, 101, 1), (x, 101, 0.25, None, 64)), ((2, 7, 1), (x, 7, 1.0, None, 64))]
+
+
+@pytest.mark.usefixtures("no_device")
+def test_what_triton_compiles_apart_is_kept_apart() -> None:
+    kernel, x = Kernel("x_ptr", "size", "flag"), torch.ones(64)
+    usual: dict[str, Any] = {"x_ptr": x, "size": 100, "flag": 2.0}
+    others = [
+        {"size": 1}, {"size": 160}, {"size": 2**31}, {"size": 2**63}, {"size": None}, {"size": 100.0},
+        {"x_ptr": x[1:]}, {"x_ptr": x.half()}, {"x_ptr": None, "flag": x}, {"flag": True}, {"flag": None},
+    ]  # fmt: skip
+    for arguments in (usual, *({**usual, **other} for other in others)):
+        launch(kernel, (1,), CONFIG, arguments)
+    for config in (Config({"BLOCK": 32}, 2, 3), Config({"BLOCK": 64}, 4, 3), Config({"BLOCK": 64}, 2, 2)):
+        launch(kernel, (1,), config, usual)
+    launch(kernel, (1,), CONFIG, usual, options={"launch_pdl": True})
+    assert len(kernel.compiled) == 1 + len(others) + 4
+    assert not kernel.started
+
+
+@pytest.mark.usefixtures("no_device")
+def test_what_is_not_compared_goes_to_triton_every_time() -> None:
+    kernel = Kernel("x_ptr", "descriptor")
+    for _ in range(3):
+        launch(kernel, (1,), CONFIG, {"x_ptr": torch.ones(1), "descriptor": object()})
+    missing = Kernel("x_ptr", "has_default")
+    for _ in range(3):
+        launch(missing, (1,), CONFIG, {"x_ptr": torch.ones(1)})
+    assert [len(kernel.compiled), len(missing.compiled)] == [3, 3]
+    assert not kernel.started + missing.started
 
 
 def test_a_kernel_has_no_place_on_a_cpu() -> None:
