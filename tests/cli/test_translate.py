@@ -21,7 +21,7 @@ Trine = Callable[..., tuple[int, str, str]]
 ROWS = ["the cat sat on the mat", "first", "", "def add(first, second):", "the mat", "   ", "second + first"]
 
 
-@pytest.fixture(scope="session", params=["t5", "marian"])
+@pytest.fixture(scope="session", params=[pytest.param("t5", marks=pytest.mark.slow), "marian"])
 def folder(request: pytest.FixtureRequest, seq2seq_folder: Callable[[str], Path]) -> Path:
     """A tiny encoder-decoder with a tokenizer."""
     return seq2seq_folder(request.param)

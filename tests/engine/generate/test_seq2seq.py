@@ -89,7 +89,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
     return make
 
 
-@pytest.fixture(scope="session", params=KINDS)
+@pytest.fixture(scope="session", params=["t5", pytest.param("t5_gated", marks=pytest.mark.slow), "marian"])
 def pair(request: pytest.FixtureRequest, make_pair: Callable[..., Pair]) -> Pair:
     """One of each kind."""
     return make_pair(request.param)
@@ -152,12 +152,12 @@ def test_beam_search_equals_transformers(pair: Pair) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_beam_search_equals_transformers_on_many_models(make_pair: Callable[..., Pair], kind: str) -> None:
     unequal, cases = [], 0
-    for seed, vocab_size in product(range(1, 4), (24, 100)):
+    for seed, vocab_size in product((1, 2), (24, 100)):
         pair, sources = make_pair(kind, vocab_size, seed), _sources(vocab_size, seed + 10)
         for search in SEARCHES:
             unequal += _unequal(pair, sources, search)
             cases += len(sources)
-    assert cases == 192
+    assert cases == 128
     assert not unequal
 
 

@@ -107,7 +107,7 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]
     return make
 
 
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] if name == "mt5" else []) for name in MODELS])
 def pair(request: pytest.FixtureRequest, make_pair: Callable[[str], Pair]) -> Pair:
     """Each tiny model in turn."""
     return make_pair(request.param)
