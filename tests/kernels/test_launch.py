@@ -109,7 +109,7 @@ def test_a_launch_like_an_earlier_one_is_started_with_what_was_compiled() -> Non
 def test_what_triton_compiles_apart_is_kept_apart() -> None:
     kernel, x = Kernel("x_ptr", "size", "flag"), torch.ones(64)
     usual: dict[str, Any] = {"x_ptr": x, "size": 100, "flag": 2.0}
-    others = [
+    others: list[dict[str, Any]] = [
         {"size": 1}, {"size": 160}, {"size": 2**31}, {"size": 2**63}, {"size": None}, {"size": 100.0},
         {"x_ptr": x[1:]}, {"x_ptr": x.half()}, {"x_ptr": None, "flag": x}, {"flag": True}, {"flag": None},
     ]  # fmt: skip

@@ -420,7 +420,7 @@ ODD: tuple[Any, ...] = (
 def test_no_body_wedges_the_server_or_passes_for_a_fault_of_its_own(sentences: Any) -> None:
     """Seeded random bodies: each is answered or refused, none is a 5xx, and afterwards nothing is held."""
     chance = random.Random(0)
-    good = {
+    good: dict[str, dict[str, Any]] = {
         "embeddings": {"input": ["a", "b"]},
         "classify": {"input": "a"},
         "score": {"text_1": "a", "text_2": ["b", "c"]},

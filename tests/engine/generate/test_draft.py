@@ -198,7 +198,7 @@ def test_a_grammar_binds_over_guesses(model: Transformer, tiny_tokenizer: Tokeni
 def test_a_draft_whose_logits_are_no_numbers_guesses_nothing(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
     draft = draft_of(model)
     with torch.no_grad():
-        draft.norm.weight[3] = torch.nan
+        draft.get_parameter("norm.weight")[3] = torch.nan
     engine = engine_for(model, tiny_tokenizer, draft, decode_steps=False)
     found = run(engine, requests_for(tiny_tokenizer, [GREEDY, DRAWN], PROMPTS[:2]))
     assert ids_of(found["0", 0]) == generate(model, tiny_tokenizer, PROMPTS[:1], GREEDY)[0].token_ids
