@@ -35,7 +35,9 @@ from trine.kernels.invariant.op import invariant_matmul
 
 
 class Transformer(nn.Module):
-    """A decoder. Weights are uninitialised: see `init.initialize` and `checkpoint.load_model`."""
+    """A decoder, an encoder, or (with `config.encoder`) a decoder that reads an encoder. Weights are uninitialised: see
+    `init.initialize` and `checkpoint.load_model`.
+    """
 
     def __init__(
         self,
