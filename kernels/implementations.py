@@ -31,7 +31,7 @@ _ON_CPU: dict[str, tuple[str, str]] = {
     "moe": ("torch, expert by expert", "products of the tokens that an expert has"),
     "newton_schulz": ("torch", "batched products"),
     "paged_attention": ("Numba loops, torch SDPA", "single tokens without a copy; longer requests on gathered keys"),
-    "quantized": ("Numba loops, torch", "by the number of rows: see the products below; int8 by torch, in AMX tiles"),
+    "quantized": ("Numba loops, torch", "by the number of rows: see the products below; int8 in AMX tiles"),
     "quantized_moe": ("torch, expert by expert", "as quantized; float8 and MXFP4 dequantized in pieces"),
     "rms_norm": ("torch, own backward", "keeps no fp32 activation"),
     "rope": ("torch, own backward", "saves no activation"),
