@@ -50,11 +50,13 @@ def test_the_cpu_agrees_with_itself(tmp_path: Path) -> None:
             if file != gpu_pass.HOPPER
         ),
         "bench kernels",
+        "bench train 34M",
+        "bench generate 34M",
     ]
     assert {result for result, _ in table} == {"ok"}
     (result,) = (tmp_path / "results").glob("kernels-cpu-*.json")
     assert json.loads(result.read_text())["rows"]
-    assert len(list((tmp_path / "logs").glob("*.log"))) == 4
+    assert len(list((tmp_path / "logs").glob("*.log"))) == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -185,3 +187,11 @@ def test_bench_output_becomes_rows() -> None:
         Row("  rms_norm N2", None, "not run: 5 minutes are over"),
     ]
     assert gpu_pass._benched("bench kernels", "killed\n") == []
+
+
+def test_races_against_transformers_become_a_row() -> None:
+    speeds = {"trine": 1200.0, "transformers, one batch": 800.0}
+    output = json.dumps({"contestants": {name: {"tokens_per_second": speed} for name, speed in speeds.items()}})
+    detail = "1,200 tokens/s; 1.50 x transformers, one batch"
+    assert gpu_pass._raced("bench generate 1B", output) == [Row("bench generate 1B", True, detail)]
+    assert gpu_pass._raced("bench generate 1B", "stopped\n") == []
