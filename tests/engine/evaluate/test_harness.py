@@ -99,7 +99,7 @@ def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.yaml").write_text(
         "task: tiny\ndataset_path: nobody/tiny\noutput_type: generate_until\ntest_split: test\n"
         "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
-        "generation_kwargs: {until: ['\\n'], max_gen_toks: 6}\n"
+        'generation_kwargs: {until: ["\\n"], max_gen_toks: 6}\n'
         "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
     )
     return folder
