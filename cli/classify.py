@@ -35,7 +35,7 @@ def classify(
     from trine.engine.errors import UsageError
     from trine.engine.generate.bulk import BulkSettings, classify_file, open_for_vectors
     from trine.engine.generate.texts_file import TextsFile
-    from trine.engine.log import format_duration, say
+    from trine.engine.log import say
 
     fields = None if field is None and pair_field is None else [field or "text", *([pair_field] if pair_field else [])]
     TextsFile.find(file, fields)  # what is wrong with it is said before a model is loaded
@@ -46,5 +46,4 @@ def classify(
     texts = TextsFile.find(file, fields, words=info.kind == "tagging")
     settings = BulkSettings(checkpoint=str(checkpoint.resolve()), dtype=computed, truncate=truncate, restart=restart)
     done = classify_file(engine, info, texts, out, settings)
-    rate = done.tokens / max(done.seconds, 1e-9)
-    say(f"{done.rows - done.before} rows in {format_duration(done.seconds)}, {rate:.0f} tokens/s; {out}")
+    say(f"{done.text()}; {out}")

@@ -39,7 +39,7 @@ def embed(
     from trine.engine.env import set_threads
     from trine.engine.generate.bulk import BulkSettings, embed_file, open_for_vectors, prefix_of
     from trine.engine.generate.texts_file import TextsFile
-    from trine.engine.log import format_duration, say
+    from trine.engine.log import say
 
     texts = TextsFile.find(file, [field] if field else None)
     set_threads(0)
@@ -52,5 +52,4 @@ def embed(
         restart=restart,
     )
     done = embed_file(engine, info, texts, out, settings)
-    rate = done.tokens / max(done.seconds, 1e-9)
-    say(f"{done.rows - done.before} rows in {format_duration(done.seconds)}, {rate:.0f} tokens/s; {out}")
+    say(f"{done.text()}; {out}")

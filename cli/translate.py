@@ -70,7 +70,7 @@ def translate(
     from trine.engine.generate.search_settings import search_settings
     from trine.engine.generate.texts_file import TextsFile
     from trine.engine.generate.translate_file import TranslateSettings, translate_file
-    from trine.engine.log import format_duration, say
+    from trine.engine.log import say
     from trine.engine.model.checkpoint import resolve_checkpoint
 
     texts = TextsFile.find(file, [field] if field else None)
@@ -90,5 +90,4 @@ def translate(
         restart=restart,
     )
     done = translate_file(model, tokenizer, texts, out, settings)
-    rate = done.tokens / max(done.seconds, 1e-9)
-    say(f"{done.rows - done.before} rows in {format_duration(done.seconds)}, {rate:.0f} new tokens/s; {out}")
+    say(f"{done.text(tokens='new tokens')}; {out}")

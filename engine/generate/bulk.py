@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trine.engine.errors import DataError, UsageError
-from trine.engine.generate.bulk_progress import BulkProgress
+from trine.engine.generate.bulk_progress import BulkProgress, Summary
 from trine.engine.generate.classes import class_record, tag_record
 from trine.engine.generate.engine import Engine, EngineConfig, PoolingRequest
 from trine.engine.generate.load import load_for_inference
@@ -46,16 +46,6 @@ class BulkSettings:
     prefix: str = ""
     truncate: bool = False
     restart: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Rows of the file, rows that were done before, tokens and seconds of this run."""
-
-    rows: int
-    before: int
-    tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _LINE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Rows of a file, rows that were done before this run, tokens and seconds of this run."""
+
+    rows: int
+    before: int
+    tokens: int
+    seconds: float
+
+    def text(self, *, tokens: str = "tokens") -> str:
+        """What this run did, in a line."""
+        rate = self.tokens / max(self.seconds, 1e-9)
+        return f"{self.rows - self.before} rows in {format_duration(self.seconds)}, {rate:.0f} {tokens}/s"
 
 
 class BulkProgress:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trine.engine.errors import DataError, UsageError
-from trine.engine.generate.bulk_progress import BulkProgress
+from trine.engine.generate.bulk_progress import BulkProgress, Summary
 from trine.engine.generate.plain import generate
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
@@ -45,16 +45,6 @@ class TranslateSettings:
     truncate: bool = False
     batch_tokens: int = 4096
     restart: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Rows of the file, rows that were done before, new tokens and seconds of this run."""
-
-    rows: int
-    before: int
-    tokens: int
-    seconds: float
 
 
 def translate_file(
