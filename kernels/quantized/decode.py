@@ -1,4 +1,5 @@
-"""From packed words to numbers, in plain Triton: shifts, masks and one subtraction, no conversion from integers.
+"""From packed words to numbers: shifts, masks and one subtraction in plain Triton, no conversion from integers. On
+NVIDIA a mask and its pattern are one instruction, written in assembly; the plain form beside it gives the same bits.
 
 A 16-bit pattern with the exponent of 2^10 (fp16) or 2^7 (bf16) and an unsigned code in its lowest bits is the number
 2^10 + code or 2^7 + code, exactly. Flipping a code's sign bit turns two's complement into code + 2^(bits - 1), in the
