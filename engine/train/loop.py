@@ -215,6 +215,8 @@ class Trainer:
             self._end(metrics, reason)
             raise told from None
         finally:
+            if failed := self.saver.close():
+                self.tell(str(failed))
             self.profiler.close(self.step, tell=self.tell)
             if not frozen:
                 gc.unfreeze()

@@ -58,7 +58,7 @@ class Saver:
             return
         copy = self._copies.take(snapshot)
         held = time.perf_counter() - started
-        # A daemon: a second Ctrl-C ends the process at once, and a folder half written is as good as none.
+        # A daemon: it keeps no process alive that is told to end at once; a folder half written is as good as none.
         self._thread = threading.Thread(target=self._run, args=(copy, time.perf_counter(), held), daemon=True)
         self._thread.start()
 
@@ -76,6 +76,17 @@ class Saver:
             self._thread.join()
             self._thread = None
         self._raise()
+
+    def close(self) -> BaseException | None:
+        """Wait as `wait` does, but return what went wrong in place of raising it: for a run that ends by an error.
+
+        Whoever trains on in the same process finds the folder at rest.
+        """
+        try:
+            self.wait()
+        except Exception as error:
+            return error
+        return None
 
     def _run(self, snapshot: Snapshot, started: float, held: float | None) -> None:
         try:

@@ -1,7 +1,8 @@
 """Being asked to stop: SIGINT (Ctrl-C) and SIGTERM end a run after the step at hand, with everything saved.
 
-The first signal only sets a flag that the loop looks at between steps; the second one ends the process at once
-(KeyboardInterrupt; the last checkpoint is untouched, since checkpoints are written aside and renamed).
+The first signal only sets a flag that the loop looks at between steps; the second one ends the run at once
+(KeyboardInterrupt), but for a checkpoint that is on its way to the disk; a third does not wait for that either. The
+last checkpoint is untouched in any case, since checkpoints are written aside and renamed.
 """
 
 from __future__ import annotations

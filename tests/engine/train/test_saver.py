@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from trine.engine.errors import StorageError
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.init import initialize
 from trine.engine.model.transformer import Transformer
-from trine.engine.train.loop import train
+from trine.engine.train.loop import Trainer, train
 from trine.engine.train.optim import Optimizer
 from trine.engine.train.recipe import OptimSettings, Recipe
+from trine.engine.train.run_folder import RunFolder
 from trine.engine.train.saver import Saver
 from trine.engine.train.step_folder import Snapshot, TrainerState
 
@@ -108,3 +110,54 @@ def test_saving_in_the_background_changes_no_bit(make_recipe: MakeRecipe, tmp_pa
         ours, theirs = load_file(tmp_path / "thread" / file), load_file(tmp_path / "waiting" / file)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when the sixth step of a run is interrupted, as every run with this fixture is."""
+    event, one_step = threading.Event(), Trainer._one_step
+
+    def step(self: Trainer, *args: Any) -> None:
+        if self.step == 5:
+            event.set()
+            raise KeyboardInterrupt
+        one_step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_one_step", step)
+    return event
+
+
+def test_a_run_that_ends_by_an_interrupt_leaves_nobody_writing_in_its_folder(
+    make_recipe: MakeRecipe, interrupted: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step = RunFolder.save_step
+
+    def save_late(self: RunFolder, *args: Any) -> tuple[Path, int]:
+        assert interrupted.wait(60)
+        return save_step(self, *args)
+
+    monkeypatch.setattr(RunFolder, "save_step", save_late)
+    recipe = make_recipe(checkpoint={"every": 3})
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    assert threading.active_count() == before
+    latest = RunFolder(recipe.run.dir).latest()
+    assert latest is not None
+    assert latest.name == "step-00000003"
+
+
+def test_what_went_wrong_with_the_last_save_is_told_when_a_run_ends_by_an_interrupt(
+    make_recipe: MakeRecipe,
+    interrupted: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail_late(self: RunFolder, *args: Any) -> tuple[Path, int]:
+        assert interrupted.wait(60)
+        raise StorageError("no room for step 3")
+
+    monkeypatch.setattr(RunFolder, "save_step", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_recipe(checkpoint={"every": 3}))
+    assert "no room for step 3" in capsys.readouterr().err
