@@ -30,6 +30,7 @@ from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized, replace_linear
 from trine.engine.model.quantized.plan import (
+    EMBEDDING,
     QuantizedRule,
     QuantizedRules,
     notes,
@@ -39,6 +40,7 @@ from trine.engine.model.quantized.plan import (
     split_weight,
 )
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
+from trine.engine.model.quantized.table import install_table
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.sentence import DENSE, is_sentence_encoder, open_dense, read_embedding, write_embedding
 from trine.engine.model.stored_names import fits, is_of_head, normalised, of_the_task, with_stored_pooler
@@ -52,8 +54,7 @@ from trine.engine.model.weight_files import (
     write_json,
     write_weights,
 )
-
-_EMBEDDING = "embed_tokens.weight"
+from trine.kernels.quantized.packing import PackedWeight
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
@@ -186,7 +187,8 @@ def load_model(
     with open_checkpoint(folder) as opened:
         model, stored, quantized = opened.model, opened.stored, opened.quantized
         dtype = dtype or opened.dtype
-        coded = {rule.stored for rule in opened.rules if keep_codes and len(rule.ours) == 1 and rule.expert is None}
+        plain = [rule for rule in opened.rules if len(rule.ours) == 1 and rule.expert is None]
+        coded = {rule.stored for rule in plain if keep_codes and rule.ours != (EMBEDDING,)}
         kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
         kept = {} if dequantize else kept
         told = {name: one for name, one in quantized.items() if name not in kept or one.scheme is not None}
@@ -234,14 +236,26 @@ def _install(
 ) -> None:
     whole = len(rule.ours) == 1 and not rule.transpose
     packed = read_packed(one, stored) if whole and device.type == "cpu" else None
+    if rule.ours == (EMBEDDING,):
+        table = packed or _weight(rule, one, stored, device).weight()
+        assert isinstance(table, PackedWeight), rule.stored
+        install_table(model, EMBEDDING.removesuffix(".weight"), table)
+        return
     if packed is not None:
         install(model, rule.ours[0].removesuffix(".weight"), packed)
         return
-    weight = read_weight(one, stored).to(device)
-    assert isinstance(weight, QuantizedTensor), rule.stored
+    weight = _weight(rule, one, stored, device)
     rows = [model.get_parameter(name).shape[0] for name in rule.ours]
     for name, part in zip(rule.ours, split_weight(rule, weight, rows), strict=True):
         install(model, name.removesuffix(".weight"), part.weight(), part.order_K)
+
+
+def _weight(
+    rule: TensorRule, one: QuantizedRule, stored: Mapping[str, StoredTensor], device: torch.device
+) -> QuantizedTensor:
+    weight = read_weight(one, stored).to(device)
+    assert isinstance(weight, QuantizedTensor), rule.stored
+    return weight
 
 
 def _install_codes(
@@ -298,13 +312,15 @@ def save_model(
 def _tied(config: ModelConfig, family: Family, stored: dict[str, StoredTensor]) -> bool:
     """Whether embedding and head are one, judged as transformers 5 does; leaves the tensors that will be read.
 
-    Tied in config.json: one of the two in the file serves both; two equal ones are tied; two different ones are kept
-    apart. Not tied: both must be there.
+    Tied in config.json: one of the two in the file serves both; two equal ones are tied; two different ones, and codes
+    of the head's own, are kept apart. Not tied: both must be there.
     """
     if not config.tie_embeddings:
         return False
-    embedding = next(rule.stored for rule in family.rules(config) if rule.ours == (_EMBEDDING,))
+    embedding = next(rule.stored for rule in family.rules(config) if rule.ours == (EMBEDDING,))
     head = f"{family.head}.weight"
+    if any(name.startswith(f"{head}_") for name in stored):  # codes of its own
+        return False
     if head not in stored:
         return True
     if embedding in stored and not torch.equal(stored[embedding].read(), stored[head].read()):

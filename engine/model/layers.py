@@ -50,8 +50,21 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, width, device=device, dtype=dtype))
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows."""
+        return self.weight.dtype
+
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+    def product(self, x: Tensor, bias: Tensor | None, *, deterministic: bool = False) -> Tensor:
+        """x weight^T + bias: what a tied output layer computes; otherwise as `Linear`."""
+        return (invariant_matmul if deterministic else joined.linear)(x, self.weight, bias)
 
 
 class RMSNorm(nn.Module):

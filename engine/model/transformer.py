@@ -31,7 +31,8 @@ from trine.engine.model.positions import Biases, sinusoids
 from trine.engine.model.rotary import Tables, rotary_tables, sequence_lengths
 from trine.kernels.attention.op import Mask, make_mask
 from trine.kernels.invariant.attention import Sequences, make_sequences
-from trine.kernels.invariant.op import invariant_matmul
+from trine.kernels.quantized.op import Weight
+from trine.kernels.quantized.rows import dequantize
 
 
 class Transformer(nn.Module):
@@ -82,17 +83,18 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.embed_tokens.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters (not of the computation)."""
-        return self.embed_tokens.weight.dtype
+        return self.embed_tokens.dtype
 
     @property
-    def head_weight(self) -> nn.Parameter:
-        """The output matrix [V, C]: the embedding where tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+    def head_weight(self) -> Tensor:
+        """The output matrix [V, C]: the embedding where tied. Where it is codes, their numbers, made at each call."""
+        weight: Tensor | Weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        return weight if isinstance(weight, Tensor) else dequantize(weight, self.dtype)
 
     @property
     def head_bias(self) -> nn.Parameter | None:
@@ -349,9 +351,10 @@ class Transformer(nn.Module):
         `deterministic`: the bits of a row are those it has alone.
         """
         hidden = self.predicted(hidden)
-        bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
-        product = invariant_matmul if deterministic else F.linear
-        logits = product(hidden, self.head_weight.to(hidden.dtype), bias)
+        if self.lm_head is None:
+            logits = self.embed_tokens.product(hidden, self.lm_bias, deterministic=deterministic)
+        else:
+            logits = self.lm_head(hidden, deterministic=deterministic)
         logits = logits.to(torch.promote_types(hidden.dtype, torch.float32))
         softcap = self.config.logit_softcap
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap

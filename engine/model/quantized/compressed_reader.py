@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.quantized.compressed_tensors import METHOD, Targets
+from trine.engine.model.quantized.compressed_tensors import EMBEDDING, METHOD, Targets
 from trine.engine.model.quantized.format import (
     FLOAT_KINDS,
     WORD_KINDS,
@@ -79,8 +79,19 @@ class CompressedTensors(Format):
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
         """See `Format`."""
         form = self.targets.of(path)
+        return None if form is None else self._encoding(form, path, num_features, width, headers)
+
+    def table(self, path: str, num_rows: int, width: int, headers: Headers) -> Encoding | None:
+        """See `Format`. Its inputs are ids: they are not quantized, and have no order of activations."""
+        form = self.targets.of(path, EMBEDDING)
         if form is None:
             return None
+        odd = "input_activations" if form.scheme.activations != "none" else "actorder group" if form.ordered else None
+        if odd is not None:
+            raise CheckpointError(f"config.json has {odd} for {path}, an embedding, which is not read")
+        return self._encoding(form, path, num_rows, width, headers)
+
+    def _encoding(self, form: Form, path: str, num_features: int, width: int, headers: Headers) -> Encoding:
         scheme = form.scheme
         check_groups(path, scheme, width)
         layout = _layout(path, form, num_features, width, headers)

@@ -28,7 +28,8 @@ METHOD = "compressed-tensors"
 # The version of the format that is written: what its readers compare with is only the order of layouts in it.
 VERSION = "0.20.0"
 _HEADER_NAMES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
-_LINEAR = "Linear"
+# Classes of layers that a target may name in the place of a path.
+LINEAR, EMBEDDING = "Linear", "Embedding"
 T = TypeVar("T")
 
 
@@ -46,17 +47,17 @@ def format_of(scheme: Scheme) -> str:
 class Targets(Generic[T]):
     """Settings with the layers they are for, first match wins; `ignore` comes before all.
 
-    A target is a layer's path, a regular expression after "re:", or "Linear" for all layers.
+    A target is a layer's path, a regular expression after "re:", or "Linear" or "Embedding" for all such layers.
     """
 
     groups: tuple[tuple[tuple[str, ...], T], ...]
     ignore: tuple[str, ...] = ()
 
-    def of(self, path: str) -> T | None:
-        """The settings of a linear layer, by its path on disk (`model.layers.0.mlp.up_proj`); None: not quantized."""
-        if any(_matches(path, target) or target == _LINEAR for target in self.ignore):
+    def of(self, path: str, kind: str = LINEAR) -> T | None:
+        """The settings of a layer of that class, by its path on disk (`model.layers.0.mlp.up_proj`), or None."""
+        if any(_matches(path, target) or target == kind for target in self.ignore):
             return None
-        for matches in (_matches, lambda _, target: target == _LINEAR):
+        for matches in (_matches, lambda _, target: target == kind):
             for targets, settings in self.groups:
                 if any(matches(path, target) for target in targets):
                     return settings

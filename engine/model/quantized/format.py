@@ -67,6 +67,13 @@ class Format(ABC):
         Raises `CheckpointError` for what is not read.
         """
 
+    def table(self, path: str, num_rows: int, width: int, headers: Headers) -> Encoding | None:
+        """`encoding` of an embedding's table [V, C]; None: it is stored as numbers, as in most formats.
+
+        Raises `CheckpointError` for what is not read.
+        """
+        return None
+
     def tensors(self, files: Headers) -> dict[str, StoredTensor]:
         """The tensors to read of those there are: without such as say nothing that Trine needs (scales of caches)."""
         return dict(files)

@@ -39,6 +39,7 @@ class QuantizedRule:
         return {f"{self.path}.{name}": what for name, what in self.encoding.layout.items()}
 
 
+EMBEDDING = "embed_tokens.weight"
 # By the name of the weight in an unquantized file.
 QuantizedRules = dict[str, QuantizedRule]
 
@@ -61,8 +62,13 @@ def linear_rules(
     return found
 
 
+def table_rule(rules: Iterable[TensorRule]) -> TensorRule | None:
+    """The tensor on disk that is the embedding, or a tied output layer with it; None where it is a part of another."""
+    return next((rule for rule in rules if rule.ours == (EMBEDDING,)), None)
+
+
 def quantized_rules(
-    model: nn.Module, rules: Iterable[TensorRule], form: Format, stored: Mapping[str, StoredTensor]
+    model: nn.Module, rules: Sequence[TensorRule], form: Format, stored: Mapping[str, StoredTensor]
 ) -> QuantizedRules:
     """What a quantization_config says of the layers of a model, which may have no memory yet.
 
@@ -79,6 +85,13 @@ def quantized_rules(
         if rule.transpose and not form.transposes:
             raise CheckpointError(f"{path} is stored [in, out], which {form.name} does not hold quantized")
         found[name] = QuantizedRule(path, encoding, num_features, width)
+    table = table_rule(rules)
+    if table is not None:
+        path = table.stored.removesuffix(".weight")
+        shape = tuple(model.get_parameter(EMBEDDING).shape)
+        encoding = form.table(path, *shape, stored)
+        if encoding is not None:
+            found[table.stored] = QuantizedRule(path, encoding, *shape)
     if not found and form.by_layer:
         raise CheckpointError("config.json has a quantization_config, but it names no layer of the model")
     return found
