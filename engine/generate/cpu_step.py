@@ -25,11 +25,12 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.layers import Linear, RMSNorm
 from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.quantized.layers import QuantizedLinear, QuantizedMLP
+from trine.engine.model.quantized.table import QuantizedEmbedding
 from trine.engine.model.rotary import rotary_tables
 from trine.engine.model.transformer import Transformer
 from trine.kernels.cpu.compiled import available, why_not
 from trine.kernels.cpu.layer import Cache, DecodeLayer
-from trine.kernels.cpu.projection import Projection
+from trine.kernels.cpu.projection import AnyProjection, Projection
 from trine.kernels.cpu.step import DecodeStep, StepInputs
 
 # Fields of `ModelConfig` that are looked at below, or that do not change a decoding step.
@@ -52,10 +53,8 @@ class CpuDecoder:
     def __init__(self, model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) -> None:
         self._model, self._compute_dtype = model, compute_dtype
         layers = [_layer(block, cache, model.config, compute_dtype) for block in model.layers]
-        bias = None if model.head_bias is None else model.head_bias.detach()
-        output = Projection(model.head_weight.detach(), bias=bias)
         assert isinstance(model.norm, RMSNorm)
-        self._step = DecodeStep(layers, model.norm.weight.detach(), output)
+        self._step = DecodeStep(layers, model.norm.weight.detach(), _output(model, compute_dtype))
 
     @property
     def num_kinds(self) -> int:
@@ -134,12 +133,12 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
     other = [part for part in parts if type(part) not in known]
     if other:
         return f"the model has a {type(other[0]).__name__}"
-    reasons = (why_not_joined(layers) for block in model.layers for layers in _groups(block))
+    reasons = (why_not_joined(layers) for layers in _all_groups(model))
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def _tolerance(model: Transformer, compute_dtype: torch.dtype) -> float:
-    rounding = any(rounds_inputs(layers) for block in model.layers for layers in _groups(block))
+    rounding = any(rounds_inputs(layers) for layers in _all_groups(model))
     return (_ROUNDED_TOLERANCE if rounding else _TOLERANCE)[compute_dtype]
 
 
@@ -158,6 +157,27 @@ def _groups(block: Any) -> list[list[nn.Module]]:
         [mlp.gate_proj, mlp.up_proj],
         [mlp.down_proj],
     ]
+
+
+def _all_groups(model: Transformer) -> list[list[nn.Module]]:
+    """Those of all blocks, and the output layer where it is codes."""
+    head = _quantized_head(model)
+    return [*(layers for block in model.layers for layers in _groups(block)), *([] if head is None else [[head]])]
+
+
+def _quantized_head(model: Transformer) -> QuantizedLinear | None:
+    """The output layer where it is codes; a tied one multiplies by those of the embedding."""
+    if isinstance(model.embed_tokens, QuantizedEmbedding) and model.lm_head is None:
+        return QuantizedLinear(model.embed_tokens.weight, model.lm_bias)
+    return model.lm_head if isinstance(model.lm_head, QuantizedLinear) else None
+
+
+def _output(model: Transformer, compute_dtype: torch.dtype) -> AnyProjection:
+    head = _quantized_head(model)
+    if head is not None:
+        return joined([head], compute_dtype)
+    bias = None if model.head_bias is None else model.head_bias.detach()
+    return Projection(model.head_weight.detach(), bias=bias)
 
 
 def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: torch.dtype) -> DecodeLayer:

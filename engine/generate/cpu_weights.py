@@ -41,7 +41,7 @@ def why_not_joined(layers: Sequence[nn.Module]) -> str | None:
         if isinstance(weight, ScaledWeight) and (weight.kind != torch.int8 or weight.packed or weight.width < SHORTEST):
             return f"the model has weights in {weight.kind} [{weight.num_features}, {weight.width}]"
     packed, scaled = _kinds(weights)
-    alike = can_join_packed(packed) if packed else can_join_scaled(scaled)
+    alike = len(weights) == 1 or (can_join_packed(packed) if packed else can_join_scaled(scaled))
     return None if alike and not (packed and scaled) else "the model has layers on one input that are quantized unlike"
 
 
