@@ -53,6 +53,20 @@ def quantize(
             "that fits counts.",
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8", help="The embedding in 8 bits too; with tied weights also --head.", show_default="as it is"
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8",
+            help="The output layer in 8 bits too; with tied weights also --embeddings.",
+            show_default="as it is",
+        ),
+    ] = None,
     form: Annotated[
         str, typer.Option("--format", metavar="NAME", help="compressed-tensors, or gptq (symmetric w4a16 and w8a16).")
     ] = "compressed-tensors",
@@ -94,6 +108,8 @@ def quantize(
             asymmetric,
             alpha is not None,
             override,
+            embeddings,
+            head,
             calibration,
             calibration_samples,
             more_data,
@@ -126,6 +142,7 @@ def quantize(
     from trine.engine.quantize.methods import METHODS, check_pair, with_alpha
     from trine.engine.quantize.report import table
     from trine.engine.quantize.run import Settings, quantize_checkpoint
+    from trine.engine.quantize.tables import wants_table
     from trine.engine.quantize.writers import WRITERS
 
     chosen = make_scheme(scheme, group_size=group_size, symmetric=not asymmetric)
@@ -145,6 +162,8 @@ def quantize(
         method_name=method if alpha is None else f"{method} with alpha {alpha:g}",
         method=how,
         overrides=overrides,
+        embeddings=wants_table("--embeddings", embeddings),
+        head=wants_table("--head", head),
         writer=WRITERS[choose("format", form, WRITERS)],
         calibration=samples,
         evaluation=held_out,

@@ -1,12 +1,13 @@
 """Which model an adapter was trained on: its name, and marks of its weights that another model does not have.
 
-    embeddings    SHA-256 of rows of the token embedding
+    embeddings    SHA-256 of rows of the token embedding; none where it is quantized
+    norm          SHA-256 of the weight of the norm before the head, where there is one
     layers        SHA-256 of rows of everything within the layers but experts; none where they are quantized
 
-Both are of numbers rounded to bfloat16, so that a checkpoint in float32 and its copy in bfloat16 have the same marks,
+All are of numbers rounded to bfloat16, so that a checkpoint in float32 and its copy in bfloat16 have the same marks,
 and of a few rows of each tensor, so that a large model takes no longer than a small one. Two models are held to be one
-where their embeddings agree, and their layers too if neither is quantized: a model and its quantized copy pass, a
-model and one that was trained further do not.
+where all marks agree that both have: a model and its quantized copy pass, a model and one that was trained further do
+not.
 
 They stand in the header of adapter_model.safetensors, which PEFT reads over.
 """
@@ -25,7 +26,7 @@ from trine.engine.errors import CheckpointError
 from trine.engine.model.checkpoint import Opened, open_checkpoint
 from trine.engine.model.weight_files import StoredTensor
 
-_EMBEDDINGS, _LAYERS, _NAME = "base_embeddings", "base_layers", "base_model"
+_EMBEDDINGS, _NORM, _LAYERS, _NAME = "base_embeddings", "base_norm", "base_layers", "base_model"
 _ROWS_OF_EMBEDDING = 64
 _ROWS = 4
 
@@ -35,26 +36,32 @@ class Base:
     """A model by name and marks; `transposed`: its files hold linear layers as [in, out]."""
 
     name: str
-    embeddings: str
+    embeddings: str | None
     layers: str | None
+    norm: str | None = None
     transposed: bool = False
 
     def metadata(self) -> dict[str, str]:
         """For the header of a safetensors file."""
-        found = {_NAME: self.name, _EMBEDDINGS: self.embeddings}
-        return found if self.layers is None else {**found, _LAYERS: self.layers}
+        marks = {_EMBEDDINGS: self.embeddings, _NORM: self.norm, _LAYERS: self.layers}
+        return {_NAME: self.name, **{key: mark for key, mark in marks.items() if mark is not None}}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Base | None:
         """What `metadata` wrote; None where it is not there, as in files that PEFT has written."""
-        if _EMBEDDINGS not in metadata:
+        embeddings, norm, layers = (metadata.get(key) for key in (_EMBEDDINGS, _NORM, _LAYERS))
+        if embeddings is None and norm is None:
             return None
-        return cls(name=metadata.get(_NAME, ""), embeddings=metadata[_EMBEDDINGS], layers=metadata.get(_LAYERS))
+        return cls(name=metadata.get(_NAME, ""), embeddings=embeddings, norm=norm, layers=layers)
 
     def agrees(self, other: Base) -> bool:
         """Whether the two can be one model."""
-        alike = self.layers is None or other.layers is None or self.layers == other.layers
-        return alike and self.embeddings == other.embeddings
+        pairs = (
+            (self.embeddings, other.embeddings),
+            (self.norm, other.norm),
+            (self.layers, other.layers),
+        )
+        return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
 
 
 def identify(folder: Path | str) -> Base:
@@ -77,6 +84,7 @@ def check_base(base: Base | None, adapter: Path | str, checkpoint: Path | str) -
 
 def _identify(name: str, opened: Opened) -> Base:
     embedding = next(rule.stored for rule in opened.rules if rule.ours == ("embed_tokens.weight",))
+    norm = next((rule.stored for rule in opened.rules if rule.ours == ("norm.weight",)), None)
     # Experts, which no adapter changes, lie in several layouts.
     plain = [rule for rule in opened.rules if rule.expert is None and not rule.stacked]
     within = [rule for rule in plain if rule.ours[0].startswith("layers.")]
@@ -89,10 +97,15 @@ def _identify(name: str, opened: Opened) -> Base:
         layers = digest.hexdigest()
     return Base(
         name=name,
-        embeddings=hashlib.sha256(_some_rows(opened.stored[embedding], _ROWS_OF_EMBEDDING)).hexdigest(),
+        embeddings=None if embedding in opened.quantized else _mark(opened.stored[embedding], _ROWS_OF_EMBEDDING),
+        norm=None if norm is None else _mark(opened.stored[norm], _ROWS),
         layers=layers,
         transposed=any(rule.transpose for rule in within),
     )
+
+
+def _mark(stored: StoredTensor, rows: int) -> str:
+    return hashlib.sha256(_some_rows(stored, rows)).hexdigest()
 
 
 def _some_rows(stored: StoredTensor, count: int) -> bytes:
@@ -108,4 +121,5 @@ def _some_rows(stored: StoredTensor, count: int) -> bytes:
 
 
 def _marks(base: Base) -> str:
-    return f"{base.embeddings[:8]} {'quantized' if base.layers is None else base.layers[:8]}"
+    marks = (base.embeddings, base.norm, base.layers)
+    return " ".join("none" if mark is None else mark[:8] for mark in marks)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trine.engine.errors import TrineError
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
-from trine.engine.model.quantized.plan import QuantizedRule, linear_rules, read_weight
+from trine.engine.model.quantized.plan import QuantizedRule, linear_rules, read_weight, table_rule
 from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
@@ -38,6 +38,7 @@ def check_folder(folder: Path) -> list[str]:
     try:
         with open_checkpoint(folder) as opened:
             found += _check_fused(opened)
+            found += _check_embedding(opened)
             for quantized in opened.quantized.values():
                 found += _check_weight(opened, quantized)
     except TrineError as error:
@@ -59,6 +60,23 @@ def _check_fused(opened: Opened) -> list[str]:
             if len(set(there.values())) > 1:
                 what = ", ".join(f"{name} {_words(scheme)}" for name, scheme in there.items())
                 found.append(f"{parent} has different schemes in layers that vLLM fuses: {what}")
+    return found
+
+
+def _check_embedding(opened: Opened) -> list[str]:
+    """What vLLM does with an embedding of codes: it looks up rows of symmetric ones, and multiplies by none."""
+    table = table_rule(opened.rules)
+    quantized = None if table is None else opened.quantized.get(table.stored)
+    if quantized is None:
+        return []
+    found = []
+    if opened.model.config.tie_embeddings:
+        found.append(
+            f"{quantized.path} is quantized and is the output layer too: vLLM does not multiply by a quantized "
+            "embedding; for vLLM quantize without --embeddings and --head"
+        )
+    if quantized.scheme is not None and not quantized.scheme.symmetric:
+        found.append(f"{quantized.path} has zero points, which vLLM does not read of an embedding")
     return found
 
 

@@ -41,6 +41,7 @@ from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.methods import Choice
 from trine.engine.quantize.quality import Quality, Speed, measure_speed
 from trine.engine.quantize.report import LayerReport, Report
+from trine.engine.quantize.tables import TableWriter, choose_tables
 from trine.engine.quantize.work import Work, check_room, storage_errors, working_folder
 from trine.engine.quantize.writers import COMPRESSED_TENSORS, Writer
 from trine.kernels.hardware import return_freed_memory
@@ -56,6 +57,7 @@ class Settings:
     Attributes:
         scheme_name, scheme: of every layer but those that `overrides` name.
         method_name, method: how codes are found.
+        embeddings, head: the embedding and the output layer in 8 bits too (`tables.py`).
         writer: the format.
         calibration: samples for methods that need them. evaluation: others, to measure on.
         dtype: to compute hidden states in; None takes the stored one where that is fast.
@@ -70,6 +72,8 @@ class Settings:
     method_name: str
     method: Choice
     overrides: Sequence[Override] = ()
+    embeddings: bool = False
+    head: bool = False
     writer: Writer = COMPRESSED_TENSORS
     calibration: Samples | None = None
     evaluation: Samples | None = None
@@ -140,7 +144,9 @@ class _Run:
         for layer in self.layers.values():
             settings.writer.check(layer.path, layer.scheme, layer.num_features, layer.width)
         ignored = dict.fromkeys([*paths, _HEAD, FAMILIES[config.family].head])
-        self.quantization = quantization_of(self.layers.values(), ignored, settings.scheme)
+        self.tables = choose_tables(opened, settings.writer, embeddings=settings.embeddings, head=settings.head)
+        self.quantization = self.tables.added_to(quantization_of(self.layers.values(), ignored, settings.scheme))
+        self.table_writer = TableWriter(opened, self.tables, settings.writer)
         stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
         widest = max(stored, key=lambda dtype: dtype.itemsize)
         self.dtype = settings.dtype or inference_dtype(widest, torch.device("cpu"))[0]
@@ -154,6 +160,7 @@ class _Run:
             "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
             "scheme": settings.scheme.describe(),
             "overrides": [override.text for override in settings.overrides],
+            "tables": list(self.tables.layers),
             "method": settings.method_name,
             "format": settings.writer.name,
             "calibration": None if settings.calibration is None else settings.calibration.about(),
@@ -165,7 +172,9 @@ class _Run:
 
     def expected_bytes(self) -> int:
         """Room on the disk: the layers, once more in the files of the result, and what stays as it is."""
-        kept = sum(tensor.num_bytes for name, tensor in self.opened.stored.items() if name not in self.layers)
+        made = {**self.layers, **self.tables.layers}
+        kept = sum(tensor.num_bytes for name, tensor in self.opened.stored.items() if name not in made)
+        kept += sum(sum(self.table_writer.sizes(name).values()) for name in self.tables.layers)
         codes = 0
         for layer in self.layers.values():
             scales = torch.Size(layer.scheme.scales_shape(layer.num_features, layer.width)).numel()
@@ -181,6 +190,8 @@ class _Run:
         if settings.max_memory is not None:
             return_freed_memory()
         with closing(LayerWork(self.opened, self.layers, settings, form, self.dtype, budget, work)) as worker:
+            for name, layer in self.tables.layers.items():
+                budget.require(layer.path, self.table_writer.memory(name))
             worker.start()
             ticks = progress(self.layers, total=len(self.layers), what="quantizing")
             next(ticks, None)
@@ -209,6 +220,7 @@ class _Run:
         before, after = sum(tensor.num_bytes for tensor in self.opened.stored.values()), sum(sizes.values())
         speed, why_no_speed = self._speed(work.folder, before + after)
         layers = tuple(LayerReport.of(layer) for number in range(work.finished) for layer in work.report(number))
+        layers = (*layers, *self.table_writer.reports)
         formats = {settings.writer.stored_as(layer.scheme): None for layer in self.layers.values()}
         report = Report(
             checkpoint=str(self.checkpoint),
@@ -247,6 +259,8 @@ class _Run:
     def _tensor(self, name: str, done: Mapping[str, StoredTensor]) -> Tensor:
         if name in done:
             return done[name].read_copy()
+        if name not in self.opened.stored:
+            return self.table_writer.make(name)
         tensor = self.opened.stored[name].read_copy()
         check_finite(name, tensor)
         return tensor
@@ -260,7 +274,9 @@ class _Run:
             name = rule.stored
             if name.startswith(DENSE):
                 continue  # in a file of its own, which is copied
-            if name in self.layers:
+            if name in self.tables.layers:
+                yield from self.table_writer.sizes(name).items()
+            elif name in self.layers:
                 for tensor in by_path[self.layers[name].path]:
                     if tensor.name not in self.opened.stored or tensor.name == name:
                         yield tensor.name, tensor.num_bytes
