@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trine.kernels.launch import launch
 from trine.kernels.multi_tensor import addresses, chunks_of, one_device, upload
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import Target, target_of, uses_triton
 from trine.kernels.tuning import Config, Shape, Tunable
@@ -46,7 +47,7 @@ def gradient_norm(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"tensor {place} is {tensor.dtype}; supported are float32, bfloat16 and float16")
     if uses_triton(tensors[0]):
-        norms: tuple[Tensor, Tensor] = gradient_norm_forward(list(tensors))
+        norms: tuple[Tensor, Tensor] = run(gradient_norm_forward, list(tensors))
         return norms
     mixed = any(tensor.dtype != torch.float32 for tensor in tensors)
     norms_T = torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32 if mixed else None))

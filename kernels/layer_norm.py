@@ -30,6 +30,7 @@ from torch import Tensor
 from trine.kernels.norm.backward import launch_backward
 from trine.kernels.norm.checks import check_norm
 from trine.kernels.norm.forward import launch_forward
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -50,7 +51,7 @@ def layer_norm(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor | None, eps: float
     """
     check_norm(x_NC, weight_C, bias_C)
     if uses_triton(x_NC):
-        normed: Tensor = layer_norm_forward(x_NC, None, weight_C, bias_C, eps)[0]
+        normed: Tensor = run(layer_norm_forward, x_NC, None, weight_C, bias_C, eps)[0]
         return normed
     if torch.is_grad_enabled() and (x_NC.requires_grad or weight_C.requires_grad):
         result: Tensor = _LayerNorm.apply(x_NC, weight_C, bias_C, eps)  # type: ignore[no-untyped-call]
@@ -65,7 +66,7 @@ def add_layer_norm(
     """(layer_norm(s), s) with s = x + residual; both inputs of one dtype and shape. Raises ValueError otherwise."""
     check_norm(x_NC, weight_C, bias_C, residual_NC)
     if uses_triton(x_NC):
-        y_NC, sum_NC, _, _ = layer_norm_forward(x_NC, residual_NC, weight_C, bias_C, eps)
+        y_NC, sum_NC, _, _ = run(layer_norm_forward, x_NC, residual_NC, weight_C, bias_C, eps)
         return y_NC, sum_NC
     sum_NC = x_NC + residual_NC
     return layer_norm(sum_NC, weight_C, bias_C, eps), sum_NC
@@ -136,7 +137,7 @@ def _backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Tensor | Non
     dsum = dsum if ctx.has_residual else None
     if dy is None:
         return dsum, dsum, None, None, None
-    dx, dweight_C, dbias_C = layer_norm_backward(dy, dsum, *tensors)
+    dx, dweight_C, dbias_C = run(layer_norm_backward, dy, dsum, *tensors)
     has_bias = tensors[2] is not None
     return dx, (dx if ctx.has_residual else None), dweight_C, (dbias_C if has_bias else None), None
 

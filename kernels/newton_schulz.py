@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trine.kernels.language import dot
 from trine.kernels.launch import ceil_div, launch, result_dtype, rounded
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import Target, target_of, uses_triton
 from trine.kernels.tuning import Config, Shape, Tunable
@@ -71,7 +72,7 @@ def newton_schulz(update_BRC: Tensor, *, rounds: int = ROUNDS) -> Tensor:
     if max(update_BRC.shape[1:]) > MAX_COLUMNS:
         raise ValueError(f"update has shape {tuple(update_BRC.shape)}; rows and columns may be at most {MAX_COLUMNS}")
     tall = update_BRC.size(-2) > update_BRC.size(-1)
-    result: Tensor = newton_schulz_forward(update_BRC.mT if tall else update_BRC, rounds)
+    result: Tensor = run(newton_schulz_forward, update_BRC.mT if tall else update_BRC, rounds)
     return result.mT if tall else result
 
 

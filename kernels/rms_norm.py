@@ -28,6 +28,7 @@ from torch import Tensor
 from trine.kernels.norm.backward import launch_backward
 from trine.kernels.norm.checks import check_norm
 from trine.kernels.norm.forward import launch_forward
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -47,7 +48,7 @@ def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float, *, unit_offset: bool = 
     """
     check_norm(x_NC, weight_C)
     if uses_triton(x_NC):
-        normed: Tensor = rms_norm_forward(x_NC, None, weight_C, eps, unit_offset)[0]
+        normed: Tensor = run(rms_norm_forward, x_NC, None, weight_C, eps, unit_offset)[0]
         return normed
     if torch.is_grad_enabled() and (x_NC.requires_grad or weight_C.requires_grad):
         result: Tensor = _RMSNorm.apply(x_NC, _scale(weight_C, unit_offset), eps)
@@ -61,7 +62,7 @@ def add_rms_norm(
     """(rms_norm(s), s) with s = x + residual; both inputs of one dtype and shape. Raises ValueError otherwise."""
     check_norm(x_NC, weight_C, residual_NC=residual_NC)
     if uses_triton(x_NC):
-        y_NC, sum_NC, _ = rms_norm_forward(x_NC, residual_NC, weight_C, eps, unit_offset)
+        y_NC, sum_NC, _ = run(rms_norm_forward, x_NC, residual_NC, weight_C, eps, unit_offset)
         return y_NC, sum_NC
     sum_NC = x_NC + residual_NC
     return rms_norm(sum_NC, weight_C, eps, unit_offset=unit_offset), sum_NC
@@ -120,7 +121,7 @@ def _backward(
     dsum = dsum if ctx.has_residual else None
     if dy is None:
         return dsum, dsum, None, None, None
-    dx, dweight_C = rms_norm_backward(dy, dsum, x, weight_C, rstd_N, ctx.unit_offset)
+    dx, dweight_C = run(rms_norm_backward, dy, dsum, x, weight_C, rstd_N, ctx.unit_offset)
     return dx, (dx if ctx.has_residual else None), dweight_C, None, None
 
 

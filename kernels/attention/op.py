@@ -35,6 +35,7 @@ from trine.kernels.attention.options import Options
 from trine.kernels.attention.reference import attend
 from trine.kernels.attention.registration import attention_forward
 from trine.kernels.attention.support import check_features, check_kernel, cpu_path
+from trine.kernels.operation import run
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -169,7 +170,8 @@ def _attention(
         # Drawn on the CPU: torch.manual_seed repeats it, activation checkpointing restores it, no device is waited for.
         seed = torch.randint(2**31, (1,), dtype=torch.int64).to(q_BHTD.device)
     bounds = mask.bounds
-    result: tuple[Tensor, Tensor] = attention_forward(
+    result: tuple[Tensor, Tensor] = run(
+        attention_forward,
         q_BHTD,
         k_BKSD,
         v_BKSD,

@@ -13,6 +13,7 @@ from torch import Tensor
 from trine.kernels.attention.backward import launch_backward
 from trine.kernels.attention.forward import launch_forward
 from trine.kernels.attention.options import Options
+from trine.kernels.operation import run
 
 
 @torch.library.custom_op("trine::attention_forward", mutates_args=())
@@ -98,7 +99,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, do_BHTD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, o_BHTD, lse_BHT = ctx.saved_tensors
-    dq, dk, dv, dbias_HR, delta_BHT = attention_backward(do_BHTD, o_BHTD, lse_BHT, *inputs, *ctx.numbers)
+    dq, dk, dv, dbias_HR, delta_BHT = run(attention_backward, do_BHTD, o_BHTD, lse_BHT, *inputs, *ctx.numbers)
     sinks_H, bias_HR = inputs[8], inputs[10]
     dsinks_H = None
     if sinks_H is not None:

@@ -32,6 +32,7 @@ from trine.kernels.cross_entropy.options import (
     check_softcap,
     default_chunk_rows,
 )
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -80,7 +81,7 @@ def linear_distillation(
         return loss
     enabled = torch.is_grad_enabled()
     needed = [enabled and x is not None and x.requires_grad for x in (hidden_NC, weight_VC, bias)]
-    found: Tensor = linear_distillation_forward(hidden_NC, weight_VC, bias, *teacher, valid, *settings, needed)[0]
+    found: Tensor = run(linear_distillation_forward, hidden_NC, weight_VC, bias, *teacher, valid, *settings, needed)[0]
     return found
 
 
@@ -202,7 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Any, ...]:
-    scaled = scale_loss_gradients(dloss, *ctx.saved_tensors, *ctx.dtypes)
+    scaled = run(scale_loss_gradients, dloss, *ctx.saved_tensors, *ctx.dtypes)
     wanted = (gradient if needed else None for gradient, needed in zip(scaled, ctx.needed, strict=True))
     return (*wanted, *(None,) * 10)
 

@@ -23,6 +23,7 @@ from trine.kernels.cross_entropy.chunked import in_place
 from trine.kernels.cross_entropy.options import LossOptions, check_kernel_dtype, check_targets
 from trine.kernels.cross_entropy.rows import launch_rows
 from trine.kernels.launch import result_dtype, rounded
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -76,7 +77,7 @@ def _loss(logits_NV: Tensor, targets_N: Tensor, options: LossOptions, inplace: b
     if inplace and 0 in logits_NV.stride():
         raise ValueError("inplace is True but the logits are expanded, so that rows share memory; leave it False")
     if uses_triton(logits_NV):
-        loss, log_probs_N, _ = cross_entropy_forward(
+        loss, log_probs_N, _ = run(cross_entropy_forward,
             logits_NV, targets_N,
             options.ignore_index, options.label_smoothing, options.z_loss, options.softcap, inplace,
         )  # fmt: skip
@@ -196,7 +197,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if dloss is None:
         return (None,) * 7
     if not ctx.inplace:
-        return cross_entropy_backward(dloss, logits_NV, targets_N, lse_N, *ctx.options), *(None,) * 6
+        return run(cross_entropy_backward, dloss, logits_NV, targets_N, lse_N, *ctx.options), *(None,) * 6
     cross_entropy_backward_in_place(dloss, logits_NV, targets_N, lse_N, *ctx.options)
     return logits_NV, *(None,) * 6
 

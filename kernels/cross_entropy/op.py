@@ -46,6 +46,7 @@ from trine.kernels.cross_entropy.options import (
     default_chunk_rows,
 )
 from trine.kernels.cross_entropy.rows import launch_rows
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -122,7 +123,7 @@ def _loss(
     if uses_triton(hidden_NC):
         enabled = torch.is_grad_enabled()
         needed = [enabled and x is not None and x.requires_grad for x in (hidden_NC, weight_VC, bias)]
-        loss, log_probs_N, *_ = linear_cross_entropy_forward(
+        loss, log_probs_N, *_ = run(linear_cross_entropy_forward,
             hidden_NC, weight_VC, bias, targets_N,
             options.ignore_index, options.label_smoothing, options.z_loss, options.softcap, rows, needed,
         )  # fmt: skip
@@ -214,7 +215,7 @@ def _loss_backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients = ctx.saved_tensors
     if dloss is None:
         return (None,) * 10
-    scaled = scale_loss_gradients(dloss, *gradients, *ctx.dtypes)
+    scaled = run(scale_loss_gradients, dloss, *gradients, *ctx.dtypes)
     wanted = (gradient if needed else None for gradient, needed in zip(scaled, ctx.needed, strict=True))
     return (*wanted, *(None,) * 7)
 

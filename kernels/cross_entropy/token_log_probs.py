@@ -28,6 +28,7 @@ from trine.kernels.cross_entropy.options import (
 )
 from trine.kernels.cross_entropy.projection import launch_merge, launch_parts
 from trine.kernels.cross_entropy.rows import launch_rows
+from trine.kernels.operation import run
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -54,7 +55,7 @@ def token_log_probs(
     rows = chunk_rows or default_chunk_rows(len(weight_VC), hidden_NC.dtype, hidden_NC.device)
     tensors = hidden_NC, weight_VC, bias, targets_N
     if uses_triton(hidden_NC):
-        on_gpu_N: Tensor = token_log_probs_forward(*tensors, ignore_index, softcap, rows)
+        on_gpu_N: Tensor = run(token_log_probs_forward, *tensors, ignore_index, softcap, rows)
         return on_gpu_N
     found_N: Tensor = cpu.TokenLogProbs.apply(*tensors, options, rows)  # type: ignore[no-untyped-call]
     return found_N
@@ -148,7 +149,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dlog_probs_N: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
-    gradients = token_log_probs_backward(dlog_probs_N, *tensors, ctx.ignore_index, ctx.softcap, ctx.chunk_rows, needed)
+    gradients = run(
+        token_log_probs_backward, dlog_probs_N, *tensors, ctx.ignore_index, ctx.softcap, ctx.chunk_rows, needed
+    )
     wanted = (gradient if want else None for gradient, want in zip(gradients, needed, strict=True))
     return (*wanted, *(None,) * 4)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from trine.kernels.attention.mask import Mask, make_mask
 from trine.kernels.attention.op import attention
 from trine.kernels.cpu.invariant import attend_invariant, check_invariant
+from trine.kernels.operation import run
 from trine.kernels.paged_attention.launcher import paged_attention_forward
 from trine.kernels.paged_attention.op import check_options
 from trine.kernels.target import uses_triton
@@ -147,7 +148,7 @@ def _forward(
 ) -> Tensor:
     q_NHD, k_NKD, v_NKD = (_rows(x) for x in (q_BHTD, k_BKTD, v_BKTD))
     if sequences.table_RM is not None:
-        o_NHD: Tensor = paged_attention_forward(
+        o_NHD: Tensor = run(paged_attention_forward,
             q_NHD, k_NKD[:, None], v_NKD[:, None], sequences.table_RM, sequences.lengths_R, sequences.starts, sinks_H,
             None, None, sequences.max_length, sequences.max_length, scale, sequences.window, softcap or 0.0, SPLIT,
         )  # fmt: skip

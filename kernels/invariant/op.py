@@ -33,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from trine.kernels.invariant.configs import MATMUL, programs
 from trine.kernels.invariant.kernel import invariant_kernel
 from trine.kernels.launch import ceil_div, launch, result_dtype, rounded
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.target import Target, target_of, uses_triton
 
@@ -64,7 +65,7 @@ def invariant_matmul(x_NC: Tensor, weight_FC: Tensor, bias_F: Tensor | None = No
         return y_NF.view(*x_NC.shape[:-1], len(weight_FC))
     if x_NC.dtype not in HALF_AND_SINGLE:
         raise ValueError(f"x_NC is {x_NC.dtype}; the kernel supports float32, bfloat16 and float16")
-    y_NF = invariant_product(_rows(x_NC), weight_FC, bias_F, False, False)
+    y_NF = run(invariant_product, _rows(x_NC), weight_FC, bias_F, False, False)
     return y_NF.view(*x_NC.shape[:-1], len(weight_FC))
 
 
@@ -237,8 +238,8 @@ def _backward(ctx: Any, dy_NF: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.has_gradients:
         raise RuntimeError("a transposed product has no gradient; call invariant_matmul")
     x_NC, weight_FC = ctx.saved_tensors
-    dx_NC = invariant_product(dy_NF, weight_FC, None, False, True) if ctx.needs_input_grad[0] else None
-    dweight_FC = invariant_product(dy_NF, x_NC, None, True, True) if ctx.needs_input_grad[1] else None
+    dx_NC = run(invariant_product, dy_NF, weight_FC, None, False, True) if ctx.needs_input_grad[0] else None
+    dweight_FC = run(invariant_product, dy_NF, x_NC, None, True, True) if ctx.needs_input_grad[1] else None
     dbias_F = dy_NF.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return dx_NC, dweight_FC, dbias_F, None, None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from trine.kernels.hardware import CHECKING
 from trine.kernels.moe.groups import MAX_EXPERTS, Groups, most_tiles, tile_list
 from trine.kernels.moe.groups import _launch_group as launch_group
+from trine.kernels.operation import run
 from trine.kernels.samples import meta
 from trine.kernels.target import uses_triton
 
@@ -54,7 +55,7 @@ def adapter_tiles(ids_N: Tensor, num_adapters: int) -> Tiles:
     if CHECKING:
         check_range(ids_N, num_adapters)
     rows = rows_of_tiles(len(ids_N))
-    token_N, offset, tiles_2M = lora_tiles(ids_N, num_adapters, rows)
+    token_N, offset, tiles_2M = run(lora_tiles, ids_N, num_adapters, rows)
     return Tiles(token_N, offset, tiles_2M, rows)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from trine.kernels.joined import joined_linear, linear
 from trine.kernels.mlp.activation import ACTIVATIONS, activate, gated, gated_clamped, gated_joined
 from trine.kernels.mlp.projection import launch_backward, launch_forward
+from trine.kernels.operation import run
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -159,7 +160,7 @@ def _check(x_NC: Tensor, weights: dict[str, Tensor], biases: dict[str, Tensor | 
 def _on_gpu(x_NC: Tensor, *arguments: Any) -> Tensor:
     if x_NC.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{x_NC.dtype} is not supported by the kernel; use float32, bfloat16 or float16")
-    y_NC: Tensor = mlp_forward(x_NC.reshape(math.prod(x_NC.shape[:-1]), x_NC.shape[-1]), *arguments)
+    y_NC: Tensor = run(mlp_forward, x_NC.reshape(math.prod(x_NC.shape[:-1]), x_NC.shape[-1]), *arguments)
     return y_NC.view(x_NC.shape)
 
 
@@ -301,7 +302,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     needed = [tensor is not None and wanted for tensor, wanted in zip(tensors, ctx.needs_input_grad[:7], strict=True)]
-    gradients = mlp_backward(dy_NC, *tensors, ctx.activation, ctx.limit, needed)
+    gradients = run(mlp_backward, dy_NC, *tensors, ctx.activation, ctx.limit, needed)
     return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), None, None)
 
 

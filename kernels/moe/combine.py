@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trine.kernels.launch import ceil_div, launch, result_dtype, rounded
 from trine.kernels.moe.groups import Groups
+from trine.kernels.operation import run
 from trine.kernels.target import target_of, uses_triton
 from trine.kernels.tuning import Config
 
@@ -42,7 +43,7 @@ def combine(rows_PC: Tensor, weights_NK: Tensor, groups: Groups) -> Tensor:
     if uses_triton(rows_PC):
         if torch.float64 in (rows_PC.dtype, weights_NK.dtype):
             raise ValueError("float64 is not supported by the kernel; use float32, bfloat16 or float16")
-        y_NC: Tensor = moe_combine(rows_PC, weights_NK, *groups)
+        y_NC: Tensor = run(moe_combine, rows_PC, weights_NK, *groups)
         return y_NC
     return combine_in_slot_order(rows_PC, weights_NK, groups)
 
@@ -228,7 +229,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:
-    drows_PC, dweights_NK = moe_combine_backward(dy_NC, *ctx.saved_tensors, ctx.num_slots)
+    drows_PC, dweights_NK = run(moe_combine_backward, dy_NC, *ctx.saved_tensors, ctx.num_slots)
     return drows_PC, dweights_NK, None, None, None, None
 
 

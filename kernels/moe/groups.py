@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.kernels.launch import ceil_div, launch, next_power_of_2
+from trine.kernels.operation import run
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import target_of, uses_triton
 from trine.kernels.tuning import Config
@@ -64,7 +65,7 @@ def group_by_expert(expert_ids_NK: Tensor, num_experts: int) -> Groups:
     if expert_ids_NK.numel() >= 2**31:
         raise ValueError(f"expert_ids has {expert_ids_NK.numel()} numbers; fewer than 2^31 are supported")
     if uses_triton(expert_ids_NK):
-        pair_P, row_P, offset = moe_group(expert_ids_NK, num_experts)
+        pair_P, row_P, offset = run(moe_group, expert_ids_NK, num_experts)
         return Groups(pair_P, row_P, offset, expert_ids_NK.shape[1])
     return _group_by_sort(expert_ids_NK, num_experts)
 

@@ -25,6 +25,7 @@ from trine.kernels.moe.combine import launch_combine
 from trine.kernels.moe.groups import Groups, meta_groups
 from trine.kernels.moe.product import launch_clear, launch_product
 from trine.kernels.moe.weight_gradient import launch_bias_gradient, launch_weight_gradient
+from trine.kernels.operation import run
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -51,7 +52,7 @@ def grouped_matmul(
     _check(x, weight_EFC, groups, bias_EF, gather)
     if uses_triton(x):
         check_kernel_dtype(x)
-        y_PF: Tensor = grouped_matmul_forward(x, weight_EFC, bias_EF, *groups, gather)
+        y_PF: Tensor = run(grouped_matmul_forward, x, weight_EFC, bias_EF, *groups, gather)
         return y_PF
     return _by_loop(x, weight_EFC, groups, bias_EF, gather)
 
@@ -225,7 +226,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy_PF: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     needed = [t is not None and wanted for t, wanted in zip(tensors[:3], ctx.needs_input_grad[:3], strict=True)]
-    gradients = grouped_matmul_backward(dy_PF, *tensors, ctx.num_slots, ctx.gather, needed)
+    gradients = run(grouped_matmul_backward, dy_PF, *tensors, ctx.num_slots, ctx.gather, needed)
     given = (gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True))
     return (*given, None, None, None, None, None)
 

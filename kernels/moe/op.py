@@ -35,6 +35,7 @@ from trine.kernels.moe.combine import combine_in_slot_order
 from trine.kernels.moe.groups import Groups, group_by_expert, meta_groups
 from trine.kernels.moe.layer import launch_layer, launch_layer_backward
 from trine.kernels.moe.matmul import check_kernel_dtype, expert_rows, fake_gradients, in_grouped_order, unbound
+from trine.kernels.operation import run
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -102,7 +103,7 @@ def moe_mlp(
     groups = group_by_expert(expert_ids_NK.reshape(num_tokens, num_slots), len(up_weight_EFC))
     experts = (*layers.values(), *biases.values())
     if uses_triton(x_NC):
-        y_NC: Tensor = moe_mlp_forward(flat_NC, weights_NK, *experts, *groups, activation, limit)
+        y_NC: Tensor = run(moe_mlp_forward, flat_NC, weights_NK, *experts, *groups, activation, limit)
     else:
         y_NC = _by_loop(flat_NC, weights_NK, experts, groups, activation, limit)
     return y_NC.view(x_NC.shape)
@@ -258,7 +259,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy_NC: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     needed = [t is not None and wanted for t, wanted in zip(tensors[:8], ctx.needs_input_grad[:8], strict=True)]
-    gradients = moe_mlp_backward(dy_NC, *tensors, ctx.num_slots, ctx.activation, ctx.limit, needed)
+    gradients = run(moe_mlp_backward, dy_NC, *tensors, ctx.num_slots, ctx.activation, ctx.limit, needed)
     return (*(gradient if wanted else None for gradient, wanted in zip(gradients, needed, strict=True)), *[None] * 6)
 
 

@@ -32,6 +32,7 @@ from trine.kernels.cpu.attention import attend_single, can_attend
 from trine.kernels.cpu.invariant import attend_invariant, check_invariant
 from trine.kernels.hardware import CHECKING
 from trine.kernels.launch import ceil_div
+from trine.kernels.operation import run
 from trine.kernels.paged_attention.launcher import paged_attention_forward
 from trine.kernels.paged_attention.reference import gathered, paged_attention_reference, visible_keys
 from trine.kernels.target import target_of, uses_triton
@@ -80,7 +81,7 @@ def paged_attention(
         check_tables(k_cache_PSKD, block_table_RM, lengths_R, query_starts, max_queries, max_length, len(q_NHD))
     scale = q_NHD.shape[2] ** -0.5 if scale is None else scale
     if uses_triton(q_NHD):
-        o_NHD: Tensor = paged_attention_forward(
+        o_NHD: Tensor = run(paged_attention_forward,
             q_NHD, k_cache_PSKD, v_cache_PSKD, block_table_RM, lengths_R, query_starts, sinks_H, k_scale_PSK,
             v_scale_PSK, max_queries, max_length, scale, window, softcap or 0.0, split_size or 0,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from torch import Tensor
 from trine.kernels.cpu.quantize import can_quantize, int8_rows
 from trine.kernels.mlp.activation import ACTIVATIONS
 from trine.kernels.mlp.op import CLAMPED, GATED_ACTIVATIONS
+from trine.kernels.operation import run
 from trine.kernels.quantized import registered
 from trine.kernels.quantized.activations import (
     LIMITS,
@@ -104,7 +105,7 @@ def quantize_rows(x: Tensor, kind: torch.dtype, *, blocks: bool = False, scale: 
     _check_quantize(x, kind, blocks, scale)
     if not uses_triton(x):
         return _rows_on_cpu(x, kind, blocks, _given(scale), x.dtype)
-    codes, scales = registered.quantize_rows(_flat(x), kind, blocks, _given(scale))
+    codes, scales = run(registered.quantize_rows, _flat(x), kind, blocks, _given(scale))
     return _rows(x, codes, scales, scale)
 
 
@@ -134,8 +135,8 @@ def rms_norm_quantize(
         )
     if uses_triton(x):
         flat = None if residual is None else _flat(residual)
-        codes, scales, total = registered.rms_norm_quantize(
-            _flat(x), flat, weight_K, eps, unit_offset, kind, blocks, _given(scale)
+        codes, scales, total = run(
+            registered.rms_norm_quantize, _flat(x), flat, weight_K, eps, unit_offset, kind, blocks, _given(scale)
         )
         return _rows(x, codes, scales, scale), None if residual is None else total.view(x.shape)
     total = x if residual is None else x + residual
@@ -260,8 +261,18 @@ def _weight_only(
         gate_MN = None if gate is None else _weight_only(x_MK, None, gate, None, gate_bias, "none", None)
         return apply(gate_MN, _weight_only(x_MK, None, up, None, up_bias, "none", None), activation, limit)
     gate_parts = (None, None, None) if gate is None else (gate.words, gate.scales, gate.zeros)
-    result: Tensor = registered.weight_only_matmul(
-        x_MK, *gate_parts, up.words, up.scales, up.zeros, gate_bias, up_bias, up.bits, activation, limit
+    result: Tensor = run(
+        registered.weight_only_matmul,
+        x_MK,
+        *gate_parts,
+        up.words,
+        up.scales,
+        up.zeros,
+        gate_bias,
+        up_bias,
+        up.bits,
+        activation,
+        limit,
     )
     return result
 
@@ -280,8 +291,19 @@ def _scaled(
     scales = rows.scales if rows.scales.dim() == 1 and rows.codes.dim() > 1 else _flat(rows.scales)
     if uses_triton(codes_MK):
         gate_parts: tuple[Any, Any] = (None, None) if gate is None else (gate.codes, gate.scales)
-        result: Tensor = registered.scaled_matmul(
-            codes_MK, scales, *gate_parts, up.codes, up.scales, gate_bias, up_bias, activation, limit, rows.dtype, fast
+        result: Tensor = run(
+            registered.scaled_matmul,
+            codes_MK,
+            scales,
+            *gate_parts,
+            up.codes,
+            up.scales,
+            gate_bias,
+            up_bias,
+            activation,
+            limit,
+            rows.dtype,
+            fast,
         )
         return result
     gate_MN = None if gate is None else scaled_rows(codes_MK, scales, gate, gate_bias, rows.dtype)

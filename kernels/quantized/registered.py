@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trine.kernels.launch import ceil_div
+from trine.kernels.operation import run
 from trine.kernels.quantized.activations import BLOCK, launch_quantize, launch_rms_norm_quantize
 from trine.kernels.quantized.decode import launch_dequantize
 from trine.kernels.quantized.packing import block_size
@@ -107,7 +108,7 @@ def _backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
     words, scales, zeros = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * 12
     if ctx.needs_input_grad[0]:
-        gradients[0] = weight_only_input_gradient(dy_MN, words, scales, zeros, ctx.bits, ctx.width)
+        gradients[0] = run(weight_only_input_gradient, dy_MN, words, scales, zeros, ctx.bits, ctx.width)
     if ctx.needs_input_grad[8]:
         gradients[8] = dy_MN.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
     return tuple(gradients)

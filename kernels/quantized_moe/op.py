@@ -32,6 +32,7 @@ from trine.kernels.moe.combine import combine_in_slot_order, launch_combine
 from trine.kernels.moe.groups import Groups, group_by_expert, meta_groups
 from trine.kernels.moe.matmul import KERNEL_DTYPES, expert_rows, in_grouped_order
 from trine.kernels.moe.product import launch_clear
+from trine.kernels.operation import run
 from trine.kernels.quantized.packing import block_size
 from trine.kernels.quantized.reference import apply
 from trine.kernels.quantized_moe.experts import KINDS, PackedExperts
@@ -72,8 +73,18 @@ def quantized_moe_mlp(
     if uses_triton(x_NC):
         tensors = [tensor for of in (gate, up, down) for tensor in (of.words, of.scales, of.zeros)]
         schemes = (up.kind, up.spread, down.kind, down.spread)
-        y_NC: Tensor = quantized_moe_forward(
-            flat_NC, weights_NK, *tensors, gate_bias, up_bias, down_bias, *groups, *schemes, activation, limit
+        y_NC: Tensor = run(
+            quantized_moe_forward,
+            flat_NC,
+            weights_NK,
+            *tensors,
+            gate_bias,
+            up_bias,
+            down_bias,
+            *groups,
+            *schemes,
+            activation,
+            limit,
         )
         return y_NC.view(x_NC.shape)
     parts = []
@@ -104,8 +115,17 @@ def quantized_grouped_linear(
         raise ValueError(f"weight has {weight.num_experts} experts but the groups have {groups.num_experts}")
     _check_tensors(x, None, {"bias": (bias_EF, weight)})
     if uses_triton(x):
-        y_PF: Tensor = quantized_grouped_forward(
-            x, weight.words, weight.scales, weight.zeros, bias_EF, *groups, weight.kind, weight.spread, gather
+        y_PF: Tensor = run(
+            quantized_grouped_forward,
+            x,
+            weight.words,
+            weight.scales,
+            weight.zeros,
+            bias_EF,
+            *groups,
+            weight.kind,
+            weight.spread,
+            gather,
         )
         return y_PF
     parts, first = [], 0

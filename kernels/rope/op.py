@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trine.kernels.launch import result_dtype, rounded
+from trine.kernels.operation import run
 from trine.kernels.rms_norm import rms_norm
 from trine.kernels.rope.cpu import Rope, RopeHeads, pairs
 from trine.kernels.rope.normed import launch_normed_backward
@@ -58,7 +59,7 @@ def rope(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, *, interleaved: bool 
         raise ValueError(f"x has shape {tuple(x_BTHD.shape)}; expected [B, T, H, D]")
     _check(x_BTHD, cos_BTR, sin_BTR, x_BTHD.shape[-1])
     if uses_triton(x_BTHD):
-        turned: Tensor = rope_rotate(x_BTHD, cos_BTR, sin_BTR, interleaved, False)
+        turned: Tensor = run(rope_rotate, x_BTHD, cos_BTR, sin_BTR, interleaved, False)
         return turned
     result: Tensor = Rope.apply(x_BTHD, cos_BTR, sin_BTR, interleaved)  # type: ignore[no-untyped-call]
     return result
@@ -98,7 +99,8 @@ def rope_heads(
         if weight is not None and (weight.shape != (D,) or not weight.is_floating_point()):
             raise ValueError(f"{name} is {weight.dtype} {tuple(weight.shape)}; expected floating point ({D},)")
     if uses_triton(qkv_BTE):
-        parts = rope_heads_forward(
+        parts = run(
+            rope_heads_forward,
             qkv_BTE,
             cos_BTR,
             sin_BTR,
@@ -216,7 +218,7 @@ def _rotate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rotate_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
     cos, sin = ctx.saved_tensors
-    return rope_rotate(dy, cos, sin, ctx.interleaved, not ctx.inverse), None, None, None, None
+    return run(rope_rotate, dy, cos, sin, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
 rope_rotate.register_autograd(_rotate_backward, setup_context=_rotate_context)
@@ -304,7 +306,7 @@ def _heads_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _heads_backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor only once
-    dqkv, dq_weight, dk_weight = rope_heads_backward(dq, dk, dv, *saved, ctx.interleaved, ctx.eps, ctx.unit_offset)
+    dqkv, dq_weight, dk_weight = run(rope_heads_backward, dq, dk, dv, *saved, ctx.interleaved, ctx.eps, ctx.unit_offset)
     normed = saved[3] is not None
     return dqkv, None, None, dq_weight if normed else None, dk_weight if normed else None, *[None] * 5
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype
+from trine.kernels.operation import run
 from trine.kernels.samples import HALF_AND_SINGLE, Sample, meta
 from trine.kernels.sampling.kernels import adjust_kernel, scratch_sizes
 from trine.kernels.sampling.rows import choose_kernel
@@ -62,7 +63,7 @@ def sample(
         )
     if uses_triton(logits_RV):
         arguments = (logits_RV, uniforms_R, temperature_R, top_k_R, top_p_R, min_p_R, allowed_RW)
-        tokens_R, log_probs_R = sample_forward(*arguments)
+        tokens_R, log_probs_R = run(sample_forward, *arguments)
         return tokens_R, log_probs_R
     return sample_reference(
         logits_RV,
