@@ -26,10 +26,11 @@ from trine.engine.log import format_bytes, format_duration, say
 from trine.engine.model.checkpoint import read_config, resolve_checkpoint
 from trine.engine.model.quantized.scheme import Scheme, choose, make_scheme
 from trine.engine.model.weight_files import read_json, write_json
-from trine.engine.quantize.calibration import Samples, read_calibration
+from trine.engine.quantize.calibration import read_calibration
 from trine.engine.quantize.methods import METHODS, check_pair
 from trine.engine.quantize.report import Report
 from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import Samples
 from trine.engine.text.tokenizer import Tokenizer
 
 _FOUR_BITS = ("rtn", "rtn-mse", "rtn-weighted", "hqq", "gptq", "awq", "awq-gptq")

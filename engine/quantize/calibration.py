@@ -14,17 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trine.engine.data.files import DamagedError, Reader, Source, find_sources
 from trine.engine.data.sources import JSON_LINES, BadInput, read_source
 from trine.engine.errors import DataError, UsageError
+from trine.engine.quantize.samples import DataFile, Samples
 from trine.engine.text.chat import ChatTemplate
 from trine.engine.text.tokenizer import Tokenizer
 
@@ -33,29 +32,6 @@ HELD_OUT = 16
 # Text that is turned into tokens at most; of more, every second (third ...) piece of a mebibyte is taken.
 _TEXT_BYTES = 16 * 2**20
 _CONVERSATION = "messages"
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """One file; bytes as it is stored, `sha256` over what it holds, decompressed."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Samples:
-    """`ids_ST` int64 [samples, tokens], and where they come from."""
-
-    ids_ST: Tensor
-    files: tuple[DataFile, ...]
-
-    def about(self) -> dict[str, Any]:
-        """A JSON object: the settings and the files; the same for the same samples."""
-        count, length = self.ids_ST.shape
-        digest = hashlib.sha256(self.ids_ST.numpy().tobytes()).hexdigest()
-        return {"samples": count, "length": length, "sha256": digest, "files": [asdict(file) for file in self.files]}
 
 
 def read_calibration(

@@ -9,38 +9,34 @@ from torch import Tensor
 
 
 class HiddenStates:
-    """[S, T, C]: read and replaced a few samples at a time. A file is read and written, never mapped."""
+    """[N, C]: the tokens of all samples, read and replaced some at a time. A file is read and written, never mapped."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> None:
         """`file` None keeps them in memory; otherwise it is made anew."""
         self.shape, self.dtype = shape, dtype
-        self._sample_bytes = shape[1] * shape[2] * dtype.itemsize
+        self._token_bytes = shape[1] * dtype.itemsize
         self._file = None if file is None else file.open("w+b")
         self._kept = torch.empty(shape, dtype=dtype) if file is None else None
 
-    @property
-    def num_bytes(self) -> int:
-        return self.shape[0] * self._sample_bytes
-
     def read(self, start: int, stop: int) -> Tensor:
-        """Samples start to stop, [B, T, C], in memory of their own or as a view."""
+        """Tokens start to stop, [stop - start, C], in memory of their own or as a view."""
         if self._kept is not None:
             return self._kept[start:stop]
         assert self._file is not None
-        data = torch.empty((stop - start) * self._sample_bytes, dtype=torch.uint8)
-        self._file.seek(start * self._sample_bytes)
+        data = torch.empty((stop - start) * self._token_bytes, dtype=torch.uint8)
+        self._file.seek(start * self._token_bytes)
         filled = self._file.readinto(data.numpy().data)
         assert filled == len(data), "hidden states are read before they are written"
-        return data.view(self.dtype).view(stop - start, *self.shape[1:])
+        return data.view(self.dtype).view(stop - start, self.shape[1])
 
-    def write(self, start: int, x_BTC: Tensor) -> None:
-        """Replace the samples from `start` on."""
+    def write(self, start: int, x_NC: Tensor) -> None:
+        """Replace the tokens from `start` on."""
         if self._kept is not None:
-            self._kept[start : start + len(x_BTC)] = x_BTC
+            self._kept[start : start + len(x_NC)] = x_NC
             return
         assert self._file is not None
-        self._file.seek(start * self._sample_bytes)
-        self._file.write(x_BTC.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
+        self._file.seek(start * self._token_bytes)
+        self._file.write(x_NC.to(self.dtype).contiguous().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Give memory or file free; a file is removed by whoever made its folder."""

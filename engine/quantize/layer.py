@@ -23,14 +23,14 @@ from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.quantize.choices import Layer
 from trine.engine.quantize.equivalent import places, rescale
 from trine.engine.quantize.gptq import HessianError
-from trine.engine.quantize.hidden import HiddenStates
 from trine.engine.quantize.kept_statistics import KeptStatistics
-from trine.engine.quantize.memory import Budget, batch_bytes, method_bytes, parameter_bytes, statistics_bytes
-from trine.engine.quantize.quality import Quality, compare
+from trine.engine.quantize.memory import Budget, method_bytes
+from trine.engine.quantize.passage import Passage
+from trine.engine.quantize.quality import Quality
 from trine.engine.quantize.report import LayerReport, measure
 from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.quantize.statistics import InputStatistics
-from trine.engine.quantize.walk import BATCH_TOKENS, Walk
+from trine.engine.quantize.walk import Walk
 from trine.engine.quantize.work import Work
 
 if TYPE_CHECKING:
@@ -58,133 +58,65 @@ class LayerWork:
         self._budget, self._work = budget, work
         self.parts: dict[str, list[str]] = {}
         for name, layer in layers.items():
-            self.parts.setdefault(_part_of(layer.rule), []).append(name)
-        samples = [one for one in (settings.calibration, settings.evaluation) if one is not None]
-        self._walk = Walk(opened, dtype) if samples else None
-        self._inputs: HiddenStates | None = None
-        self._original: HiddenStates | None = None
-        self._quantized: HiddenStates | None = None
+            self.parts.setdefault(part_of(layer.rule), []).append(name)
         self._already = work.finished
+        self._passage: Passage | None = None
+        if settings.calibration is None and settings.evaluation is None:
+            return
+        method = settings.method
+        self._passage = Passage(
+            opened,
+            dtype,
+            settings.calibration,
+            settings.evaluation,
+            {part: [layers[name] for name in names] for part, names in self.parts.items()},
+            budget,
+            work,
+            calibrated=method.calibrated,
+            work_dtype=dtype if method.rescaling is None else torch.float32,
+            number_bytes=2,
+        )
+        # Layers of which nothing is quantized are passed through all the same.
+        self.parts = {part: self.parts.get(part, []) for part in self._passage.parts}
 
     def start(self) -> None:
-        """Reckon the memory, and pass samples up to the first layer. Raises `UsageError` where memory does not do."""
-        if self._walk is not None:
-            self._start(self._walk)
+        """Reckon the memory. Raises `UsageError` where it does not do."""
+        if self._passage is not None:
+            self._passage.start()
             return
         for layer in self._layers.values():
             size = method_bytes(layer.num_features, layer.width, calibrated=False)
             self._budget.require(layer.path, self._opened.stored[layer.rule.stored].num_bytes + size)
 
-    def _start(self, walk: Walk) -> None:
-        """Hidden states before the first layer, in memory or not as the budget says."""
-        settings, config = self._settings, walk.model.config
-        # Layers of which nothing is quantized are passed through all the same.
-        self.parts = {f"layers.{number}": self.parts.get(f"layers.{number}", []) for number in range(walk.num_layers)}
-        streams: list[Tensor] = []
-        if settings.calibration is not None:
-            streams.append(settings.calibration.ids_ST)
-        if settings.evaluation is not None:
-            streams += [settings.evaluation.ids_ST] * 2
-        self._reckon(walk)
-        self._warn_of_few_tokens()
-        shapes = [(*ids_ST.shape, config.width) for ids_ST in streams]
-        total = sum(torch.Size(shape).numel() for shape in shapes) * walk.dtype.itemsize
-        kept = self._budget.keeps(total)
-        files = [None if kept else self._work.aside / f"hidden-{number}.bin" for number in range(len(shapes))]
-        states = [HiddenStates(shape, walk.dtype, file) for shape, file in zip(shapes, files, strict=True)]
-        walk.start(zip(streams, states, strict=True))
-        if settings.calibration is not None:
-            self._inputs = states.pop(0)
-        if settings.evaluation is not None:
-            self._original, self._quantized = states
-
-    def _warn_of_few_tokens(self) -> None:
-        """A Hessian [K, K] of fewer than K tokens says nothing of most directions."""
-        if self._settings.calibration is None:
-            return
-        widest = max(self._layers.values(), key=lambda layer: layer.width)
-        tokens = self._settings.calibration.ids_ST.numel()
-        if tokens < widest.width:
-            warn(
-                f"calibration data is {tokens} tokens, less than the {widest.width} inputs of {widest.path}; give more"
-            )
-
-    def _reckon(self, walk: Walk) -> None:
-        """What memory the work will need beside hidden states; refuses what cannot fit, naming it."""
-        config, calibrated, require = walk.model.config, self._settings.method.calibrated, self._budget.require
-        batch = batch_bytes(BATCH_TOKENS, config.width, config.ffn_width)
-        for rule in self._opened.rules:
-            stored = self._opened.stored[rule.stored]
-            if not _PART.match(rule.ours[0]):
-                require(rule.stored, 2 * stored.num_bytes + batch)
-        for part, names in self.parts.items():
-            base = parameter_bytes(walk.model.get_submodule(part), self._work_dtype(walk))
-            together, statistics, codes = dict[int, int](), 0, 0
-            for name in names:
-                layer = self._layers[name]
-                together[layer.width] = together.get(layer.width, 0) + layer.num_features
-                statistics += statistics_bytes(layer.width) if calibrated else 0
-                codes += 2 * layer.num_features * layer.width
-                alone = method_bytes(layer.num_features, layer.width, calibrated=calibrated)
-                require(layer.path, base + (statistics_bytes(layer.width) if calibrated else 0) + max(batch, alone))
-            largest = max((method_bytes(n, k, calibrated=calibrated) for k, n in together.items()), default=0)
-            self._budget.needed = max(self._budget.needed, base + statistics + codes + max(batch, largest))
-
-    def _beside_statistics(self, walk: Walk, part: str) -> int:
-        """What is taken while statistics wait to be used: the layer, and the codes of all its weights."""
-        config, layers = walk.model.config, [self._layers[name] for name in self.parts[part]]
-        base = parameter_bytes(walk.model.get_submodule(part), self._work_dtype(walk))
-        batch = batch_bytes(BATCH_TOKENS, config.width, config.ffn_width)
-        alone = max(method_bytes(layer.num_features, layer.width, calibrated=True) for layer in layers)
-        return base + 2 * sum(layer.num_features * layer.width for layer in layers) + max(batch, alone)
-
-    def _work_dtype(self, walk: Walk) -> torch.dtype:
-        return torch.float32 if self._settings.method.rescaling is not None else walk.dtype
-
     def close(self) -> None:
         """Give hidden states free."""
-        for states in (self._inputs, self._original, self._quantized):
-            if states is not None:
-                states.close()
+        if self._passage is not None:
+            self._passage.close()
 
     def do(self, part: str, tick: Callable[[], object]) -> None:
         """Finish the next part of the model, a layer; `tick` is called for every weight."""
         number = list(self.parts).index(part)
-        walk = self._walk
-        if walk is not None:
-            walk.load(part)
-            if self._original is not None:
-                walk.forward(number, self._original)
+        if self._passage is not None:
+            self._passage.enter(part)
         if number >= self._already:
-            tensors, reports = self._quantize(part, number, tick)
+            tensors, reports = self._quantize(part, tick)
             self._work.write_layer(number, tensors, [report.to_json() for report in reports])
         else:
             for _ in self.parts[part]:
                 tick()
-        if walk is not None:
-            self._install(walk, part, number)
-            for states in (self._inputs, self._quantized):
-                if states is not None:
-                    walk.forward(number, states)
-            walk.finish(number)
+        if self._passage is not None:
+            self._install(self._passage.walk, part, number)
+            self._passage.leave(part)
 
     def quality(self) -> Quality | None:
         """What held-out samples say, once all layers are done; None where there are none."""
-        walk, evaluation = self._walk, self._settings.evaluation
-        if walk is None or evaluation is None:
-            return None
-        assert self._original is not None
-        assert self._quantized is not None
-        walk.load_head()
-        return compare(walk.logits, evaluation.ids_ST, self._original, self._quantized, walk.model.config.vocab_size)
+        return None if self._passage is None else self._passage.quality()
 
     # --- one layer ----------------------------------------------------------------------------------------------------
 
-    def _quantize(
-        self, part: str, number: int, tick: Callable[[], object]
-    ) -> tuple[dict[str, Tensor], list[LayerReport]]:
+    def _quantize(self, part: str, tick: Callable[[], object]) -> tuple[dict[str, Tensor], list[LayerReport]]:
         names, tensors = self.parts[part], dict[str, Tensor]()
-        statistics = self._statistics(part, number) if self._settings.method.calibrated and names else None
+        statistics = self._statistics(part) if self._settings.method.calibrated and names else None
         rescaled = self._settings.method.rescaling is not None and statistics is not None
         if rescaled:
             assert statistics is not None
@@ -221,8 +153,8 @@ class LayerWork:
     def _weight(self, layer: Layer, rescaled: bool) -> Tensor:
         """[N, K], as stored or as it was rescaled, at least in fp32."""
         if rescaled:
-            assert self._walk is not None
-            model, rule = self._walk.model, layer.rule
+            assert self._passage is not None
+            model, rule = self._passage.walk.model, layer.rule
             return rule.join([rule.part(model.get_parameter(name).data) for name in rule.ours])
         tensor = self._opened.stored[layer.rule.stored].read_copy()
         check_finite(layer.rule.stored, tensor)
@@ -239,26 +171,19 @@ class LayerWork:
             found.setdefault(key, []).append(name)
         return list(found.values())
 
-    def _statistics(self, part: str, number: int) -> KeptStatistics:
-        """Of the inputs of the layers to quantize, gathered in as few passes as memory allows."""
-        walk, states = self._walk, self._inputs
-        assert walk is not None
-        assert states is not None
-        wanted = {name for stored in self.parts[part] for name in modules_of(self._layers[stored].rule)}
-        groups = [group for group in walk.shared_inputs(number, states) if wanted.intersection(group)]
-        widths = [walk.width(group[0]) for group in groups]
-        passes = self._budget.passes(groups, widths, self._beside_statistics(walk, part))
-        kept = KeptStatistics(groups, self._work.aside if len(passes) > 1 else None)
-        for some in passes:
-            for name, gathered in walk.statistics(number, states, [group[0] for group in some]).items():
-                kept.put(name, gathered)
-        return kept
+    def _statistics(self, part: str) -> KeptStatistics:
+        """Of the inputs of the layers to quantize."""
+        assert self._passage is not None
+        return self._passage.statistics(
+            part, {name for stored in self.parts[part] for name in modules_of(self._layers[stored].rule)}
+        )
 
     def _rescale(self, part: str, statistics: KeptStatistics) -> dict[str, Tensor]:
         """Change the part's weights in fp32 and the statistics with them; the tensors besides that changed."""
-        walk, rescaling = self._walk, self._settings.method.rescaling
-        assert walk is not None
+        rescaling = self._settings.method.rescaling
+        assert self._passage is not None
         assert rescaling is not None
+        walk = self._passage.walk
         walk.load(part, torch.float32)
         block: Any = walk.model.get_submodule(part)
         schemes = {
@@ -303,7 +228,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise NonFiniteError(f"{name} has {bad} numbers that are NaN or infinite; the checkpoint is damaged")
 
 
-def _part_of(rule: TensorRule) -> str:
+def part_of(rule: TensorRule) -> str:
+    """The layer (`layers.3`) that a tensor on disk belongs to; "" for those outside of layers."""
     found = _PART.match(rule.ours[0])
     return found[1] if found else ""
 

@@ -3,7 +3,8 @@
 At any time there is one layer of the model, and of it one of these:
 
     inputs      hidden states of a batch inside the layer, and the statistics of some of its linear layers
-    codes       codes found so far, and the copies that finding codes for one weight takes, or two that share an input
+    results     codes (or pruned weights) found so far, and the copies that finding them for one weight takes, or for
+                two that share an input
 
 Statistics that do not fit together are gathered in several passes and wait on the disk; hidden states of all samples
 too where they do not fit beside all this. What is computed is the same. Where the largest piece does not fit, that is
@@ -28,6 +29,8 @@ from trine.engine.quantize.statistics import SAMPLE_ROWS
 _WEIGHT_COPIES, _HESSIAN_COPIES = 8, 6
 # Numbers of 4 bytes for each token in a layer: so many times its width, and so many times its widest inner layer.
 _WIDTHS, _INNER_WIDTHS = 10, 4
+# And for each token of a source: its hidden states, keys and values, each with a copy.
+_SOURCE_WIDTHS = 6
 
 
 def statistics_bytes(width: int) -> int:
@@ -44,6 +47,11 @@ def method_bytes(num_features: int, width: int, *, calibrated: bool) -> int:
 def batch_bytes(tokens: int, width: int, inner_width: int) -> int:
     """Hidden states of so many tokens inside a layer."""
     return 4 * tokens * (_WIDTHS * width + _INNER_WIDTHS * inner_width)
+
+
+def source_bytes(tokens: int, width: int) -> int:
+    """What the decoder of an encoder-decoder reads of so many tokens of sources."""
+    return 4 * tokens * _SOURCE_WIDTHS * width
 
 
 def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:

@@ -1,15 +1,16 @@
 """What quantizing costs: predictions before and after on text, and speed on this machine.
 
 With p the probabilities of the original model for the next token and q those of the quantized one, averaged over all
-tokens but the first of each sample:
+tokens that are predicted: all but the first of a text, and of an encoder-decoder all of a target, given its source and
+the target before it:
 
     perplexity         exp mean -log p(token), and the same of q
     KL divergence      mean sum p log(p / q), in nats
     top-1 agreement    how often both hold the same token for the likeliest
 
-Samples stand alone and have one length; so these perplexities are those of windows that do not overlap.
+Samples stand alone; of texts that are cut these perplexities are those of windows that do not overlap.
 
-Shapes: S samples, T tokens of each, C width, R rows at a time, V vocabulary.
+Shapes: N tokens of a batch, C width, R rows at a time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trine.engine.data.batch import IGNORED
 from trine.engine.errors import NonFiniteError
 from trine.engine.generate.engine import Engine, EngineConfig
 from trine.engine.generate.load import inference_dtype
 from trine.engine.generate.offline import complete
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.checkpoint import load_model
-from trine.engine.quantize.hidden import HiddenStates
+from trine.engine.quantize.stream import DECODER, Stream
 from trine.engine.text.tokenizer import Tokenizer
 
 # Logits that are held at once, of each model.
@@ -40,7 +42,7 @@ PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 256, 32, 3
 
 @dataclass(frozen=True)
 class Quality:
-    """See the module; `tokens` were predicted, in samples of `window` tokens."""
+    """See the module; `tokens` were predicted, in samples of `window` tokens (of targets: the longest)."""
 
     perplexity_before: float
     perplexity_after: float
@@ -50,29 +52,28 @@ class Quality:
     window: int
 
 
-def compare(
-    to_logits: Callable[[Tensor], Tensor], ids_ST: Tensor, before: HiddenStates, after: HiddenStates, vocab_size: int
-) -> Quality:
+def compare(to_logits: Callable[[Tensor], Tensor], before: Stream, after: Stream, vocab_size: int) -> Quality:
     """Of the hidden states behind the last layer; `to_logits` makes [R, V] of [R, C].
 
     Raises `NonFiniteError` where a prediction is not a number.
     """
     rows = max(1, _LOGITS // vocab_size)
-    sums = torch.zeros(4, dtype=torch.float64)
-    for sample, ids_T in enumerate(ids_ST):
-        hidden = [torch.split(states.read(sample, sample + 1)[0, :-1], rows) for states in (before, after)]
-        for targets_R, *parts in zip(torch.split(ids_T[1:], rows), *hidden, strict=True):
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for number, batch in enumerate(before.batches):
+        targets_N = batch.targets_BT.flatten()
+        kept = targets_N != IGNORED
+        hidden = [stream.read(DECODER, number).flatten(0, 1)[kept].split(rows) for stream in (before, after)]
+        for targets_R, *parts in zip(targets_N[kept].split(rows), *hidden, strict=True):
             log_p, log_q = (torch.log_softmax(to_logits(part).float(), -1) for part in parts)
             nats = [one.gather(1, targets_R[:, None]).sum(dtype=torch.float64) for one in (log_p, log_q)]
             divergence = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
             sums += torch.stack((-nats[0], -nats[1], divergence, (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()))
-    tokens = ids_ST[:, 1:].numel()
+        tokens += int(kept.sum())
     loss_before, loss_after, divergence, same = (sums / tokens).tolist()
     if not math.isfinite(loss_before + loss_after + divergence):
         raise NonFiniteError("predictions are not numbers; the checkpoint is damaged, or try --dtype float32")
-    return Quality(
-        math.exp(min(loss_before, 700)), math.exp(min(loss_after, 700)), divergence, same, tokens, ids_ST.shape[1]
-    )
+    window = max(batch.targets_BT.shape[1] for batch in before.batches)
+    return Quality(math.exp(min(loss_before, 700)), math.exp(min(loss_after, 700)), divergence, same, tokens, window)
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,13 @@ from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.sentence import DENSE
 from trine.engine.model.weight_files import StoredTensor, copy_companions, read_json, write_weights
-from trine.engine.quantize.calibration import Samples
 from trine.engine.quantize.choices import Override, choose_layers, quantization_of
 from trine.engine.quantize.layer import LayerWork, check_finite
 from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.methods import Choice
 from trine.engine.quantize.quality import Quality, Speed, measure_speed
 from trine.engine.quantize.report import LayerReport, Report
+from trine.engine.quantize.samples import Pairs, Samples
 from trine.engine.quantize.tables import TableWriter, choose_tables
 from trine.engine.quantize.work import Work, check_room, storage_errors, working_folder
 from trine.engine.quantize.writers import COMPRESSED_TENSORS, Writer
@@ -75,8 +75,8 @@ class Settings:
     embeddings: bool = False
     head: bool = False
     writer: Writer = COMPRESSED_TENSORS
-    calibration: Samples | None = None
-    evaluation: Samples | None = None
+    calibration: Samples | Pairs | None = None
+    evaluation: Samples | Pairs | None = None
     dtype: torch.dtype | None = None
     max_memory: int | None = None
     resume: bool = False
@@ -126,15 +126,8 @@ class _Run:
 
     def __init__(self, checkpoint: Path, opened: Opened, settings: Settings) -> None:
         self.checkpoint, self.opened, self.settings = checkpoint, opened, settings
-        if opened.model.config.embedding_width is not None:
-            raise UsageError(f"{checkpoint} has projections around its embedding, which cannot be quantized yet")
         config = opened.model.config
-        if config.encoder is not None and settings.method.calibrated:
-            raise UsageError(
-                f"method {settings.method_name} follows text through the layers of a decoder, and {checkpoint} has an "
-                "encoder beside it; take rtn or hqq"
-            )
-        if (not config.causal or config.encoder is not None) and settings.evaluation is not None:
+        if not config.causal and settings.evaluation is not None:
             say(f"a {config.family} model predicts no next tokens; what quantizing costs is not measured on text")
             self.settings = settings = replace(settings, evaluation=None)
         linear = linear_rules(opened.model, opened.rules, experts=True).values()

@@ -1,27 +1,29 @@
 """The model layer by layer: one has memory at a time, and all samples pass through it before the next is read.
 
-What the model does around its layers is left to the model: one forward pass through layers that only take note gives
-the input of the first layer and what each layer is called with besides (mask, rotary tables). From there on a layer is
-called by itself. No sample is padded, so what a layer is called with depends on the length of samples alone.
+What the model does around its layers is left to the model: where a stack of layers begins, a forward pass through one
+that only takes note gives the input of the first layer, and what the layers are called with besides (mask, rotary
+tables, biases). From there on a layer is called by itself. No sample is padded, so what a layer is called with depends
+on the length of samples alone; and on the output of the encoder, which a layer of an encoder-decoder gets with every
+batch.
 
-Samples go together in batches of about 1024 tokens, whatever the memory, because sums depend on that in their last bit.
-
-Shapes: S samples, T tokens of each, B samples of a batch, C width, K inputs of a linear layer.
+Shapes: B samples of a batch, T tokens of each, C width, K inputs of a linear layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from trine.engine.errors import CheckpointError
-from trine.engine.model.blocks import MLP
+from trine.engine.model.blocks import MLP, Context
 from trine.engine.model.checkpoint import Opened
+from trine.engine.model.cross_attention import Source
 from trine.engine.model.families import TensorRule
 from trine.engine.model.layers import Linear
 from trine.engine.model.moe import MixtureOfExperts
@@ -30,26 +32,32 @@ from trine.engine.model.quantized.plan import split_weight
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
 from trine.engine.quantize.experts import expert_groups, expert_inputs
-from trine.engine.quantize.hidden import HiddenStates
+from trine.engine.quantize.samples import Batch
 from trine.engine.quantize.statistics import InputStatistics
+from trine.engine.quantize.stream import DECODER, ENCODER, Stream
 
-BATCH_TOKENS = 1024
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class Walk:
-    """Over an open checkpoint, computing in `dtype`."""
+    """Over an open checkpoint, computing in `dtype`. `parts`: the names of its layers, in the order to pass them."""
 
     def __init__(self, opened: Opened, dtype: torch.dtype) -> None:
         self.model = opened.model.eval().requires_grad_(False)
         self.dtype = dtype
-        self.num_layers = len(self.model.layers)
+        stacks = [DECODER] if self.model.encoder is None else [ENCODER, DECODER]
+        counts = {stack: len(list(self.model.get_submodule(stack).children())) for stack in stacks}
+        self.parts = [f"{stack}.{number}" for stack, count in counts.items() for number in range(count)]
         self._opened = opened
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._contexts: dict[tuple[str, int], Context] = {}
 
     def rules_of(self, part: str) -> list[TensorRule]:
-        """The tensors on disk that belong to a part of the model (`layers.3`)."""
-        return [rule for rule in self._opened.rules if all(name.startswith(f"{part}.") for name in rule.ours)]
+        """The tensors on disk that belong to a part of the model (`layers.3`), or are that parameter."""
+        return [
+            rule
+            for rule in self._opened.rules
+            if all(name == part or name.startswith(f"{part}.") for name in rule.ours)
+        ]
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> None:
         """Give a part of the model memory and its weights as they are stored, in `dtype` (None: the walk's)."""
@@ -63,54 +71,59 @@ class Walk:
         self.model.get_submodule(part).to("meta")
 
     @torch.no_grad()
-    def start(self, streams: Iterable[tuple[Tensor, HiddenStates]]) -> None:
-        """Fill hidden states with what the first layer gets for the ids [S, T]."""
-        around = [name for name, _ in self.model.named_children() if name not in ("layers", "lm_head")]
-        layers, notes = self.model.layers, [_Note() for _ in range(self.num_layers)]
-        for part in around:
-            self.load(part)
-        self.model.layers = nn.ModuleList(notes)
+    def enter(self, part: str, streams: Iterable[Stream]) -> None:
+        """Where a stack begins with this layer, fill hidden states with what it gets."""
+        stack, _, number = part.rpartition(".")
+        if number != "0":
+            return
+        around = [name for name, _ in self.model.named_children() if name not in ("layers", "lm_head", "encoder")]
+        if self.model.encoder is not None:
+            around += [f"encoder.{name}" for name, _ in self.model.encoder.named_children() if name != "layers"]
+        for name in around:
+            self.load(name)
+        layers, note = self.model.get_submodule(stack), _Note()
+        self.model.set_submodule(stack, nn.ModuleList([note]))
         try:
-            for ids_ST, states in streams:
-                for start, stop in _batches(*ids_ST.shape):
-                    self.model(ids_ST[start:stop], compute_dtype=self.dtype)
-                    states.write(start, notes[0].x)
-                    self._calls.setdefault(ids_ST.shape[1], [(note.args, note.kwargs) for note in notes])
+            for stream in streams:
+                for index, batch in enumerate(stream.batches):
+                    self._begin(stack, stream, index, batch)
+                    stream.write(stack, index, note.x_BTC)
+                    self._contexts.setdefault((stack, note.x_BTC.shape[1]), replace(note.context, source=None))
         finally:
-            self.model.layers = layers
-        for part in around:
-            self.unload(part)
+            self.model.set_submodule(stack, layers)
+        for name in around:
+            self.unload(name)
 
     @torch.no_grad()
-    def forward(self, layer: int, states: HiddenStates) -> None:
+    def forward(self, part: str, stream: Stream) -> None:
         """Replace hidden states by what the layer makes of them."""
-        for start, x_BTC in self._inputs(states):
-            states.write(start, self._call(layer, x_BTC))
+        for index in range(len(stream.batches)):
+            stream.write(_stack(part), index, self._call(part, stream, index))
 
     @torch.no_grad()
-    def shared_inputs(self, layer: int, states: HiddenStates) -> list[list[str]]:
+    def shared_inputs(self, part: str, stream: Stream) -> list[list[str]]:
         """The linear layers inside a layer, those together that get the same input, in the order of their calls."""
         seen: dict[int, tuple[Tensor, list[str]]] = {}
 
         def note(name: str, x: Tensor) -> None:
             seen.setdefault(id(x), (x, []))[1].append(name)  # x is kept, so that no other gets its id
 
-        with self._hooks(layer, self._linears(layer), note):
-            self._call(layer, states.read(0, 1))
-        missing = sorted(set(self._linears(layer)) - {name for _, names in seen.values() for name in names})
+        with self._hooks(part, self._linears(part), note):
+            self._call(part, stream, 0)
+        missing = sorted(set(self._linears(part)) - {name for _, names in seen.values() for name in names})
         if missing:
             raise CheckpointError(f"{missing[0]} got no input from the calibration data; give more, or method rtn")
-        mixtures = (f"{name}.experts" for name in self._parts(layer, MixtureOfExperts))
+        mixtures = (f"{name}.experts" for name in self._parts(part, MixtureOfExperts))
         experts = [group for name in mixtures for group in expert_groups(name, self.model.config)]
         return [*(names for _, names in seen.values()), *experts]
 
     @torch.no_grad()
-    def statistics(self, layer: int, states: HiddenStates, names: Sequence[str]) -> dict[str, InputStatistics]:
+    def statistics(self, part: str, stream: Stream, names: Sequence[str]) -> dict[str, InputStatistics]:
         """Those of the inputs of the linear layers of these names, as `shared_inputs` has them."""
         found = {name: InputStatistics.empty(self.width(name)) for name in names}
-        with self._hooks(layer, names, lambda name, x: found[name].update(x)):
-            for _, x_BTC in self._inputs(states):
-                self._call(layer, x_BTC)
+        with self._hooks(part, names, lambda name, x: found[name].update(x)):
+            for index in range(len(stream.batches)):
+                self._call(part, stream, index)
         return found
 
     def install(self, rule: TensorRule, weight: QuantizedTensor) -> None:
@@ -130,8 +143,14 @@ class Walk:
 
     def load_head(self) -> None:
         """What stands behind the last layer gets memory and its weights."""
-        for part in ("norm", "embed_tokens" if self.model.lm_head is None else "lm_head"):
+        model = self.model
+        parts = ["norm", "embed_tokens" if model.lm_head is None else "lm_head"]
+        for part in (*parts, *([] if model.embed_out is None else ["embed_out"])):
             self.load(part)
+        if model.lm_bias is not None:
+            model.lm_bias = nn.Parameter(torch.empty(model.lm_bias.shape, dtype=self.dtype), requires_grad=False)
+            [rule] = self.rules_of("lm_bias")
+            self._copy(rule, self._opened.stored[rule.stored].read_copy())
 
     @torch.no_grad()
     def logits(self, x_RC: Tensor) -> Tensor:
@@ -142,29 +161,28 @@ class Walk:
         """The number of inputs of a linear layer."""
         return self.model.get_parameter(f"{name.partition(':')[0]}.weight").shape[-1]
 
-    def finish(self, layer: int) -> None:
+    def finish(self, part: str) -> None:
         """Take the layer's memory; it is not used again."""
-        self.model.layers[layer] = nn.Identity()
+        self.model.set_submodule(part, nn.Identity())
 
     def _copy(self, rule: TensorRule, tensor: Tensor) -> None:
         parts = [rule.part(self.model.get_parameter(name).data) for name in rule.ours]
         for part, values in zip(parts, rule.from_stored(tensor, parts), strict=True):
             part.copy_(values)
 
-    def _linears(self, layer: int) -> list[str]:
-        return list(self._parts(layer, Linear))
+    def _linears(self, part: str) -> list[str]:
+        return list(self._parts(part, Linear))
 
-    def _parts(self, layer: int, kind: type[Module]) -> dict[str, Module]:
+    def _parts(self, part: str, kind: type[Module]) -> dict[str, Module]:
         """What a layer holds of a kind of module, by name."""
-        part = f"layers.{layer}"
         modules = self.model.get_submodule(part).named_modules()
         return {f"{part}.{name}": module for name, module in modules if isinstance(module, kind)}
 
     @contextmanager
-    def _hooks(self, layer: int, names: Sequence[str], do: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def _hooks(self, part: str, names: Sequence[str], do: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Meanwhile, `do(name, x)` is called before each of these linear layers of a layer is."""
         # `MLP` multiplies with its layers' weights itself; then no hook of theirs would be called.
-        whole = self._parts(layer, MLP)
+        whole = self._parts(part, MLP)
         for name, module in whole.items():
             self.model.set_submodule(name, QuantizedMLP(module))
         of_experts = {name for name in names if ":" in name}
@@ -173,7 +191,7 @@ class Walk:
             for name in names
             if name not in of_experts
         ]
-        for name, mixture in self._parts(layer, MixtureOfExperts).items():
+        for name, mixture in self._parts(part, MixtureOfExperts).items():
             watched = {one for one in of_experts if one.startswith(f"{name}.")}
             hooks.append(mixture.register_forward_pre_hook(partial(expert_inputs, do, f"{name}.experts", watched)))
         yield
@@ -182,14 +200,33 @@ class Walk:
         for name, module in whole.items():
             self.model.set_submodule(name, module)
 
-    def _inputs(self, states: HiddenStates) -> Iterator[tuple[int, Tensor]]:
-        for start, stop in _batches(*states.shape[:2]):
-            yield start, states.read(start, stop)
+    def _begin(self, stack: str, stream: Stream, index: int, batch: Batch) -> None:
+        """Pass a batch up to a stack. Where that is the decoder's, the output of the encoder is first made complete."""
+        if stack == ENCODER:
+            assert batch.source_ids_BU is not None
+            self.model.encode(batch.source_ids_BU, compute_dtype=self.dtype)
+            return
+        source = None
+        if self.model.encoder is not None:
+            stream.write(ENCODER, index, self.model.encoder.norm(stream.read(ENCODER, index)))
+            source = self._source(stream, index)
+        self.model(batch.ids_BT, source=source, compute_dtype=self.dtype)
 
-    def _call(self, layer: int, x_BTC: Tensor) -> Tensor:
-        args, kwargs = self._calls[x_BTC.shape[1]][layer]
-        y_BTC: Tensor = self.model.layers[layer](x_BTC, *args, **kwargs)
+    def _call(self, part: str, stream: Stream, index: int) -> Tensor:
+        stack = _stack(part)
+        x_BTC = stream.read(stack, index)
+        context = self._contexts[stack, x_BTC.shape[1]]
+        if stack == DECODER and self.model.encoder is not None:
+            context = replace(context, source=self._source(stream, index).view(*x_BTC.shape[:2], None))
+        y_BTC: Tensor = self.model.get_submodule(part)(x_BTC, context)
         return y_BTC
+
+    def _source(self, stream: Stream, index: int) -> Source:
+        return Source(stream.read(ENCODER, index))
+
+
+def _stack(part: str) -> str:
+    return part.rpartition(".")[0]
 
 
 def _first_input(do: Callable[[str, Tensor], None], name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -199,16 +236,9 @@ def _first_input(do: Callable[[str, Tensor], None], name: str, module: nn.Module
 class _Note(nn.Module):
     """A layer that passes its input on and takes note of what it was called with."""
 
-    x: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    x_BTC: Tensor
+    context: Context
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.x, self.args, self.kwargs = x, args, kwargs
-        return x
-
-
-def _batches(samples: int, length: int) -> Iterator[tuple[int, int]]:
-    size = max(1, BATCH_TOKENS // length)
-    for start in range(0, samples, size):
-        yield start, min(start + size, samples)
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        self.x_BTC, self.context = x_BTC, context
+        return x_BTC

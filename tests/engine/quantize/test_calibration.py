@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from trine.engine.errors import DataError, UsageError
-from trine.engine.quantize.calibration import Samples, read_calibration
+from trine.engine.quantize.calibration import read_calibration
+from trine.engine.quantize.samples import Samples
 from trine.engine.text.chat import ChatTemplate
 from trine.engine.text.tokenizer import Tokenizer
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.quantized.scheme import make_scheme
-from trine.engine.quantize.calibration import DataFile, Samples
 from trine.engine.quantize.check import check_folder
 from trine.engine.quantize.methods import METHODS
 from trine.engine.quantize.report import Report, table
 from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import DataFile, Samples
 
 EXPERTS = 4
 

@@ -10,10 +10,10 @@ import torch
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.quantized.scheme import make_scheme
 from trine.engine.quantize import gptq
-from trine.engine.quantize.calibration import Samples
 from trine.engine.quantize.methods import METHODS
 from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import Samples
 
 
 def test_a_layer_without_a_factor_is_rounded_to_nearest_and_named(

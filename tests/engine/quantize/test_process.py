@@ -22,7 +22,7 @@ from trine.engine.errors import StorageError, UsageError
 from trine.engine.evaluate.perplexity import sliding_windows
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.quantized.scheme import make_scheme
-from trine.engine.quantize.calibration import Samples, read_calibration
+from trine.engine.quantize.calibration import read_calibration
 from trine.engine.quantize.check import check_folder
 from trine.engine.quantize.choices import parse_override
 from trine.engine.quantize.hidden import HiddenStates
@@ -30,6 +30,7 @@ from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.methods import METHODS, Choice
 from trine.engine.quantize.report import Report
 from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import Samples
 from trine.engine.quantize.statistics import InputStatistics
 from trine.engine.quantize.writers import GPTQ
 from trine.engine.text.tokenizer import Tokenizer
@@ -382,7 +383,7 @@ def test_little_memory_changes_nothing_but_where_things_wait(
     files: list[object] = []
     make = HiddenStates.__init__
 
-    def spy(self: HiddenStates, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None) -> None:
+    def spy(self: HiddenStates, shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> None:
         files.append(file)
         make(self, shape, dtype, file)
 

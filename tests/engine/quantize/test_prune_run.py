@@ -17,10 +17,10 @@ from trine.engine.errors import CheckpointError, NonFiniteError, StorageError, U
 from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.transformer import Transformer
-from trine.engine.quantize.calibration import Samples
 from trine.engine.quantize.prune import parse_sparsity, prune
 from trine.engine.quantize.prune_run import PruneSettings, prune_checkpoint
 from trine.engine.quantize.report import NAME, PAGE, table
+from trine.engine.quantize.samples import Samples
 from trine.engine.quantize.statistics import InputStatistics
 from trine.engine.quantize.work import Work
 

@@ -1,39 +1,75 @@
-"""Encoder-decoders are quantized by rounding; what follows text through a decoder's layers is refused."""
+"""Encoder-decoders are quantized with the methods of decoders: pairs pass through the encoder, then the decoder."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from trine.engine.errors import UsageError
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.quantized.layers import is_quantized
 from trine.engine.model.quantized.scheme import make_scheme
-from trine.engine.quantize.calibration import Samples
-from trine.engine.quantize.methods import METHODS
+from trine.engine.quantize.check import check_folder
+from trine.engine.quantize.methods import METHODS, Choice
+from trine.engine.quantize.report import Report
 from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import Pairs, Samples
+from trine.engine.quantize.statistics import InputStatistics
+
+FAMILIES = ["t5", "marian"]
 
 
-def _logits(model: Any) -> torch.Tensor:
+def _pairs(seed: int, count: int) -> Pairs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def text() -> Tensor:
+        length = int(torch.randint(3, 12, (1,), generator=generator))
+        return torch.cat((torch.randint(2, 60, (length,), generator=generator), torch.zeros(1, dtype=torch.int64)))
+
+    return Pairs(tuple((text(), text()) for _ in range(count)), ())
+
+
+def _quantize(folder: Path, out: Path, method: str | Choice = "rtn", **more: Any) -> Report:
+    chosen = METHODS[method] if isinstance(method, str) else method
+    scheme = more.pop("scheme", "w8a16")
+    settings: dict[str, Any] = {
+        "scheme_name": scheme,
+        "scheme": make_scheme(scheme, group_size="channel") if scheme == "w4a16" else make_scheme(scheme),
+        "method_name": str(method),
+        "method": chosen,
+        "calibration": _pairs(0, 80) if chosen.calibrated else None,
+        "evaluation": _pairs(1, 24),
+        **more,
+    }
+    return quantize_checkpoint(folder, out, Settings(**settings))
+
+
+def _log_probs(model: Any, source: Tensor, target: Tensor) -> Tensor:
+    """[T, V] of every token of a target."""
+    ids = torch.cat((torch.tensor([model.config.decoder_start_token_id]), target[:-1]))[None]
+    with torch.no_grad():
+        logits: Tensor = model.logits(model(ids, source=model.encode(source[None])))
+    return logits[0].double().log_softmax(-1)
+
+
+def _logits(model: Any) -> Tensor:
     ids = torch.arange(2, 20)[None]
     with torch.no_grad():
-        logits: torch.Tensor = model.logits(model(ids, source=model.encode(ids)))
+        logits: Tensor = model.logits(model(ids, source=model.encode(ids)))
     return logits
 
 
-@pytest.mark.parametrize("family", ["t5", "marian"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rounded_weights_are_those_of_both_stacks(
     seq2seq_folder: Callable[[str], Path], family: str, tmp_path: Path
 ) -> None:
     folder, out = seq2seq_folder(family), tmp_path / "quantized"
-    settings = Settings(
-        scheme_name="w8a16", scheme=make_scheme("w8a16"), method_name="rtn", method=METHODS["rtn"], speed=False
-    )
-    quantize_checkpoint(folder, out, settings)
+    _quantize(folder, out, evaluation=None)
     model, numbers = load_model(out), load_model(out, dequantize=True)
     assert is_quantized(model)
     torch.testing.assert_close(_logits(model), _logits(numbers), rtol=1e-4, atol=2e-4)
@@ -45,14 +81,87 @@ def test_rounded_weights_are_those_of_both_stacks(
         assert not torch.equal(weight, load_model(folder).get_parameter(f"{name}.weight")), name
 
 
-def test_methods_that_look_at_inputs_are_refused(seq2seq_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    settings = Settings(
-        scheme_name="w8a16",
-        scheme=make_scheme("w8a16"),
-        method_name="gptq",
-        method=METHODS["gptq"],
-        calibration=Samples(torch.ones(2, 8, dtype=torch.int64), ()),
-    )
-    with pytest.raises(UsageError, match="method gptq follows text through the layers of a decoder"):
-        quantize_checkpoint(seq2seq_folder("t5"), tmp_path / "out", settings)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_methods_are_told_the_inputs_of_the_model_as_quantized_so_far(
+    seq2seq_folder: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    """Those of the second decoder layer while it is as it was, the output of the encoder among them, pair by pair."""
+    told: dict[int, InputStatistics] = {}
+
+    def spy(w_NK: Tensor, scheme: Any, statistics: InputStatistics, **more: Any) -> Any:
+        told[len(told)] = statistics
+        return METHODS["rtn"].quantize(w_NK, scheme, statistics, **more)
+
+    _quantize(seq2seq_folder(family), tmp_path / "out", Choice(spy, calibrated=True))  # type: ignore[arg-type]
+    # q, k, v; o; up; down: 4 of a layer of the encoder. q; k and v; o besides in the decoder.
+    assert len(told) == 2 * 4 + 2 * 7
+    model = load_model(tmp_path / "out", dequantize=True)
+    model.layers[1] = load_model(seq2seq_folder(family)).layers[1]
+    second, crossing = 8 + 7, {"t5": 2, "marian": 4}[family]  # in the order of the family's names
+    wanted = {
+        second: "self_attn.q_proj",
+        second + crossing: "cross_attn.q_proj",
+        second + crossing + 1: "cross_attn.k_proj",
+    }
+    inputs: dict[int, list[Tensor]] = {number: [] for number in wanted}
+    for number, name in wanted.items():
+        module = model.layers[1].get_submodule(name)
+        module.register_forward_pre_hook(lambda _, args, number=number: inputs[number].append(args[0][0]))  # type: ignore[misc]
+    for source, target in _pairs(0, 80).pairs:
+        _log_probs(model, source, target)
+    for number, gathered in inputs.items():
+        x_XK = torch.cat(gathered).double()
+        assert told[number].tokens == len(x_XK)
+        expected = 2 / len(x_XK) * x_XK.t() @ x_XK
+        found = told[number].hessian_KK.double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quality_is_that_of_the_two_models_with_targets_given(
+    seq2seq_folder: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    folder, out = seq2seq_folder(family), tmp_path / "out"
+    quality = _quantize(folder, out).quality
+    before, after = load_model(folder), load_model(out)
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for source, target in _pairs(1, 24).pairs:
+        log_p, log_q = (_log_probs(model, source, target) for model in (before, after))
+        rows = range(len(target))
+        same = (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()
+        divergence = (log_p.exp() * (log_p - log_q)).sum()
+        sums += torch.stack((-log_p[rows, target].sum(), -log_q[rows, target].sum(), divergence, same))
+        tokens += len(target)
+    assert quality is not None
+    assert quality.tokens == tokens
+    assert quality.perplexity_before == pytest.approx(math.exp(sums[0] / tokens), rel=1e-4)
+    assert quality.perplexity_after == pytest.approx(math.exp(sums[1] / tokens), rel=1e-3)
+    assert quality.kl_divergence == pytest.approx(float(sums[2]) / tokens, rel=2e-2)
+    assert quality.top1_agreement == pytest.approx(float(sums[3]) / tokens, abs=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gptq_loses_less_than_rounding(seq2seq_folder: Callable[[str], Path], family: str, tmp_path: Path) -> None:
+    reports = [
+        _quantize(seq2seq_folder(family), tmp_path / method, method, scheme="w4a16") for method in ("rtn", "gptq")
+    ]
+    rounded, better = (report.quality for report in reports)
+    assert rounded is not None
+    assert better is not None
+    assert better.kl_divergence < 0.9 * rounded.kl_divergence
+    assert all(layer.output_error is not None for layer in reports[1].layers)
+    assert check_folder(tmp_path / "gptq") == []
+
+
+def test_text_is_its_own_target() -> None:
+    from trine.engine.model.families.registry import new_config
+
+    sizes = {"vocab_size": 40, "width": 32, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8,
+             "ffn_width": 48, "max_positions": 32}  # fmt: skip
+    settings = {"eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1, "bad_words_ids": [[1]]}
+    ids_ST = torch.arange(2, 14).view(2, 6)
+    [batch] = Samples(ids_ST, ()).batches(new_config("marian", sizes=sizes, settings=settings))
+    assert batch.source_ids_BU is not None
+    assert torch.equal(batch.source_ids_BU, ids_ST)
+    assert torch.equal(batch.targets_BT, ids_ST)
+    assert batch.ids_BT.tolist() == [[1, 2, 3, 4, 5, 6], [1, 8, 9, 10, 11, 12]]

@@ -11,9 +11,9 @@ import torch
 from trine.engine.errors import UsageError
 from trine.engine.model.checkpoint import load_model
 from trine.engine.model.quantized.scheme import make_scheme
-from trine.engine.quantize.calibration import DataFile, Samples
 from trine.engine.quantize.methods import METHODS
 from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import DataFile, Samples
 from trine.engine.quantize.writers import COMPRESSED_TENSORS, GPTQ
 
 
