@@ -86,9 +86,12 @@ def memory(opened: Opened, dtype: torch.dtype) -> Memory:
     """What a checked checkpoint takes once it is loaded in `dtype`; codes that kernels multiply stay codes."""
     config, parameters = opened.model.config, dict(opened.model.named_parameters())
     weights = 0
+    coded = {name for one in opened.experts for name in one.stored}
     for rule in opened.rules:
         one = opened.quantized.get(rule.stored)
-        if one is not None and one.scheme is not None:
+        if one is None and rule.stored in coded:
+            weights += opened.stored[rule.stored].num_bytes
+        elif one is not None and one.scheme is not None:
             weights += sum(opened.stored[name].num_bytes for name in one.layout())
         else:
             weights += sum(rule.part(parameters[name]).numel() for name in rule.ours) * dtype.itemsize

@@ -128,13 +128,16 @@ def _quantization(folder: Path, hf: dict[str, Any], opened: Opened) -> Quantizat
         "codes that become numbers" if one.scheme is None else one.scheme.describe()
         for one in opened.quantized.values()
     )
+    fused = sum(len(one.stored - opened.quantized.keys()) for one in opened.experts)
+    if fused:
+        schemes[f"{form.name}, all experts of a layer in one tensor"] = fused
     linear = linear_rules(opened.model, opened.rules, experts=True)
     return Quantization(
         format=form.name,
         method=_method(folder / _REPORT),
         schemes=dict(schemes.most_common()),
         plain=sum(name not in opened.quantized for name in linear),
-        notes=[*notes(opened.quantized), *([opened.note] if opened.note else [])],
+        notes=notes(opened.quantized),
     )
 
 

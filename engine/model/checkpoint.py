@@ -27,6 +27,8 @@ from trine.engine.model.families.registry import features_from_hf, merge_generat
 from trine.engine.model.families.settings import write_eos, write_targets
 from trine.engine.model.families.wrappers import text_settings
 from trine.engine.model.quantized.coded import CodedLinear
+from trine.engine.model.quantized.expert_codes import NUMBERS, ExpertCodes, as_numbers, expert_codes, settle_experts
+from trine.engine.model.quantized.experts import install_experts
 from trine.engine.model.quantized.format import Layout
 from trine.engine.model.quantized.layers import install, is_quantized, replace_linear
 from trine.engine.model.quantized.plan import (
@@ -118,15 +120,15 @@ def read_hf_config(folder: Path | str) -> dict[str, Any]:
 class Opened:
     """A checked checkpoint, open for reading: a model without memory, and where each of its tensors lies.
 
-    `quantized`: by the names that their rules have, the weights that are stored as codes. `note`: what became of codes
-    that are numbers already in `stored`.
+    `quantized`: by the names that their rules have, the weights that are stored as codes. `experts`: those that stay
+    codes, also of tensors that are numbers in `stored` (MXFP4).
     """
 
     model: Transformer
     rules: list[TensorRule]
     stored: dict[str, StoredTensor]
     quantized: QuantizedRules
-    note: str = ""
+    experts: tuple[ExpertCodes, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,13 +163,14 @@ def open_checkpoint(folder: Path | str, *, head_settings: Mapping[str, Any] | No
         stacked = {rule.stored for rule in family.rules(config, stacked=True) if rule.stacked}
         rules = family.rules(config, stacked=not stacked.isdisjoint(stored))
         quantized = {} if form is None else quantized_rules(model, rules, form, stored)
+        quantized = settle_experts(rules, quantized, stored)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if head_settings is not None:
             rules = [rule for rule in rules if not is_of_head(rule) or fits(rule, shapes, stored)]
         stored = of_the_task(stored, config, family, rules, quantized)
         _check(folder, rules, shapes, stored, quantized)
-        note = "" if form is None or form.by_layer else f"{form.name} weights are held as numbers"
-        yield Opened(model, rules, stored, quantized, note)
+        experts = () if form is None else tuple(expert_codes(rules, quantized, stored))
+        yield Opened(model, rules, stored, quantized, experts)
 
 
 def load_model(
@@ -181,35 +184,45 @@ def load_model(
     """A model in evaluation mode, its weights in `dtype` (None: as stored, the widest where files mix).
 
     Quantized weights keep their codes, and the model then takes no gradients; with `dequantize` they become numbers in
-    `dtype`. Codes that no kernel multiplies become numbers too, but with `keep_codes` they stay codes, decoded at every
-    use (`quantized/coded.py`). Raises `CheckpointError` naming the file, key or shape that is wrong.
+    `dtype`. Codes that no kernel multiplies become numbers too. With `keep_codes`, for training an adapter, those of
+    linear layers stay codes, decoded at every use (`quantized/coded.py`), and experts become numbers, through which
+    gradients pass. Raises `CheckpointError` naming the file, key or shape that is wrong.
     """
     with open_checkpoint(folder) as opened:
-        model, stored, quantized = opened.model, opened.stored, opened.quantized
-        dtype = dtype or opened.dtype
+        model, stored = opened.model, opened.stored
+        dtype, device = dtype or opened.dtype, torch.device(device)
+        quantized, experts = opened.quantized, opened.experts
+        if keep_codes and experts:
+            say(f"{NUMBERS}: gradients pass through them ({len(experts)} layers)")
+            quantized, experts = as_numbers(quantized, experts), ()
         plain = [rule for rule in opened.rules if len(rule.ours) == 1 and rule.expert is None]
         coded = {rule.stored for rule in plain if keep_codes and rule.ours != (EMBEDDING,)}
         kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
-        kept = {} if dequantize else kept
+        kept, experts = ({}, ()) if dequantize else (kept, experts)
         told = {name: one for name, one in quantized.items() if name not in kept or one.scheme is not None}
-        for line in () if dequantize else [*notes(told), *([opened.note] if opened.note else [])]:
+        for line in () if dequantize else notes(told):
             say(line)
         for rule in opened.rules:
             one = kept.get(rule.stored)
-            if one is not None and one.scheme is None:
+            if one is None or rule.expert is not None:
+                continue
+            if one.scheme is None:
                 _install_codes(model, rule, one, stored)
-            elif one is not None:
-                _install(model, rule, one, stored, torch.device(device))
+            else:
+                _install(model, rule, one, stored, device)
+        for each in experts:
+            install_experts(model, each.name, each.pack(device))
+        installed = {*kept, *(name for each in experts for name in each.stored)}
         model = model.to(dtype).to_empty(device=device)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for rule in opened.rules:
-                if rule.stored in kept:
+                if rule.stored in installed:
                     continue
                 parts = [rule.part(parameters[name]) for name in rule.ours]
                 for part, numbers in zip(parts, _numbers(rule, parts, stored, quantized, dtype), strict=True):
                     part.copy_(numbers)
-        return model.requires_grad_(not kept).eval()
+        return model.requires_grad_(not installed).eval()
 
 
 def _numbers(

@@ -40,7 +40,7 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """The three layers of all experts."""
+    """The three layers of all experts. Where weights are codes, `quantized/experts.py` stands in its place."""
 
     def __init__(self, width: int, moe: MoeConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,6 +48,23 @@ class Experts(nn.Module):
         self.gate_proj = ExpertLinear(E, width, F, bias=bias, device=device, dtype=dtype)
         self.up_proj = ExpertLinear(E, width, F, bias=bias, device=device, dtype=dtype)
         self.down_proj = ExpertLinear(E, F, width, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, *, activation: str, limit: float | None) -> Tensor:
+        """What the chosen experts [..., K] make of x [..., C], times their weights, summed."""
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return moe_mlp(
+            x,
+            ids,
+            weights,
+            gate.weight,
+            up.weight,
+            down.weight,
+            activation=activation,
+            gate_bias=gate.bias,
+            up_bias=up.bias,
+            down_bias=down.bias,
+            limit=limit,
+        )
 
 
 class MixtureOfExperts(nn.Module):
@@ -76,20 +93,7 @@ class MixtureOfExperts(nn.Module):
         """Never deterministic: how many tokens an expert has decides how they are summed. The model refuses it."""
         assert not deterministic
         ids, weights = route(self.gate(x), self.moe.top_k, order=self.moe.order, renormalise=self.moe.renormalise)
-        gate, up, down = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
-        y = moe_mlp(
-            x,
-            ids,
-            weights,
-            gate.weight,
-            up.weight,
-            down.weight,
-            activation=self.activation,
-            gate_bias=gate.bias,
-            up_bias=up.bias,
-            down_bias=down.bias,
-            limit=self.moe.limit,
-        )
+        y: Tensor = self.experts(x, ids, weights, activation=self.activation, limit=self.moe.limit)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return y
         shared: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)

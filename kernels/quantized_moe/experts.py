@@ -14,7 +14,7 @@ layout on disk is that of gpt-oss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trine.kernels.launch import ceil_div
 from trine.kernels.quantized.activations import BLOCK
-from trine.kernels.quantized.packing import WORDS, PackedWeight, block_size, pack
+from trine.kernels.quantized.packing import WORDS, PackedWeight, block_size, pack, unpack
 from trine.kernels.quantized.packing import _to_tiles as to_tiles
 from trine.kernels.quantized_moe.rows import FloatRows
 from trine.kernels.target import uses_triton
@@ -34,7 +34,9 @@ _MX_GROUP = 32
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """Made by `pack_experts`, `float8_experts` or `mxfp4_experts`; on a GPU `words`, `scales` and `zeros`, else `rows`.
+    """Made by `pack_experts`, `join_experts`, `float8_experts` or `mxfp4_experts`.
+
+    On a GPU `words`, `scales` and `zeros`, else `rows`.
 
     `spread`: features that share a scale, 1 or 128.
     """
@@ -72,6 +74,39 @@ class PackedExperts:
         kept = [tensor for tensor in (self.words, self.scales, self.zeros) if tensor is not None]
         return sum(tensor.nbytes for tensor in kept) + sum(weight.num_bytes for weight in self.rows)
 
+    def to(self, device: torch.device | str) -> PackedExperts:
+        """On another device, in the layout of that device."""
+        device = torch.device(device)
+        if device.type == self.device.type and device.index in (None, self.device.index):
+            return self
+        each = (self.plain(expert) for expert in range(self.num_experts))
+        if not self.kind.startswith("int"):
+            codes, scales, _ = zip(*each, strict=True)
+            moved = torch.stack(codes).to(device), torch.stack(scales).to(device)
+            return _floats(self.kind, *moved, self.width, self.spread)
+
+        def packed(values_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None) -> PackedWeight:
+            zeros_NG = None if zeros_NG is None else zeros_NG.to(device)
+            return pack(values_NK.to(device), scales_NG.to(device), zeros_NG, bits=KINDS[self.kind])
+
+        return join_experts((packed(*parts) for parts in each), self.num_experts)
+
+    def plain(self, expert: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The codes, scales and zero points of one expert, as they were given.
+
+        Codes are int8 [N, K]: of fp8 its bytes, of mxfp4 [N, K / 2], each two codes.
+        """
+        if self.words is None or self.scales is None:
+            rows = self.rows[expert]
+            return unpack(rows) if isinstance(rows, PackedWeight) else (rows.codes, rows.scales, None)
+        bits, scales = KINDS[self.kind], self.scales[expert].t().contiguous()
+        # The words hold bits, whatever they mean. Scales of blocks do not say how many outputs there are.
+        of_rows = self.scales.new_empty(1, self.num_features)
+        codes, _, _ = unpack(PackedWeight(self.words[expert], of_rows, None, None, bits, self.width, "tiles"))
+        if self.kind == "mxfp4":
+            codes = codes[:, ::2] & 15 | codes[:, 1::2] << 4
+        return codes, scales, None if self.zeros is None else self.zeros[expert].t().contiguous()
+
 
 def pack_experts(
     values_ENK: Tensor, scales_ENG: Tensor, zeros_ENG: Tensor | None = None, *, bits: int
@@ -82,19 +117,58 @@ def pack_experts(
         raise ValueError(
             f"zeros have shape {tuple(zeros_ENG.shape)}; expected {tuple(scales_ENG.shape)}, as the scales"
         )
-    num_experts, num_features, width = values_ENK.shape
 
     def one(expert: int) -> PackedWeight:
         zeros_NG = None if zeros_ENG is None else zeros_ENG[expert]
         return pack(values_ENK[expert], scales_ENG[expert], zeros_NG, bits=bits)
 
-    if not uses_triton(values_ENK):
-        rows = tuple(one(expert) for expert in range(num_experts))
-        return PackedExperts(f"int{bits}", num_experts, num_features, width, None, None, None, 1, rows)
-    words = _stacked(num_experts, num_features, width, bits, values_ENK.device, lambda expert: one(expert).words)
-    scales_EGN = scales_ENG.transpose(1, 2).contiguous()
-    zeros_EGN = None if zeros_ENG is None else zeros_ENG.transpose(1, 2).contiguous()
-    return PackedExperts(f"int{bits}", num_experts, num_features, width, words, scales_EGN, zeros_EGN, 1, ())
+    return join_experts((one(expert) for expert in range(len(values_ENK))), len(values_ENK))
+
+
+def join_experts(weights: Iterable[PackedWeight], num_experts: int) -> PackedExperts:
+    """Experts that were packed one by one (`packing.pack`, `packing.pack_words`), all of them alike.
+
+    They are taken one after the other, so that only one is in memory twice. Raises ValueError for none, for another
+    number than `num_experts`, and for experts that differ in bits, shape, groups or dtype of scales, zero points or
+    device.
+    """
+    first: PackedWeight | None = None
+    rows: list[PackedWeight] = []
+    stacks: list[Tensor] = []
+    count = 0
+    for weight in weights:
+        if first is None:
+            first = weight
+            stacks = [one.new_empty(num_experts, *one.shape) for one in _tensors(weight)]
+        if _form(weight) != _form(first) or count == num_experts:
+            raise ValueError(f"expert {count} of {num_experts} is {_form(weight)} but the first is {_form(first)}")
+        if weight.layout != "tiles":
+            rows.append(weight)
+        else:
+            for stack, tensor in zip(stacks, _tensors(weight), strict=True):
+                stack[count] = tensor
+        count += 1
+    if first is None or count != num_experts:
+        raise ValueError(f"there are {count} experts; expected {num_experts}, at least one")
+    kind, sizes = f"int{first.bits}", (num_experts, first.num_features, first.width)
+    if rows:
+        return PackedExperts(kind, *sizes, None, None, None, 1, tuple(rows))
+    words, scales, *zeros = stacks
+    return PackedExperts(kind, *sizes, words, scales, zeros[0] if zeros else None, 1, ())
+
+
+def _tensors(weight: PackedWeight) -> list[Tensor]:
+    """What of a weight in "tiles" is stacked; of others nothing is."""
+    if weight.layout != "tiles":
+        return []
+    return [one for one in (weight.words, weight.scales, weight.zeros) if one is not None]
+
+
+def _form(weight: PackedWeight) -> str:
+    """All that experts of one projection must share, in words."""
+    scales, points = weight.scales, "no" if weight.zeros is None else "with"
+    shape = [weight.num_features, weight.width]
+    return f"{weight.bits}-bit {shape}, scales {scales.dtype} {list(scales.shape)} on {scales.device}, {points} zeros"
 
 
 def float8_experts(codes_ENK: Tensor, scales: Tensor) -> PackedExperts:

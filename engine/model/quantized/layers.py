@@ -17,6 +17,7 @@ from trine.engine.errors import UsageError
 from trine.engine.model.blocks import MLP
 from trine.engine.model.layers import Linear
 from trine.engine.model.quantized.coded import CodedLinear
+from trine.engine.model.quantized.experts import QuantizedExperts
 from trine.engine.model.quantized.table import QuantizedEmbedding
 from trine.kernels.mlp.activation import activate, gated
 from trine.kernels.quantized.op import Weight, quantized_gated, quantized_linear
@@ -142,4 +143,5 @@ def _shared(parent: nn.Module, order_K: Tensor | None) -> Tensor | None:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model is quantized."""
-    return any(isinstance(part, QuantizedLinear | CodedLinear | QuantizedEmbedding) for part in model.modules())
+    kinds = QuantizedLinear | QuantizedExperts | CodedLinear | QuantizedEmbedding
+    return any(isinstance(part, kinds) for part in model.modules())

@@ -1,7 +1,8 @@
-"""gpt-oss's MXFP4 experts, read as numbers: two codes a byte, and a power of two for each 32 of them.
+"""gpt-oss's MXFP4 experts: two codes a byte, and a power of two for each 32 of them.
 
-`NAME_blocks` uint8 [E, out, in / 32, 16] and `NAME_scales` uint8 [E, out, in / 32] become the tensor NAME that an
-unquantized file holds, bfloat16 [E, in, out]; it is decoded when it is read. Format: OCP Microscaling Formats 1.0.
+`NAME_blocks` uint8 [E, out, in / 32, 16] and `NAME_scales` uint8 [E, out, in / 32] stand for the tensor NAME that an
+unquantized file holds, bfloat16 [E, in, out]; it is decoded when it is read. A model that only computes takes blocks
+and scales instead (`expert_codes.py`). Format: OCP Microscaling Formats 1.0.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class Mxfp4Tensor(StoredTensor):
             for e in range(len(blocks))
         ]
         return torch.stack(decoded).transpose(1, 2)
+
+    @property
+    def num_bytes(self) -> int:
+        """Those of the codes."""
+        return sum(part.num_bytes for part in self.file)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,6 @@ def quantized_rules(
         encoding = form.encoding(path, num_features, width, stored)
         if encoding is None:
             continue
-        if rule.expert is not None:  # no kernel multiplies codes of many experts
-            encoding = replace(encoding, scheme=None, note="weights of experts become numbers")
         if rule.transpose and not form.transposes:
             raise CheckpointError(f"{path} is stored [in, out], which {form.name} does not hold quantized")
         found[name] = QuantizedRule(path, encoding, num_features, width)

@@ -500,8 +500,14 @@ def test_mxfp4_experts_are_read_as_transformers_reads_them(
     _edit_tensors(folder, code)
     _edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     _edit_tensors(plain, lambda tensors: tensors.update(numbers))
-    assert torch.equal(_logits(folder, sample_ids), _logits(plain, sample_ids))
-    assert capsys.readouterr().err.count("mxfp4 weights are held as numbers") == 1
+    expected = _logits(plain, sample_ids)
+    with torch.no_grad():
+        for options in ({"dequantize": True}, {"keep_codes": True}):
+            model = load_model(folder, dtype=torch.float32, **options)
+            assert torch.equal(model.logits(model(sample_ids)), expected)
+    assert capsys.readouterr().err.count("weights of experts become numbers") == 1
+    torch.testing.assert_close(_logits(folder, sample_ids), expected, rtol=1e-5, atol=1e-5)
+    assert capsys.readouterr().err == ""
     _edit_tensors(folder, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("_scales"))))
     with pytest.raises(CheckpointError, match=r"stored as blocks .* and scales None"):
         load_model(folder)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from trine.engine.errors import CheckpointError
 from trine.engine.model.checkpoint import load_model
+from trine.engine.model.quantized.experts import QuantizedExperts
 from trine.engine.model.quantized.layers import QuantizedLinear
 from trine.engine.model.quantized.registry import read_format
 from trine.engine.model.quantized.scheme import SCHEMES
@@ -116,8 +117,10 @@ def test_a_folder_holds_the_weights_that_transformers_reads(name: str, tmp_path:
     quantized = load_model(tmp_path)
     said = capsys.readouterr().err
     layers = sum(isinstance(part, QuantizedLinear) for part in quantized.modules())
-    experts = "weights of experts become numbers (24 layers)" in said
-    assert (layers, experts) == ((14, False) if name == "llama" else (8, True))
+    experts = sum(isinstance(part, QuantizedExperts) for part in quantized.modules())
+    assert (layers, experts) == ((14, 0) if name == "llama" else (8, 2))
+    told = "inputs of experts stay as they are: their weights alone are codes (24 layers)" in said
+    assert told == (name != "llama")
     ours = load_model(tmp_path, dequantize=True)
     ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
