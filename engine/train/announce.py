@@ -57,6 +57,7 @@ def log_step(
     recipe = setup.recipe
     due = step % recipe.log.every == 0 or step in (1, recipe.train.steps)
     if due:
+        energy.update()
         metrics.write(
             "step",
             step,

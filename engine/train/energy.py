@@ -18,6 +18,8 @@ from trine.engine.log import warn
 from trine.engine.train.energy_counters import Counters
 
 JOULES_PER_KWH = 3.6e6
+# A GPU's driver takes milliseconds to answer, as long as a step of a small model: steps do not ask more often.
+_PERIOD_SECONDS = 1.0
 
 
 @dataclass
@@ -40,8 +42,13 @@ class EnergyMeter:
         self._last = self._read()
         self._read_at = self.clock()
 
+    def keep_up(self) -> None:
+        """After a step: take what was spent, where the last reading is a second old."""
+        if self.clock() - self._read_at >= _PERIOD_SECONDS:
+            self.update()
+
     def update(self) -> None:
-        """Take what was spent since the last call; to be called at least once in each step and pause."""
+        """Take what was spent since the last reading: before the figures are used, and after every pause."""
         now = self.clock()
         gone, self._read_at = now - self._read_at, now
         self.seconds += gone

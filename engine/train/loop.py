@@ -265,7 +265,7 @@ class Trainer:
         self.loss = result.loss
         self.smoothed.update(result.loss)
         self.meter.end_step(tokens=counts[0], processed=steps.count_tokens(pieces))
-        self.energy.update()
+        self.energy.keep_up()
         log_step(
             metrics, progress, self.setup, self.meter, result, self.smoothed, self.energy,
             step=self.step, first_step=self.first_step, rates=self.optimizer.learning_rates(factor),
@@ -287,6 +287,7 @@ class Trainer:
     def _save(self, metrics: MetricsFile, *, wait: bool = False) -> None:
         """Save this step; with `wait` it is on disk afterwards."""
         if self.saved_step != self.step:
+            self.energy.update()
             state = TrainerState(
                 step=self.step,
                 next_sample=self.next_sample,

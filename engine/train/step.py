@@ -13,6 +13,7 @@ has to survive an interruption, and neither evaluation nor sampling can disturb 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,11 +96,12 @@ def check_and_clip(model: nn.Module, loss: Tensor, *, max_norm: float, step: int
     named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
     grads = [grad for _, grad in named]
     total, norms = gradient_norm(grads)
-    loss_value, norm = torch.stack([loss, total]).tolist()
-    if not torch.isfinite(loss).item():
+    loss_value, norm = torch.stack([loss, total]).tolist()  # the one time that a step waits for the device
+    if not math.isfinite(loss_value):
         raise NonFiniteError(f"the loss of step {step} is {loss_value}")
-    if not torch.isfinite(torch.tensor(norm)).item():
-        bad = next((name for (name, _), value in zip(named, norms.tolist(), strict=True) if not _finite(value)), None)
+    if not math.isfinite(norm):
+        finite = map(math.isfinite, norms.tolist())
+        bad = next((name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite), None)
         where = "all parameters together" if bad is None else bad
         raise NonFiniteError(f"the gradient of {where} is not finite at step {step} (loss {loss_value:.4g})")
     if max_norm and norm > max_norm:
@@ -110,7 +112,3 @@ def check_and_clip(model: nn.Module, loss: Tensor, *, max_norm: float, step: int
 def piece_seed(seed: int, first_sample: int) -> int:
     """Seed of the random numbers used for the piece that starts at a sample."""
     return int.from_bytes(hashlib.sha256(f"{seed} {first_sample}".encode()).digest()[:8], "little") >> 1
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0

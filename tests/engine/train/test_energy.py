@@ -69,6 +69,20 @@ def test_joules_over_steps_and_a_counter_that_goes_round(machine: Path) -> None:
     assert (meter.measured_seconds, meter.seconds) == (6.0, 6.0)
 
 
+def test_steps_do_not_ask_the_counters_more_than_once_a_second(machine: Path) -> None:
+    now = [0.0]
+    meter = EnergyMeter(find_counters(CPU, machine), clock=lambda: now[0])
+    meter.start()
+    seen = []
+    for now[0] in (0.4, 0.9, 1.2, 1.6, 2.1, 2.3):
+        advance(machine / "intel-rapl:0", 1_000_000)
+        meter.keep_up()
+        seen.append(meter.joules)
+    assert seen == [0.0, 0.0, 3.0, 3.0, 3.0, 6.0]
+    meter.update()
+    assert (meter.joules, meter.measured_seconds) == (6.0, pytest.approx(2.3))
+
+
 def test_a_counter_unread_for_so_long_that_it_may_have_gone_round_twice_is_not_believed(machine: Path) -> None:
     now = [0.0]
     meter = EnergyMeter(find_counters(CPU, machine), clock=lambda: now[0])
