@@ -46,11 +46,29 @@ TopP = Annotated[
 ]
 MinP = Annotated[float, typer.Option(metavar="X", help="Leave out tokens below this fraction of the likeliest.")]
 CalibrationSamples = Annotated[
-    int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128")
+    int | None, typer.Option(metavar="N", help="Samples to take of it.", show_default="up to 128, or 1024 pairs")
 ]
 CalibrationLength = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Tokens of a sample, held out or not.", show_default="512, or the context"),
+    typer.Option(
+        metavar="N",
+        help="Tokens of a sample, held out or not; longer sources and targets are cut.",
+        show_default="512, or the context",
+    ),
+]
+SourceField = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Of encoder-decoders: field of a .jsonl line with the source.", show_default="source"
+    ),
+]
+TargetField = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="And the one with its target.", show_default="target"),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory to keep to beside Python and torch, such as 2GiB.", show_default="none"),
 ]
 Evaluation = Annotated[
     list[Path] | None,

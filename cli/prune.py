@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from trine.cli.options import CalibrationLength, CalibrationSamples, Dtype, Evaluation, ResumeLayers
+from trine.cli.options import (
+    CalibrationLength,
+    CalibrationSamples,
+    Dtype,
+    Evaluation,
+    MaxMemory,
+    ResumeLayers,
+    SourceField,
+    TargetField,
+)
 
 
 def prune(
@@ -29,11 +38,14 @@ def prune(
     ] = None,
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE...", help="Text, .jsonl lines or conversations, for wanda."),
+        typer.Option(metavar="FILE...", help="Text, .jsonl lines, conversations or pairs, for wanda."),
     ] = None,
     calibration_samples: CalibrationSamples = None,
     calibration_length: CalibrationLength = None,
+    source_field: SourceField = None,
+    target_field: TargetField = None,
     evaluation: Evaluation = None,
+    max_memory: MaxMemory = None,
     resume: ResumeLayers = False,
     dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="The report as one JSON object on one line.")] = False,
@@ -45,6 +57,7 @@ def prune(
     import json as json_format
 
     from trine.cli.calibration import files_of, read_samples
+    from trine.engine.config import parse_bytes
     from trine.engine.env import DTYPES, set_threads
     from trine.engine.errors import UsageError
     from trine.engine.log import format_duration, say
@@ -63,13 +76,15 @@ def prune(
     set_threads(0)
     folder = resolve_checkpoint(checkpoint)
     texts = files_of(calibration, evaluation, more_data)
-    samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length)
+    fields = (source_field, target_field)
+    samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length, fields)
     settings = PruneSettings(
         method=method,
         sparsity=wanted,
         calibration=samples,
         evaluation=held_out,
         dtype=DTYPES.get(dtype),
+        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
         resume=resume,
     )
     report = prune_checkpoint(folder, out, settings)

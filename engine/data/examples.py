@@ -56,7 +56,7 @@ class Record:
         if field not in self.fields:
             raise DataError(
                 f"{self.place}: no field {field!r}; the line has {', '.join(map(repr, self.fields)) or 'none'}: name "
-                "the right one in [objective]"
+                "the right one"
             )
         return self.fields[field]
 

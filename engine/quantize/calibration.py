@@ -6,14 +6,15 @@
                     conversation and holds the next ones as far as they fit, the last cut short
 
 Samples are taken at even distances from all that there are, so that no random numbers are needed, and files are thinned
-in the same way where they are large. What was read is told apart by the SHA-256 of the files.
+in the same way where they are large. What was read is told apart by the SHA-256 of the files. Pairs of sources and
+targets are read by `pair_files.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,8 +30,8 @@ from trine.engine.text.tokenizer import Tokenizer
 
 SAMPLES, LENGTH = 128, 512
 HELD_OUT = 16
-# Text that is turned into tokens at most; of more, every second (third ...) piece of a mebibyte is taken.
-_TEXT_BYTES = 16 * 2**20
+# Text that is turned into tokens at most; of more, every second (third ...) piece or line is taken.
+TEXT_BYTES = 16 * 2**20
 _CONVERSATION = "messages"
 
 
@@ -42,42 +43,61 @@ def read_calibration(
     length: int | None = None,
     context: int,
     held_out: bool = False,
+    ended: bool = False,
 ) -> tuple[Samples, Samples | None]:
     """(samples, others held out for measuring, where there are any and `held_out` asks for them).
 
     `samples` None takes up to 128 and leaves a ninth of few; `length` None is 512, or the model's `context` where that
-    is less. Raises `DataError` for files that are missing, empty, broken, or too short; `UsageError` for a length
-    beyond the context.
+    is less. `ended`: each sample ends with the end-of-text token, as an encoder-decoder knows its texts. Raises
+    `DataError` for files that are missing, empty, broken, or too short; `UsageError` for a length beyond the context.
     """
+    length = check_sizes(samples, length, context)
+    sources = find_sources(paths)
+    end = [tokenizer.eos_id] if ended and tokenizer.eos_id is not None else []
+    pieces = [piece for group in _packed(sources, tokenizer, length - len(end)) for piece in group]
+    if not pieces:
+        raise DataError(
+            f"{names_of(sources)} hold less than one sample of {length} tokens; give more text, or a smaller "
+            "--calibration-length"
+        )
+    what = f"{names_of(sources)} hold {len(pieces)} samples of {length} tokens"
+    kept, apart = choose(len(pieces), samples, most=SAMPLES, spare=HELD_OUT if held_out else 0, what=what)
+    files = tuple(hashed(source) for source in sources)
+
+    def stack(numbers: Iterable[int]) -> Samples:
+        ends = np.array(end, dtype=np.int64)
+        return Samples(
+            torch.stack([torch.from_numpy(np.concatenate((pieces[number], ends))) for number in numbers]), files
+        )
+
+    return stack(kept), stack(apart) if apart else None
+
+
+def check_sizes(samples: int | None, length: int | None, context: int) -> int:
+    """The tokens of a sample. Raises `UsageError` for a number of samples or a length that cannot be."""
     length = min(LENGTH, context) if length is None else length
     if samples is not None and samples < 1:
         raise UsageError(f"--calibration-samples is {samples}; it must be at least 1")
     if not 2 <= length <= context:
         raise UsageError(f"--calibration-length is {length}; it must be from 2 to the model's context of {context}")
-    sources = find_sources(paths)
-    pieces = [piece for group in _packed(sources, tokenizer, length) for piece in group]
-    if not pieces:
+    return length
+
+
+def choose(found: int, wanted: int | None, *, most: int, spare: int, what: str) -> tuple[list[int], list[int]]:
+    """Numbers of samples to take of those found, and of others to hold out, up to `spare`.
+
+    `wanted` None takes up to `most`, and leaves a ninth of few where some are held out. Raises `DataError`, saying
+    `what` there is, where there are fewer than wanted.
+    """
+    count = min(most, found - (found // 9 if spare else 0)) if wanted is None else wanted
+    if count > found:
         raise DataError(
-            f"{_names(sources)} hold less than one sample of {length} tokens; give more text, or a smaller "
-            "--calibration-length"
+            f"{what}, not {count}; give more text, a smaller --calibration-length or fewer --calibration-samples"
         )
-    found = len(pieces)
-    wanted = min(SAMPLES, found - (found // 9 if held_out else 0)) if samples is None else samples
-    if wanted > found:
-        raise DataError(
-            f"{_names(sources)} hold {found} samples of {length} tokens, not {wanted}; give more text, a smaller "
-            "--calibration-length or fewer --calibration-samples"
-        )
-    spare = min(HELD_OUT, found - wanted) if held_out else 0
-    chosen = _evenly(found, wanted + spare)
+    spare = min(spare, found - count)
+    chosen = _evenly(found, count + spare)
     apart = {chosen[number] for number in _evenly(len(chosen), spare)}
-    files = tuple(_hashed(source) for source in sources)
-
-    def stack(numbers: Iterable[int]) -> Samples:
-        return Samples(torch.stack([torch.from_numpy(pieces[number]) for number in numbers]), files)
-
-    kept = stack(number for number in chosen if number not in apart)
-    return kept, stack(sorted(apart)) if apart else None
+    return [number for number in chosen if number not in apart], sorted(apart)
 
 
 def _evenly(total: int, count: int) -> list[int]:
@@ -89,11 +109,11 @@ def _packed(sources: Sequence[Source], tokenizer: Tokenizer, length: int) -> Ite
     """Samples of `length` tokens, int64, file by file; text that is left over goes on in the next file."""
     template = None
     bos, eos = _bos(tokenizer), tokenizer.eos_id
-    every = -(-sum(source.size for source in sources) // _TEXT_BYTES)
+    every = -(-sum(source.size for source in sources) // TEXT_BYTES)
     rest = np.empty(0, dtype=np.int64)
     number = 0
     for source in sources:
-        if _holds_conversations(source):
+        if _CONVERSATION in first_fields(source):
             template = template or _template(tokenizer, source)
             texts = (template.render(one, add_generation_prompt=False) for one in _conversations(source, every))
             yield _pack_conversations((tokenizer.encode(text) for text in texts), length)
@@ -128,16 +148,16 @@ def _bos(tokenizer: Tokenizer) -> np.ndarray[Any, Any]:
     return np.array([bos] if adds else [], dtype=np.int64)
 
 
-def _holds_conversations(source: Source) -> bool:
-    """Whether the first line of a .jsonl file is a conversation."""
+def first_fields(source: Source) -> Collection[str]:
+    """The fields of the first line of a .jsonl file; none of any other file, or of a broken line."""
     if source.suffix not in JSON_LINES:
-        return False
+        return ()
     with Reader(source) as reader:
         try:
             first = json.loads(reader.file.readline())
         except (ValueError, RecursionError, DamagedError):
-            return False  # the reader of texts says what is wrong with it
-    return isinstance(first, dict) and _CONVERSATION in first
+            return ()  # the reader of texts says what is wrong with it
+    return first if isinstance(first, dict) else ()
 
 
 def _conversations(source: Source, every: int) -> Iterator[list[dict[str, Any]]]:
@@ -164,7 +184,8 @@ def _template(tokenizer: Tokenizer, source: Source) -> ChatTemplate:
     return template
 
 
-def _hashed(source: Source) -> DataFile:
+def hashed(source: Source) -> DataFile:
+    """A file and the hash of what it holds."""
     digest = hashlib.sha256()
     with Reader(source) as reader:
         while block := reader.file.read(2**20):
@@ -172,7 +193,8 @@ def _hashed(source: Source) -> DataFile:
     return DataFile(source.name, source.size, digest.hexdigest())
 
 
-def _names(sources: Sequence[Source]) -> str:
+def names_of(sources: Sequence[Source]) -> str:
+    """The first few, for people."""
     names = [source.location for source in sources]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

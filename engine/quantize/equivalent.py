@@ -5,7 +5,8 @@
 The numbers change, what the model computes does not, and a good s (`awq.py`, `smoothquant.py`) makes rounding lose
 less. Places in a block where it works, by its structure alone:
 
-    norm -> all layers that read it    q, k, v; gate and up; in a parallel block all of them
+    norm -> all layers that read it    q, k, v; gate and up; in a parallel block all of them; q of cross-attention
+                                       (whose k and v read what all layers of a decoder share: no place)
     v    -> o       attention averages values, so a channel of v is an input of o; heads that share a v share its s
     up   -> down    down(act(gate(x)) up(x)) is linear in up; without a gate where act(x / s) = act(x) / s, as for relu
 
@@ -58,7 +59,11 @@ class Place:
 
 # By placement of the norms: which parts of a block read a norm.
 _READERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    "pre": (("input_layernorm", ("self_attn",)), ("post_attention_layernorm", ("mlp",))),
+    "pre": (
+        ("input_layernorm", ("self_attn",)),
+        ("cross_attention_layernorm", ("cross_attn",)),
+        ("post_attention_layernorm", ("mlp",)),
+    ),
     "both": (("input_layernorm", ("self_attn",)), ("pre_feedforward_layernorm", ("mlp",))),
     "parallel": (("input_layernorm", ("self_attn", "mlp")),),
     "parallel_two": (("input_layernorm", ("self_attn",)), ("post_attention_layernorm", ("mlp",))),
@@ -73,6 +78,8 @@ def places(block: Block) -> list[Place]:
         layers["self_attn"] = _present(block, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     if isinstance(mlp, MLP):
         layers["mlp"] = _present(block, "mlp.gate_proj", "mlp.up_proj")
+    if block.cross_attn is not None:
+        layers["cross_attn"] = ("cross_attn.q_proj",)
     found = [
         Place(norm, tuple(name for part in parts for name in layers[part]))
         for norm, parts in _READERS.get(block.placement, ())
@@ -82,6 +89,8 @@ def places(block: Block) -> list[Place]:
         copies = attention.num_heads // attention.num_kv_heads
         heads = (attention.num_kv_heads, copies, attention.head_dim)
         found.append(Place("self_attn.v_proj", ("self_attn.o_proj",), heads))
+        if block.cross_attn is not None:
+            found.append(Place("cross_attn.v_proj", ("cross_attn.o_proj",), heads))
     if isinstance(mlp, MLP) and (mlp.gate_proj is not None or mlp.activation == "relu"):
         found.append(Place("mlp.up_proj", ("mlp.down_proj",)))
     return found

@@ -73,6 +73,7 @@ def compare(to_logits: Callable[[Tensor], Tensor], before: Stream, after: Stream
     if not math.isfinite(loss_before + loss_after + divergence):
         raise NonFiniteError("predictions are not numbers; the checkpoint is damaged, or try --dtype float32")
     window = max(batch.targets_BT.shape[1] for batch in before.batches)
+    divergence = max(divergence, 0.0)  # of two models that are nearly one, rounding may leave less
     return Quality(math.exp(min(loss_before, 700)), math.exp(min(loss_after, 700)), divergence, same, tokens, window)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.blocks import Block
-from trine.engine.model.config import Activation, ModelConfig, Norm, Placement
+from trine.engine.model.config import Activation, EncoderConfig, ModelConfig, Norm, Placement
 from trine.engine.model.layers import LayerNorm, RMSNorm
 from trine.engine.model.quantized.scheme import SCHEMES, Scheme, make_scheme
 from trine.engine.model.transformer import Transformer
@@ -51,7 +51,7 @@ def _model(dtype: torch.dtype = torch.float64, **changes: Any) -> Transformer:
 @torch.no_grad()
 def _hidden(model: Transformer) -> Tensor:
     ids_BT = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(1))
-    return model(ids_BT)  # type: ignore[no-any-return]
+    return model(ids_BT, source=None if model.encoder is None else model.encode(ids_BT.flip(1)))  # type: ignore[no-any-return]
 
 
 def _random(place: Place, block: Block) -> Tensor:
@@ -60,6 +60,7 @@ def _random(place: Place, block: Block) -> Tensor:
     return place.tie(torch.randn(width, generator=generator, dtype=torch.float64).exp())
 
 
+ENCODER = EncoderConfig(num_layers=2, num_heads=4, ffn_width=64)
 STRUCTURES: dict[str, dict[str, Any]] = {
     **{
         f"{placement}-{norm}": {"placement": placement, "norm": norm}
@@ -73,6 +74,10 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "learned-positions": {"positions": "learned", "rope": None, "norm": "layer"},
     "no-biases": {"qkv_bias": False, "o_bias": False, "mlp_bias": False},
     "normed-heads": {"qk_norm": "head"},
+    **{
+        f"encoder-decoder-{placement}": {"placement": placement, "encoder": ENCODER, "decoder_start_token_id": 0}
+        for placement in ("pre", "post_sum")
+    },
 }
 
 
@@ -81,7 +86,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 def test_what_the_model_computes_stays(name: str, stored: torch.dtype) -> None:
     model = _model(**STRUCTURES[name])
     before = _hidden(model)
-    for block in model.layers:
+    for block in (*model.layers, *([] if model.encoder is None else model.encoder.layers)):
         assert isinstance(block, Block)
         for place in places(block):
             kept = {part: block.get_parameter(f"{part}.weight").clone() for part in (place.before, *place.layers)}
@@ -113,6 +118,15 @@ def test_places_follow_the_structure() -> None:
         "self_attn.v_proj": ("self_attn.o_proj",),
     }
     assert "mlp.up_proj" in _found(mlp="plain", activation="relu")
+    crossing = {"cross_attn.v_proj": ("cross_attn.o_proj",)}
+    assert _found(**STRUCTURES["encoder-decoder-post_sum"]) == {**INNER, **crossing}
+    assert _found(**STRUCTURES["encoder-decoder-pre"]) == {
+        "input_layernorm": QKV,
+        "cross_attention_layernorm": ("cross_attn.q_proj",),
+        "post_attention_layernorm": UPS,
+        **INNER,
+        **crossing,
+    }
 
 
 def test_a_part_of_another_kind_has_no_place_and_no_reader() -> None:
