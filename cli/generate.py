@@ -134,8 +134,9 @@ def generate(
         _run_batch(make_engine(MAX_RUNNING), checkpoint, prompts_file, out, params, dict(adapters))
         return
     streams = not json and len(prompts) * n == 1
-    # The plain generator knows neither adapters nor guesses.
-    engine = make_engine(min(MAX_RUNNING, len(prompts) * n)) if adapters or num_guesses else None
+    # The plain generator knows neither adapters nor guesses nor caches of codes.
+    needed = bool(adapters or num_guesses) or model.kv_dtype is not None
+    engine = make_engine(min(MAX_RUNNING, len(prompts) * n)) if needed else None
     started = time.perf_counter()
     if engine is None:
         completions = complete(model, tokenizer, prompts, params, on_text=_show if streams else None)

@@ -67,6 +67,14 @@ def quantize(
             show_default="as it is",
         ),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The key/value cache that the result asks for: int8, or fp8 on a GPU.",
+            show_default="as computed",
+        ),
+    ] = None,
     form: Annotated[
         str, typer.Option("--format", metavar="NAME", help="compressed-tensors, or gptq (symmetric w4a16 and w8a16).")
     ] = "compressed-tensors",
@@ -110,6 +118,7 @@ def quantize(
             override,
             embeddings,
             head,
+            kv_cache,
             calibration,
             calibration_samples,
             more_data,
@@ -137,6 +146,7 @@ def quantize(
     from trine.engine.env import DTYPES, set_threads
     from trine.engine.log import format_duration, say
     from trine.engine.model.checkpoint import resolve_checkpoint
+    from trine.engine.model.quantized.cache_scheme import choose_cache
     from trine.engine.model.quantized.scheme import choose, make_scheme
     from trine.engine.quantize.choices import parse_override
     from trine.engine.quantize.methods import METHODS, check_pair, with_alpha
@@ -164,6 +174,7 @@ def quantize(
         overrides=overrides,
         embeddings=wants_table("--embeddings", embeddings),
         head=wants_table("--head", head),
+        cache=None if kv_cache is None else choose_cache(kv_cache),
         writer=WRITERS[choose("format", form, WRITERS)],
         calibration=samples,
         evaluation=held_out,

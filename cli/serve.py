@@ -52,7 +52,9 @@ def serve(
     kv_dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="int8, or float8_e4m3fn on a GPU: a smaller cache.", show_default="as computed"
+            metavar="NAME",
+            help="int8, or float8_e4m3fn on a GPU: a smaller cache; or as-computed.",
+            show_default="as the checkpoint asks, or as computed",
         ),
     ] = None,
     prefix_caching: Annotated[

@@ -30,6 +30,7 @@ from trine.serve.worker import connect, work
 
 # Of stored keys and values; None stores them as they are computed.
 KV_DTYPES = {None: None, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+AS_COMPUTED = "as-computed"
 
 
 class RealEngine:
@@ -105,11 +106,12 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
     folder = resolve_checkpoint(Path(start.checkpoint))
     model, tokenizer = load_for_inference(folder, dtype=start.dtype, device=start.device)
     given = {name: getattr(start, name) for name in ("max_running", "max_waiting", "max_batch_tokens", "block_size")}
-    if start.kv_dtype not in KV_DTYPES:
-        raise UsageError(f"kv-dtype {start.kv_dtype!r} is not known; give {' or '.join(filter(None, KV_DTYPES))}")
+    kv_dtypes = {**KV_DTYPES, AS_COMPUTED: model.dtype}
+    if start.kv_dtype not in kv_dtypes:
+        raise UsageError(f"kv-dtype {start.kv_dtype!r} is not known; give {' or '.join(filter(None, kv_dtypes))}")
     config = EngineConfig(
         kv_bytes=start.kv_bytes,
-        kv_dtype=KV_DTYPES[start.kv_dtype],
+        kv_dtype=kv_dtypes[start.kv_dtype],
         prefix_caching=start.prefix_caching,
         deterministic=start.deterministic,
         speculate=start.speculate,

@@ -8,6 +8,7 @@ import torch
 
 from trine.engine.errors import UsageError
 from trine.engine.generate.blocks import BlockPool
+from trine.engine.generate.cache_dtype import cache_dtype
 from trine.engine.generate.deterministic import check_deterministic
 from trine.engine.generate.draft import Drafter
 from trine.engine.generate.memory import choose_num_blocks, fits_decode_steps
@@ -40,7 +41,7 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
     if model.encoder is not None:
         _check_sources(config, draft)
     compute_dtype = config.compute_dtype or model.dtype
-    kv_dtype = config.kv_dtype or compute_dtype
+    kv_dtype = cache_dtype(model, config, compute_dtype)
     if config.deterministic:
         check_deterministic(model, compute_dtype, kv_dtype)
     decode_steps = config.decode_steps

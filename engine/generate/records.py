@@ -28,8 +28,8 @@ class EngineConfig:
         max_running: completions computed in turns; each holds its blocks.
         max_waiting: completions in the queue; more are refused.
         kv_bytes: size of the key/value cache; 0 takes it from what is free.
-        kv_dtype: None stores keys and values in the compute dtype; torch.int8, or torch.float8_e4m3fn on a GPU, takes
-            half or a quarter of the room, at some loss.
+        kv_dtype: of keys and values; torch.int8, or torch.float8_e4m3fn on a GPU, takes half or a quarter of the room,
+            at some loss. None: as the checkpoint asks, else the compute dtype.
         compute_dtype: of the activations; None takes the dtype of the parameters.
         prefix_caching: find computed blocks again for prompts that begin alike (under the same salt).
         decode_steps: compute steps that only decode by captured graphs on a GPU, by compiled loops on a CPU where the

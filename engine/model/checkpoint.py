@@ -26,6 +26,7 @@ from trine.engine.model.families import FAMILIES, Family, TensorRule, config_fro
 from trine.engine.model.families.registry import features_from_hf, merge_generation_config
 from trine.engine.model.families.settings import write_eos, write_targets
 from trine.engine.model.families.wrappers import text_settings
+from trine.engine.model.quantized.cache_scheme import read_cache
 from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.expert_codes import NUMBERS, ExpertCodes, as_numbers, expert_codes, settle_experts
 from trine.engine.model.quantized.experts import install_experts
@@ -121,7 +122,7 @@ class Opened:
     """A checked checkpoint, open for reading: a model without memory, and where each of its tensors lies.
 
     `quantized`: by the names that their rules have, the weights that are stored as codes. `experts`: those that stay
-    codes, also of tensors that are numbers in `stored` (MXFP4).
+    codes, also of tensors that are numbers in `stored` (MXFP4). `cache_note`: what becomes of the cache it asks for.
     """
 
     model: Transformer
@@ -129,6 +130,7 @@ class Opened:
     stored: dict[str, StoredTensor]
     quantized: QuantizedRules
     experts: tuple[ExpertCodes, ...] = ()
+    cache_note: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +172,9 @@ def open_checkpoint(folder: Path | str, *, head_settings: Mapping[str, Any] | No
         stored = of_the_task(stored, config, family, rules, quantized)
         _check(folder, rules, shapes, stored, quantized)
         experts = () if form is None else tuple(expert_codes(rules, quantized, stored))
-        yield Opened(model, rules, stored, quantized, experts)
+        cache, cache_note = read_cache(None if form is None else form.cache, config.head_dim)
+        model.kv_dtype = None if cache is None else cache.dtype
+        yield Opened(model, rules, stored, quantized, experts, cache_note)
 
 
 def load_model(
@@ -200,7 +204,7 @@ def load_model(
         kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
         kept, experts = ({}, ()) if dequantize else (kept, experts)
         told = {name: one for name, one in quantized.items() if name not in kept or one.scheme is not None}
-        for line in () if dequantize else notes(told):
+        for line in [*(() if dequantize else notes(told)), *filter(None, [opened.cache_note])]:
             say(line)
         for rule in opened.rules:
             one = kept.get(rule.stored)

@@ -49,6 +49,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        # What the checkpoint asks the cache of keys and values to be kept in; None: as computed.
+        self.kv_dtype: torch.dtype | None = None
         narrow = config.embedding_width or config.width
         self.embed_tokens = Embedding(config.vocab_size, narrow, device=device, dtype=dtype)
         self.embed_in = self.embed_out = None

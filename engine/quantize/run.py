@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from trine.engine.errors import CheckpointError, UsageError
 from trine.engine.generate.load import inference_dtype
 from trine.engine.log import format_bytes, progress, say
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
+from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES
+from trine.engine.model.quantized.cache_scheme import CacheScheme
 from trine.engine.model.quantized.plan import linear_rules
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
@@ -58,6 +60,7 @@ class Settings:
         scheme_name, scheme: of every layer but those that `overrides` name.
         method_name, method: how codes are found.
         embeddings, head: the embedding and the output layer in 8 bits too (`tables.py`).
+        cache: what the key/value cache is to be kept in when the result is run; None asks for nothing.
         writer: the format.
         calibration: samples for methods that need them. evaluation: others, to measure on.
         dtype: to compute hidden states in; None takes the stored one where that is fast.
@@ -74,6 +77,7 @@ class Settings:
     overrides: Sequence[Override] = ()
     embeddings: bool = False
     head: bool = False
+    cache: Literal["int8", "fp8"] | None = None
     writer: Writer = COMPRESSED_TENSORS
     calibration: Samples | Pairs | None = None
     evaluation: Samples | Pairs | None = None
@@ -121,6 +125,19 @@ def _check_calibration(settings: Settings) -> None:
         )
 
 
+def _cache(config: ModelConfig, settings: Settings) -> CacheScheme | None:
+    """The cache to ask for. Raises `UsageError` where the model has none, or the format no word for it."""
+    if settings.cache is None:
+        return None
+    if settings.writer is not COMPRESSED_TENSORS:
+        raise UsageError(f"--format {settings.writer.name} says nothing of a cache; leave out --kv-cache or --format")
+    if config.head is not None or not config.causal:
+        raise UsageError(
+            f"--kv-cache is for models that write text, and this {config.family} model does not; leave it out"
+        )
+    return CacheScheme(settings.cache, config.head_dim)
+
+
 class _Run:
     """One checkpoint being quantized."""
 
@@ -138,7 +155,8 @@ class _Run:
             settings.writer.check(layer.path, layer.scheme, layer.num_features, layer.width)
         ignored = dict.fromkeys([*paths, _HEAD, FAMILIES[config.family].head])
         self.tables = choose_tables(opened, settings.writer, embeddings=settings.embeddings, head=settings.head)
-        self.quantization = self.tables.added_to(quantization_of(self.layers.values(), ignored, settings.scheme))
+        quantization = quantization_of(self.layers.values(), ignored, settings.scheme)
+        self.quantization = replace(self.tables.added_to(quantization), cache=_cache(config, settings))
         self.table_writer = TableWriter(opened, self.tables, settings.writer)
         stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
         widest = max(stored, key=lambda dtype: dtype.itemsize)
@@ -154,6 +172,7 @@ class _Run:
             "scheme": settings.scheme.describe(),
             "overrides": [override.text for override in settings.overrides],
             "tables": list(self.tables.layers),
+            "cache": settings.cache,
             "method": settings.method_name,
             "format": settings.writer.name,
             "calibration": None if settings.calibration is None else settings.calibration.about(),

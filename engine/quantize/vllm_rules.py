@@ -34,8 +34,11 @@ def _compressed_tensors(config: Config) -> Iterator[str]:
     if isinstance(cache, Mapping):
         odd = [key for key, value in _CACHE.items() if cache.get(key, value) != value]
         if odd or cache.get("strategy") not in _CACHE_STRATEGIES:
-            wanted = "8-bit float, symmetric, not dynamic, strategy tensor or attn_head"
-            yield f"kv_cache_scheme has other {', '.join(odd) or 'strategy'} than vLLM takes: {wanted}"
+            wanted = "8-bit float, symmetric, static, strategy tensor or attn_head"
+            yield (
+                f"kv_cache_scheme has other {', '.join(odd) or 'strategy'} than vLLM takes: {wanted}; for it quantize "
+                "without --kv-cache, and give it a cache by its own option"
+            )
     groups = config.get("config_groups")
     for name, group in groups.items() if isinstance(groups, Mapping) else ():
         if isinstance(group, Mapping):

@@ -4,8 +4,8 @@ Beyond what Trine writes (`compressed_tensors.py`): scales for a whole tensor, g
 without quantized activations, the old name "naive-quantized", zero points that are not packed, columns ordered by
 activation (`weight_g_idx`), scales of activations and of key/value caches that were measured ahead.
 
-Activations are always quantized as they come, token by token, so that the measured scales are not used; caches are
-quantized by the engine with a scale for each token and head (`trine serve --kv-dtype`).
+Activations are always quantized as they come, token by token, so that the measured scales are not used; nor are those
+of caches, which get a scale for each token and head (`cache_scheme.py`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ _KNOWN = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_stru
 _STATUSES = ("compressed", "frozen")
 _SPARE = re.compile(r".*\.([qkv]_scale|[qkv]_zero_point|(input|output)_(scale|zero_point))")
 _MEASURED = "scales of activations in the checkpoint are not used: each token gets its own"
-_CACHE = "scales of the key/value cache in the checkpoint are not used: --kv-dtype gives each token its own"
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,13 @@ class Form:
 
 @dataclass(frozen=True)
 class CompressedTensors(Format):
-    """A quantization_config of method "compressed-tensors"; see `Targets` for which layers are meant."""
+    """A quantization_config of method "compressed-tensors"; see `Targets` for which layers are meant.
+
+    `cache`: the value of kv_cache_scheme (`cache_scheme.py`).
+    """
 
     targets: Targets[Form]
-    note: str
+    cache: Any = None
     name: ClassVar[str] = METHOD
 
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
@@ -98,7 +100,7 @@ class CompressedTensors(Format):
         decode = partial(_decode, path, form, num_features, width)
         if scheme.kind == "float" and scheme.activations == "none":
             return Encoding(layout, decode, None, "fp8 weights without fp8 activations are held as numbers")
-        encoding = encoding_of(scheme, width, layout, decode, form.note or self.note)
+        encoding = encoding_of(scheme, width, layout, decode, form.note)
         return replace(encoding, packed=partial(_packed, path, form, num_features, width))
 
     def tensors(self, files: Headers) -> dict[str, StoredTensor]:
@@ -125,8 +127,7 @@ def read_config(config: Mapping[str, Any]) -> CompressedTensors:
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError("config.json has a quantization_config without config_groups; it is not complete")
     found = tuple(_read_group(name, group, config.get("format")) for name, group in groups.items())
-    note = _CACHE if config.get("kv_cache_scheme") else ""
-    return CompressedTensors(Targets(found, _names("ignore", config.get("ignore"))), note)
+    return CompressedTensors(Targets(found, _names("ignore", config.get("ignore"))), config.get("kv_cache_scheme"))
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from trine.engine.model.quantized.cache_scheme import CacheScheme, write_cache
 from trine.engine.model.quantized.format import FLOAT_KINDS, WORD_KINDS, Layout
 from trine.engine.model.quantized.scheme import BLOCK, Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
@@ -72,7 +73,9 @@ def _matches(path: str, target: str) -> bool:
 
 @dataclass(frozen=True)
 class Quantization(Targets[Scheme]):
-    """Schemes with the layers they are for, as they are written."""
+    """Schemes with the layers they are for, as they are written, and the key/value cache to use."""
+
+    cache: CacheScheme | None = None
 
     def scheme_of(self, path: str) -> Scheme | None:
         """The scheme of a linear layer; None: not quantized."""
@@ -100,7 +103,7 @@ def write_config(quantization: Quantization) -> dict[str, Any]:
         "global_compression_ratio": None,
         "config_groups": groups,
         "ignore": list(quantization.ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if quantization.cache is None else write_cache(quantization.cache),
         "sparsity_config": {},
         "transform_config": {},
     }

@@ -54,11 +54,13 @@ class Format(ABC):
 
     `name`: as in config.json's `quant_method`. `transposes`: layers that an unquantized file stores [in, out] (GPT-2's)
     may be quantized. `by_layer`: `encoding` says what is quantized; else `tensors` gives numbers for all of it.
+    `cache`: what is said of the key/value cache, as it stands in config.json (`cache_scheme.py`).
     """
 
     name: ClassVar[str]
     transposes: ClassVar[bool] = False
     by_layer: ClassVar[bool] = True
+    cache: Any = None
 
     @abstractmethod
     def encoding(self, path: str, num_features: int, width: int, headers: Headers) -> Encoding | None:
