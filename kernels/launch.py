@@ -73,10 +73,11 @@ def launch(
             _start(kernel, grid, config, {**arguments, **config.blocks}, options or {}, device.index)
 
 
-# By `_likeness`, what was compiled for launches like one. By a kernel's id, the kernel (kept, so that no other gets the
-# id) and its arguments in order: the name of each, and whether it is a constexpr.
+# By what launches have in common, what was compiled for the first of them. By a kernel's id, the kernel (kept, so that
+# no other gets the id) and its arguments in order: the name of each, and whether it is a constexpr.
 _compiled: dict[tuple[Any, ...], Any] = {}
 _parameters: dict[int, tuple[Any, list[tuple[str, bool]]]] = {}
+_MISSING = object()
 
 
 def _start(
@@ -94,12 +95,12 @@ def _start(
     """
     if id(kernel) not in _parameters:
         _parameters[id(kernel)] = kernel, [(parameter.name, parameter.is_constexpr) for parameter in kernel.params]
-    parameters = _parameters[id(kernel)][1]
-    likeness = _likeness(parameters, arguments)
-    key = (id(kernel), device, config.num_warps, config.num_stages, *options.items(), *likeness)
-    compiled = _compiled.get(key)
+    values: list[Any] = []
+    key = [id(kernel), device, config.num_warps, config.num_stages, *options.items()]
+    comparable = _compare(_parameters[id(kernel)][1], arguments, key, values)
+    compiled = _compiled.get(tuple(key)) if comparable else None
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*[arguments[name] for name, _ in parameters])
+        compiled[(*grid, 1, 1)[:3]](*values)
         return
     compiled = kernel[grid](
         **arguments,
@@ -107,32 +108,44 @@ def _start(
         num_stages=config.num_stages,
         **{"enable_fp_fusion": True, **options},
     )
-    if None not in likeness:
-        _compiled[key] = compiled
+    if comparable:
+        _compiled[tuple(key)] = compiled
 
 
-def _likeness(parameters: list[tuple[str, bool]], arguments: Mapping[str, Any]) -> list[Any]:
-    """What launches of a kernel have in common that run the same machine code, at least as fine as Triton divides them.
+def _compare(
+    parameters: list[tuple[str, bool]], arguments: Mapping[str, Any], key: list[Any], values: list[Any]
+) -> bool:
+    """Add to `key` what launches that run the same machine code have in common, and the arguments in order to `values`.
 
-    Triton compiles for values of constexprs; for dtypes and alignment of tensors (on AMD for their memory's size too);
-    and for integers that are 1, that 16 divides, or that need more bits. None stands for what is not compared:
-    descriptors of memory, which Triton takes apart at every launch, defaults, and tensors on AMD.
+    At least as fine as Triton divides them: it compiles for values of constexprs; for dtypes and alignment of tensors;
+    for integers that are 1, that 16 divides, or that need more bits; and for dtype, block and layout of descriptors of
+    memory, which name their tensor and its shape at every launch anew. False where an argument is not compared: what is
+    missing since it has a default, other objects, and on AMD, where the size of memory counts, tensors and descriptors.
     """
-    key: list[Any] = []
+    is_amd = torch.version.hip is not None
     for name, constant in parameters:
-        value = arguments.get(name, _parameters)
+        value = arguments.get(name, _MISSING)
+        if value is _MISSING:
+            return False
         kind = value.__class__
+        values.append(value)
+        # Two entries for each argument: its kind, and what counts of it.
         if constant:
-            key.append((kind, value))
+            key += kind, value
         elif kind is int:
-            key.append((value == 1, value % 16 == 0, value.bit_length() // 32))
+            key += kind, (value == 1, value % 16 == 0, value.bit_length() // 32)
         elif isinstance(value, Tensor):
-            key.append((value.dtype, value.data_ptr() % 16) if torch.version.hip is None else None)
+            if is_amd:
+                return False
+            key += value.dtype, value.data_ptr() % 16
         elif value is None or kind is bool or kind is float:
-            key.append(kind)
+            key += kind, None
+        elif kind.__name__ == "TensorDescriptor" and not is_amd:
+            # Plain Triton's and Gluon's; the latter has a layout.
+            key += kind, (value.base.dtype, *value.block_shape, getattr(value, "layout", None), value.padding)
         else:
-            key.append(None)
-    return key
+            return False
+    return True
 
 
 @contextmanager

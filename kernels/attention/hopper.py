@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -216,9 +216,15 @@ def _descriptor_strides(x_BHTD: Tensor) -> list[int]:
 
 def _descriptor(x_BHTD: Tensor, rows: int) -> TensorDescriptor:
     """Describes to TMA how to copy `rows` rows of one head; rows past the end come as zeros."""
-    block = [1, 1, rows, x_BHTD.shape[3]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x_BHTD.dtype])
+    block, layout = _tile(rows, x_BHTD.shape[3], x_BHTD.dtype)
     return TensorDescriptor(x_BHTD, list(x_BHTD.shape), _descriptor_strides(x_BHTD), block, layout)
+
+
+@lru_cache(maxsize=64)
+def _tile(rows: int, D: int, dtype: torch.dtype) -> tuple[list[int], Any]:
+    """The block of a descriptor, and how it lies in shared memory."""
+    block = [1, 1, rows, D]
+    return block, gl.NVMMASharedLayout.get_default_for(block, DTYPES[dtype])
 
 
 def samples() -> Iterator[Sample]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, recording, result_dtype, rounded
 from trine.kernels.samples import meta
@@ -120,6 +121,23 @@ def test_what_triton_compiles_apart_is_kept_apart() -> None:
     launch(kernel, (1,), CONFIG, usual, options={"launch_pdl": True})
     assert len(kernel.compiled) == 1 + len(others) + 4
     assert not kernel.started
+
+
+@pytest.mark.usefixtures("no_device")
+def test_descriptors_are_alike_by_dtype_and_block_whatever_they_describe() -> None:
+    kernel, x = Kernel("descriptor", "x_ptr"), torch.ones(1)
+
+    def described(x: torch.Tensor, *block: int) -> TensorDescriptor:
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+    given = [described(torch.ones(rows, 32), 8, 32) for rows in (8, 16, 3)]
+    for descriptor in given:
+        launch(kernel, (1,), CONFIG, {"descriptor": descriptor, "x_ptr": x})
+    assert len(kernel.compiled) == 1
+    assert [arguments[0] for _, arguments in kernel.started] == given[1:]
+    for other in (described(torch.ones(8, 32), 16, 32), described(torch.ones(8, 32).half(), 8, 32)):
+        launch(kernel, (1,), CONFIG, {"descriptor": other, "x_ptr": x})
+    assert len(kernel.compiled) == 3
 
 
 @pytest.mark.usefixtures("no_device")
