@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Quality:
     window: int
 
 
-def compare(to_logits: Callable[[Tensor], Tensor], before: Stream, after: Stream, vocab_size: int) -> Quality:
-    """Of the hidden states behind the last layer; `to_logits` makes [R, V] of [R, C].
+def compare(heads: Sequence[Callable[[Tensor], Tensor]], before: Stream, after: Stream, vocab_size: int) -> Quality:
+    """Of the hidden states behind the last layer; a head of each makes logits [R, V] of [R, C].
 
     Raises `NonFiniteError` where a prediction is not a number.
     """
@@ -64,7 +64,7 @@ def compare(to_logits: Callable[[Tensor], Tensor], before: Stream, after: Stream
         kept = targets_N != IGNORED
         hidden = [stream.read(DECODER, number).flatten(0, 1)[kept].split(rows) for stream in (before, after)]
         for targets_R, *parts in zip(targets_N[kept].split(rows), *hidden, strict=True):
-            log_p, log_q = (torch.log_softmax(to_logits(part).float(), -1) for part in parts)
+            log_p, log_q = (torch.log_softmax(head(part).float(), -1) for head, part in zip(heads, parts, strict=True))
             nats = [one.gather(1, targets_R[:, None]).sum(dtype=torch.float64) for one in (log_p, log_q)]
             divergence = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
             sums += torch.stack((-nats[0], -nats[1], divergence, (log_p.argmax(-1) == log_q.argmax(-1)).double().sum()))

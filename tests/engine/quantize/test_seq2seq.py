@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.engine.model.checkpoint import load_model
+from trine.engine.model.checkpoint import load_model, save_model
+from trine.engine.model.families.registry import new_config
 from trine.engine.model.quantized.layers import is_quantized
 from trine.engine.model.quantized.scheme import make_scheme
+from trine.engine.model.transformer import Transformer
 from trine.engine.quantize.check import check_folder
+from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.methods import METHODS, Choice
+from trine.engine.quantize.prune import parse_sparsity
+from trine.engine.quantize.prune_run import PruneSettings, prune_checkpoint
 from trine.engine.quantize.report import Report
 from trine.engine.quantize.run import Settings, quantize_checkpoint
 from trine.engine.quantize.samples import Pairs, Samples
 from trine.engine.quantize.statistics import InputStatistics
+from trine.engine.quantize.work import Work
+from trine.engine.text.tokenizer import Tokenizer
 
 FAMILIES = ["t5", "marian"]
 
@@ -28,7 +38,7 @@ def _pairs(seed: int, count: int) -> Pairs:
     generator = torch.Generator().manual_seed(seed)
 
     def text() -> Tensor:
-        length = int(torch.randint(3, 12, (1,), generator=generator))
+        length = int(torch.randint(3, 6, (1,), generator=generator))
         return torch.cat((torch.randint(2, 60, (length,), generator=generator), torch.zeros(1, dtype=torch.int64)))
 
     return Pairs(tuple((text(), text()) for _ in range(count)), ())
@@ -153,9 +163,101 @@ def test_gptq_loses_less_than_rounding(seq2seq_folder: Callable[[str], Path], fa
     assert check_folder(tmp_path / "gptq") == []
 
 
-def test_text_is_its_own_target() -> None:
-    from trine.engine.model.families.registry import new_config
+def test_a_run_that_was_interrupted_goes_on_and_little_memory_changes_nothing(
+    seq2seq_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder is finished by one run, the decoder by another whose hidden states and statistics are on the disk."""
+    folder, write = seq2seq_folder("t5"), Work.write_layer
+    whole = _quantize(folder, tmp_path / "whole", "awq-gptq", scheme="w4a16")
 
+    def interrupted(self: Work, number: int, *rest: Any) -> None:
+        if number == 3:
+            raise KeyboardInterrupt
+        write(self, number, *rest)
+
+    monkeypatch.setattr(Work, "write_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _quantize(folder, tmp_path / "out", "awq-gptq", scheme="w4a16")
+    monkeypatch.undo()
+    monkeypatch.setattr(Budget, "keeps", lambda self, num_bytes: False)
+    monkeypatch.setattr(Budget, "passes", lambda self, groups, widths, other: [[group] for group in groups])
+    again = _quantize(folder, tmp_path / "out", "awq-gptq", scheme="w4a16", resume=True)
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (again.quality, again.layers) == (whole.quality, whole.layers)
+
+
+def test_encoder_decoders_are_pruned(seq2seq_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = seq2seq_folder("marian")
+    settings = PruneSettings(
+        method="wanda", sparsity=parse_sparsity("2:4"), calibration=_pairs(0, 30), evaluation=_pairs(1, 8)
+    )
+    report = prune_checkpoint(folder, tmp_path / "out", settings)
+    assert report.quality is not None
+    assert report.quality.kl_divergence > 0
+    before, after = load_model(folder), load_model(tmp_path / "out")
+    for name in ("encoder.layers.1.self_attn.v_proj", "layers.0.cross_attn.k_proj", "layers.1.mlp.down_proj"):
+        weight, old = (model.get_parameter(f"{name}.weight") for model in (after, before))
+        assert bool(((weight.view(-1, 4) != 0).sum(1) == 2).all()), name
+        assert torch.equal(weight[weight != 0], old[weight != 0]), name
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_larger_than_the_memory_is_quantized_within_it(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    sizes = {"vocab_size": tiny_tokenizer.vocab_size, "width": 256, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4,
+             "head_dim": 64, "ffn_width": 768, "max_positions": 64}  # fmt: skip
+    settings = {"eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1}
+    generator = torch.Generator().manual_seed(0)
+    for name, layers in (("small", 1), ("large", 10)):
+        model = Transformer(new_config("t5", sizes={**sizes, "num_layers": layers}, settings=settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        save_model(model, tmp_path / name)
+    limit = 48 * 2**20
+    assert (tmp_path / "large/model.safetensors").stat().st_size > 1.2 * limit
+    script = """
+import sys
+from pathlib import Path
+import torch
+from trine.engine.model.quantized.scheme import make_scheme
+from trine.engine.quantize.methods import METHODS
+from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import Pairs
+folder = Path(sys.argv[1])
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+texts = [torch.randint(2, 99, (8 + n % 9,), generator=generator) for n in range(256)]
+pairs = Pairs(tuple(zip(texts, texts[::-1])), ())
+def memory(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+def quantize(name, **more):
+    return quantize_checkpoint(folder / name, folder / f"{name}-out", Settings(scheme_name="w4a16",
+        scheme=make_scheme("w4a16"), method_name="gptq", method=METHODS["gptq"], calibration=pairs, evaluation=pairs,
+        **more))
+quantize("small")  # libraries that are loaded where they are first used
+Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+before = memory("VmRSS")
+report = quantize("large", max_memory=<limit>)
+print(memory("VmHWM") - before, len(report.layers))
+""".replace("<limit>", str(limit))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    taken, layers = map(int, done.stdout.split())
+    assert layers == 10 * 6 + 10 * 10
+    assert taken < limit
+
+
+def test_text_is_its_own_target() -> None:
     sizes = {"vocab_size": 40, "width": 32, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8,
              "ffn_width": 48, "max_positions": 32}  # fmt: skip
     settings = {"eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1, "bad_words_ids": [[1]]}
