@@ -30,7 +30,7 @@ from trine.engine.quantize.quality import Quality
 from trine.engine.quantize.report import LayerReport, measure
 from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.quantize.statistics import InputStatistics
-from trine.engine.quantize.walk import Walk
+from trine.engine.quantize.walk import Tables, Walk
 from trine.engine.quantize.work import Work
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ _PART = re.compile(r"(.*?layers\.\d+)\.")
 
 
 class LayerWork:
-    """The layers of a checkpoint, to be done one after the other. `form`: how codes that were written are read."""
+    """The layers of a checkpoint, to be done one after the other. `form`: how codes that were written are read.
+
+    `tables`: what the embedding and the head become.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class LayerWork:
         dtype: torch.dtype,
         budget: Budget,
         work: Work,
+        tables: Tables,
     ) -> None:
         self._opened, self._layers, self._settings, self._form = opened, layers, settings, form
         self._budget, self._work = budget, work
@@ -75,6 +79,7 @@ class LayerWork:
             calibrated=method.calibrated,
             work_dtype=dtype if method.rescaling is None else torch.float32,
             number_bytes=2,
+            tables=tables,
         )
         # Layers of which nothing is quantized are passed through all the same.
         self.parts = {part: self.parts.get(part, []) for part in self._passage.parts}

@@ -11,6 +11,7 @@ begins; hidden states and statistics wait on the disk where it does not do.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,7 +30,7 @@ from trine.engine.quantize.memory import (
 from trine.engine.quantize.quality import Quality, compare
 from trine.engine.quantize.samples import Batch, Pairs, Samples
 from trine.engine.quantize.stream import Stream, num_states
-from trine.engine.quantize.walk import Walk
+from trine.engine.quantize.walk import NO_TABLES, Tables, Walk
 from trine.engine.quantize.work import Work
 
 
@@ -49,6 +50,7 @@ class Passage:
 
     `weights`: those that will be changed, by their layer. `calibrated`: whether that looks at their inputs.
     `work_dtype`: what a layer is held in meanwhile. `number_bytes`: what each number becomes, until the layer is left.
+    `tables`: what the embedding and the head become, if they do.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class Passage:
         calibrated: bool,
         work_dtype: torch.dtype,
         number_bytes: int,
+        tables: Tables = NO_TABLES,
     ) -> None:
         self.walk = Walk(opened, dtype)
         self._opened, self._weights, self._budget, self._work = opened, weights, budget, work
         self._calibrated, self._work_dtype, self._number_bytes = calibrated, work_dtype, number_bytes
+        self._tables = tables
         self._calibration, self._evaluation = calibration, evaluation
         self._inputs: Stream | None = None
         self._original: Stream | None = None
@@ -97,7 +101,10 @@ class Passage:
 
     def enter(self, part: str) -> None:
         """Give a layer its memory; samples have come up to it, and held-out ones are through it as it was."""
-        self.walk.enter(part, self._streams)
+        original = [] if self._original is None else [self._original]
+        if original:
+            self.walk.enter(part, original)
+        self.walk.enter(part, [stream for stream in self._streams if stream not in original], self._tables)
         self.walk.load(part)
         if self._original is not None:
             self.walk.forward(part, self._original)
@@ -127,7 +134,9 @@ class Passage:
         if self._original is None or self._changed is None:
             return None
         self.walk.load_head()
-        return compare(self.walk.logits, self._original, self._changed, self.walk.model.config.vocab_size)
+        head_VC = self.walk.head_of(self._tables)
+        heads = (self.walk.logits, partial(self.walk.logits, head_VC=head_VC))
+        return compare(heads, self._original, self._changed, self.walk.model.config.vocab_size)
 
     def close(self) -> None:
         """Give hidden states free."""
@@ -157,7 +166,8 @@ class Passage:
         inside = {rule.stored for part in self.parts for rule in self.walk.rules_of(part)}
         for rule in self._opened.rules:
             if rule.stored not in inside:
-                require(rule.stored, 2 * self._opened.stored[rule.stored].num_bytes + self._batch_bytes)
+                copies = 4 if rule.stored in self._tables else 2
+                require(rule.stored, copies * self._opened.stored[rule.stored].num_bytes + self._batch_bytes)
         for part in self.parts:
             weights = self._weights.get(part, ())
             base = parameter_bytes(self.walk.model.get_submodule(part), self._work_dtype)

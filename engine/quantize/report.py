@@ -55,8 +55,9 @@ class LayerReport:
 class Report:
     """`bytes_before` and `bytes_after` are of all tensors, also those that stayed as they were.
 
-    `calibration`, `evaluation`: settings and files (`Samples.about`). `quality`, `speed`: see `quality.py`; None where
-    they were not measured, speed for the reason in `why_no_speed`.
+    `tables`: paths of the embedding and the head where they became codes too. `cache`: what the key/value cache is
+    asked to be. `calibration`, `evaluation`: settings and files (`Samples.about`). `quality`, `speed`: see quality.py;
+    None where they were not measured, speed for the reason in `why_no_speed`.
     """
 
     checkpoint: str
@@ -64,6 +65,8 @@ class Report:
     stored_as: str
     method: str
     overrides: tuple[str, ...]
+    tables: tuple[str, ...] = ()
+    cache: str | None = None
     bytes_before: int
     bytes_after: int
     seconds: float
@@ -179,13 +182,19 @@ def page(report: Report) -> str:
 
 def summary(report: Report) -> list[tuple[str, str]]:
     """Weights, size, quality and speed, a name and a line each."""
-    layers_after = sum(layer.bytes_after for layer in report.layers)
-    bits = 8 * layers_after / sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    linear = [layer for layer in report.layers if layer.path not in report.tables]
+    bits = 8 * sum(layer.bytes_after for layer in linear) / sum(layer.shape[0] * layer.shape[1] for layer in linear)
     share = report.bytes_after / report.bytes_before
     lines = [
         ("weights", f"{report.scheme} ({report.stored_as}) by {report.method}, {bits:.2f} bits each"),
         ("size", f"{format_bytes(report.bytes_before)} to {format_bytes(report.bytes_after)}, {share:.0%} of it"),
     ]
+    tables = [layer for layer in report.layers if layer.path in report.tables]
+    if tables:
+        sizes = (f"{one.path} {format_bytes(one.bytes_before)} to {format_bytes(one.bytes_after)}" for one in tables)
+        lines.append(("tables", f"{', '.join(sizes)}, {tables[0].scheme}"))
+    if report.cache is not None:
+        lines.append(("cache", f"{report.cache} is asked for: keys and values with a scale for each token and head"))
     few = _with_few_tokens(report.layers)
     if few:
         least = min(few, key=lambda layer: layer.tokens or 0)

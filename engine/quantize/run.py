@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,7 +202,8 @@ class _Run:
         assert form is not None
         if settings.max_memory is not None:
             return_freed_memory()
-        with closing(LayerWork(self.opened, self.layers, settings, form, self.dtype, budget, work)) as worker:
+        tables = {name: partial(self.table_writer.numbers, name) for name in self.tables.layers}
+        with closing(LayerWork(self.opened, self.layers, settings, form, self.dtype, budget, work, tables)) as worker:
             for name, layer in self.tables.layers.items():
                 budget.require(layer.path, self.table_writer.memory(name))
             worker.start()
@@ -240,6 +242,8 @@ class _Run:
             stored_as=f"{', '.join(formats)}, {settings.scheme.describe()}",
             method=settings.method_name,
             overrides=tuple(override.text for override in settings.overrides),
+            tables=tuple(layer.path for layer in self.tables.layers.values()),
+            cache=settings.cache,
             bytes_before=before,
             bytes_after=after,
             seconds=time.monotonic() - started,

@@ -8,7 +8,7 @@ Shapes: V rows, C numbers of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,6 +129,14 @@ class TableWriter:
         codes = layer.num_features * layer.width
         return self._opened.stored[name].num_bytes + 2 * codes + 8 * 4 * min(codes, _PIECE)
 
+    def numbers(self, name: str, dtype: torch.dtype) -> Tensor:
+        """What the codes of a table stand for."""
+        _, codes = self._codes(name)
+        numbers_VC = torch.empty(codes.codes_NK.shape, dtype=dtype)
+        for rows in _pieces(numbers_VC):
+            numbers_VC[rows] = codes.outputs(name, rows).dequantize(dtype)
+        return numbers_VC
+
     def make(self, tensor: str) -> Tensor:
         """A tensor of the result, by its name."""
         name = next(name for name, layer in self._tables.layers.items() if tensor.startswith(f"{layer.path}."))
@@ -138,13 +146,16 @@ class TableWriter:
         return self._made[1][tensor]
 
     def _quantize(self, name: str) -> dict[str, Tensor]:
-        layer, before = self._tables.layers[name], self._opened.stored[name]
-        table_VC = before.read_copy()
-        check_finite(name, table_VC)
-        codes = quantize_rtn(table_VC, layer.scheme, scale_dtype=self._scale_dtype(name))
-        self.reports.append(_measure(layer.path, table_VC, codes, before.num_bytes))
+        layer, (table_VC, codes) = self._tables.layers[name], self._codes(name)
+        self.reports.append(_measure(layer.path, table_VC, codes, table_VC.nbytes))
         del table_VC
         return {f"{layer.path}.{kind}": tensor for kind, tensor in self._writer.to_stored(codes).items()}
+
+    def _codes(self, name: str) -> tuple[Tensor, QuantizedTensor]:
+        """The table as it is stored, and its codes."""
+        table_VC = self._opened.stored[name].read_copy()
+        check_finite(name, table_VC)
+        return table_VC, quantize_rtn(table_VC, self._tables.layers[name].scheme, scale_dtype=self._scale_dtype(name))
 
     def _scale_dtype(self, name: str) -> torch.dtype:
         stored = self._opened.stored[name].dtype
@@ -152,10 +163,15 @@ class TableWriter:
         return torch.float32 if stored == torch.float64 else stored
 
 
+def _pieces(table_VC: Tensor) -> Sequence[Tensor]:
+    """The numbers of rows that are looked at together."""
+    return torch.split(torch.arange(len(table_VC)), max(1, _PIECE // table_VC.shape[1]))
+
+
 def _measure(path: str, table_VC: Tensor, codes: QuantizedTensor, bytes_before: int) -> LayerReport:
     """As `report.measure`, some rows at a time."""
     squares, change, largest = 0.0, 0.0, 0.0
-    for rows in torch.split(torch.arange(len(table_VC)), max(1, _PIECE // table_VC.shape[1])):
+    for rows in _pieces(table_VC):
         exact = table_VC[rows].float()
         difference = codes.outputs(path, rows).dequantize(torch.float32) - exact
         squares += float(exact.square().sum(dtype=torch.float64))

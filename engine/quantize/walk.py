@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from trine.engine.model.families import TensorRule
 from trine.engine.model.layers import Linear
 from trine.engine.model.moe import MixtureOfExperts
 from trine.engine.model.quantized.layers import QuantizedMLP, install
-from trine.engine.model.quantized.plan import split_weight
+from trine.engine.model.quantized.plan import EMBEDDING, split_weight
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import StoredTensor
 from trine.engine.quantize.experts import expert_groups, expert_inputs
@@ -37,6 +38,9 @@ from trine.engine.quantize.statistics import InputStatistics
 from trine.engine.quantize.stream import DECODER, ENCODER, Stream
 
 Module = TypeVar("Module", bound=nn.Module)
+# What tensors around the layers become, by their names on disk: numbers in a dtype.
+Tables = Mapping[str, Callable[[torch.dtype], Tensor]]
+NO_TABLES: Tables = MappingProxyType({})
 
 
 class Walk:
@@ -59,20 +63,24 @@ class Walk:
             if all(name == part or name.startswith(f"{part}.") for name in rule.ours)
         ]
 
-    def load(self, part: str, dtype: torch.dtype | None = None) -> None:
-        """Give a part of the model memory and its weights as they are stored, in `dtype` (None: the walk's)."""
+    def load(self, part: str, dtype: torch.dtype | None = None, tables: Tables = NO_TABLES) -> None:
+        """Give a part of the model memory and its weights as they are stored, in `dtype` (None: the walk's).
+
+        Of `tables` those that it has take their place.
+        """
         module = self.model.get_submodule(part)
         module.to(dtype or self.dtype).to_empty(device="cpu")
         for rule in self.rules_of(part):
-            self._copy(rule, self._opened.stored[rule.stored].read_copy())
+            made = tables.get(rule.stored)
+            self._copy(rule, self._opened.stored[rule.stored].read_copy() if made is None else made(self.dtype))
 
     def unload(self, part: str) -> None:
         """Take its memory."""
         self.model.get_submodule(part).to("meta")
 
     @torch.no_grad()
-    def enter(self, part: str, streams: Iterable[Stream]) -> None:
-        """Where a stack begins with this layer, fill hidden states with what it gets."""
+    def enter(self, part: str, streams: Iterable[Stream], tables: Tables = NO_TABLES) -> None:
+        """Where a stack begins with this layer, fill hidden states with what it gets, some tensors being these."""
         stack, _, number = part.rpartition(".")
         if number != "0":
             return
@@ -80,7 +88,7 @@ class Walk:
         if self.model.encoder is not None:
             around += [f"encoder.{name}" for name, _ in self.model.encoder.named_children() if name != "layers"]
         for name in around:
-            self.load(name)
+            self.load(name, tables=tables)
         layers, note = self.model.get_submodule(stack), _Note()
         self.model.set_submodule(stack, nn.ModuleList([note]))
         try:
@@ -153,9 +161,22 @@ class Walk:
             self._copy(rule, self._opened.stored[rule.stored].read_copy())
 
     @torch.no_grad()
-    def logits(self, x_RC: Tensor) -> Tensor:
-        """fp32 [R, V] of hidden states behind the last layer."""
-        return self.model.logits(self.model.behind_layers(x_RC))
+    def logits(self, x_RC: Tensor, head_VC: Tensor | None = None) -> Tensor:
+        """fp32 [R, V] of hidden states behind the last layer; with another output matrix where one is given."""
+        kept_VC = self.model.head_weight
+        if head_VC is not None:
+            own_VC, kept_VC.data = kept_VC.data, head_VC
+        try:
+            return self.model.logits(self.model.behind_layers(x_RC))
+        finally:
+            if head_VC is not None:
+                kept_VC.data = own_VC
+
+    def head_of(self, tables: Tables) -> Tensor | None:
+        """The output matrix [V, C] among these, or None."""
+        name = EMBEDDING if self.model.lm_head is None else "lm_head.weight"
+        [rule] = self.rules_of(name)
+        return tables[rule.stored](self.dtype) if rule.stored in tables else None
 
     def width(self, name: str) -> int:
         """The number of inputs of a linear layer."""
