@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,14 @@ from trine.engine.errors import CheckpointError, NonFiniteError, StorageError, U
 from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.transformer import Transformer
+from trine.engine.quantize.memory import Budget
 from trine.engine.quantize.prune import parse_sparsity, prune
 from trine.engine.quantize.prune_run import PruneSettings, prune_checkpoint
 from trine.engine.quantize.report import NAME, PAGE, table
 from trine.engine.quantize.samples import Samples
 from trine.engine.quantize.statistics import InputStatistics
 from trine.engine.quantize.work import Work
+from trine.engine.text.tokenizer import Tokenizer
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -137,6 +142,71 @@ def test_layers_that_are_stored_transposed_are_pruned_by_their_inputs(
     for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
         weight = after.get_parameter(f"layers.0.{name}.weight")
         assert bool(((weight.view(-1, 4) != 0).sum(1) == 2).all()), name
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_the_memory_is_pruned_within_it(
+    checkpoint: Path, tmp_path: Path, tiny_tokenizer: Tokenizer, checkpoint_maker: Callable[..., Path]
+) -> None:
+    limit, num_layers = 40 * 2**20, 16
+    sizes = {"width": 256, "head_dim": 64, "ffn_width": 768, "num_layers": num_layers}
+    large = checkpoint_maker(tmp_path / "large", tiny_tokenizer, torch.float32, **sizes)
+    assert (large / "model.safetensors").stat().st_size > 1.2 * limit
+    script = """
+import sys
+from pathlib import Path
+import torch
+from trine.engine.quantize.prune import parse_sparsity
+from trine.engine.quantize.prune_run import PruneSettings, prune_checkpoint
+from trine.engine.quantize.samples import Samples
+torch.set_num_threads(1)
+def memory(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+def samples(seed, count):
+    return Samples(torch.randint(1, 200, (count, 64), generator=torch.Generator().manual_seed(seed)), ())
+def prune(checkpoint, out, **more):
+    return prune_checkpoint(Path(checkpoint), Path(out), PruneSettings(
+        method="wanda", sparsity=parse_sparsity("0.5"), calibration=samples(0, 24), evaluation=samples(1, 4), **more))
+small, large, out = sys.argv[1:]
+prune(small, f"{out}-small")  # libraries that are loaded where they are first used
+Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+before = memory("VmRSS")
+report = prune(large, out, max_memory=<limit>)
+print(memory("VmHWM") - before, len(report.layers), report.quality.tokens)
+""".replace("<limit>", str(limit))
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, (checkpoint, large, tmp_path / "out"))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    taken, layers, tokens = map(int, done.stdout.split())
+    assert (layers, tokens) == (7 * num_layers, 4 * 63)
+    assert taken < limit
+    load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_what_cannot_fit_is_named_before_work_begins(
+    method: str, checkpoint: Path, tmp_path: Path, settings: Callable[..., PruneSettings]
+) -> None:
+    with pytest.raises(UsageError, match=r"takes [0-9.]+ [KM]iB, --max-memory is 512.0 KiB; give at least that"):
+        prune_checkpoint(checkpoint, tmp_path / "out", settings(method, max_memory=2**19))
+    assert not list(tmp_path.iterdir())
+
+
+def test_little_memory_changes_nothing_but_where_things_wait(
+    checkpoint: Path, tmp_path: Path, settings: Callable[..., PruneSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune_checkpoint(checkpoint, tmp_path / "whole", settings())
+    monkeypatch.setattr(Budget, "keeps", lambda self, num_bytes: False)
+    monkeypatch.setattr(Budget, "passes", lambda self, groups, widths, other: [[group] for group in groups])
+    prune_checkpoint(checkpoint, tmp_path / "out", settings())
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
