@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from trine.cli.options import CalibrationLength, CalibrationSamples, Dtype, Evaluation, ResumeLayers
+from trine.cli.options import (
+    CalibrationLength,
+    CalibrationSamples,
+    Dtype,
+    Evaluation,
+    MaxMemory,
+    ResumeLayers,
+    SourceField,
+    TargetField,
+)
 
 
 def quantize(
@@ -82,18 +91,15 @@ def quantize(
         list[Path] | None,
         typer.Option(
             metavar="FILE...",
-            help="Text, .jsonl lines or conversations, for methods that look at the inputs of layers.",
+            help="Text, .jsonl lines, conversations or pairs, for methods that look at the inputs of layers.",
         ),
     ] = None,
     calibration_samples: CalibrationSamples = None,
     calibration_length: CalibrationLength = None,
+    source_field: SourceField = None,
+    target_field: TargetField = None,
     evaluation: Evaluation = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="Memory to keep to beside Python and torch, such as 2GiB.", show_default="none"
-        ),
-    ] = None,
+    max_memory: MaxMemory = None,
     resume: ResumeLayers = False,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second.")] = True,
     dtype: Dtype = "auto",
@@ -125,6 +131,7 @@ def quantize(
         )
     )
     given |= any((calibration_samples, calibration_length, evaluation, max_memory, resume, json))
+    given |= any((source_field, target_field))
     if check is not None:
         if given or (method, form, dtype, speed) != ("rtn", "compressed-tensors", "auto", True):
             raise UsageError("--check DIR stands alone; leave out CHECKPOINT and every other option")
@@ -165,7 +172,8 @@ def quantize(
     set_threads(0)
     folder = resolve_checkpoint(checkpoint)
     texts = files_of(calibration, evaluation, more_data)
-    samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length)
+    fields = (source_field, target_field)
+    samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length, fields)
     settings = Settings(
         scheme_name=scheme,
         scheme=chosen,
