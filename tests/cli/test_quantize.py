@@ -119,6 +119,35 @@ def test_calibrated_methods_read_their_text(trine: Trine, tiny_checkpoint: Path,
     assert "http" not in page.replace("http-equiv", "").replace('"http://www.w3.org', "")
 
 
+def test_pairs_calibrate_an_encoder_decoder(
+    trine: Trine, seq2seq_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """By the names of their fields; text that holds none is its own target, which is said."""
+    pairs, text = tmp_path / "pairs.jsonl", tmp_path / "text.txt"
+    pairs.write_text("".join(f'{{"en": "cat {n % 9}", "de": "the cat {n % 7} sat"}}\n' for n in range(60)))
+    text.write_text("the cat sat on the mat\n" * 60)
+    options = ("--scheme", "w4a16", "--group-size", "channel", "--method", "gptq", "--no-speed", "--calibration")
+    fields = ("--source-field", "en", "--target-field", "de")
+    folder, out = seq2seq_folder("marian"), tmp_path / "out"
+    status, printed, said = trine("quantize", folder, *options, pairs, *fields, "--out", out)
+    assert status == 0, said
+    assert "quality  perplexity" in printed
+    report = json.loads((out / NAME).read_text())
+    assert [report[part]["samples"] for part in ("calibration", "evaluation")] == [54, 6]
+    assert report["calibration"]["kind"] == "pairs"
+    assert trine("quantize", "--check", out)[0] == 0
+    said = trine("quantize", folder, *options, text, "--calibration-samples", "3", "--out", tmp_path / "text")[2]
+    assert "holds no pairs (JSON lines with 'source' and 'target'): each piece of text is its own target" in said
+    assert (tmp_path / "text").is_dir()
+
+
+def test_pruning_keeps_to_its_memory(trine: Trine, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    status, _, said = trine("prune", tiny_checkpoint, "--max-memory", "1KiB", "--out", tmp_path / "out")
+    assert status == 2
+    assert "--max-memory is 1.0 KiB; give at least that" in said
+    assert trine("prune", tiny_checkpoint, "--max-memory", "64MiB", "--out", tmp_path / "out")[0] == 0
+
+
 def test_gpt2_is_written_as_gptq_alone(trine: Trine, tmp_path: Path) -> None:
     import transformers
 
@@ -163,6 +192,8 @@ def test_gpt2_is_written_as_gptq_alone(trine: Trine, tmp_path: Path) -> None:
         (("--method", "gptq", "--calibration", "E"), "the file is empty"),
         (("--method", "gptq", "--calibration", "S"), "less than one sample of 64 tokens"),
         (("--dtype", "float8"), "there is no dtype 'float8'"),
+        (("--source-field", "en"), "say how pairs are read; give --calibration or --eval"),
+        (("--method", "gptq", "--calibration", "T", "--target-field", "de"), "are for encoder-decoders, and"),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, tuple) else "",
 )
