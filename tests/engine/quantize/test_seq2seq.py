@@ -6,12 +6,14 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from trine.engine.model.checkpoint import load_model, save_model
@@ -161,6 +163,20 @@ def test_gptq_loses_less_than_rounding(seq2seq_folder: Callable[[str], Path], fa
     assert better.kl_divergence < 0.9 * rounded.kl_divergence
     assert all(layer.output_error is not None for layer in reports[1].layers)
     assert check_folder(tmp_path / "gptq") == []
+
+
+def test_transformers_computes_the_same(seq2seq_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of Marian; its T5 wants to initialise weights that packed layers have not."""
+    folder, out = seq2seq_folder("marian"), tmp_path / "out"
+    _quantize(folder, out, "awq-gptq", scheme="w4a16", evaluation=None)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        theirs, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        ids = torch.arange(2, 20)[None]
+        logits = theirs.eval()(input_ids=ids, decoder_input_ids=ids).logits
+    ours = _logits(load_model(out))
+    assert float((logits - ours).norm() / ours.norm()) < 1e-4
 
 
 def test_a_run_that_was_interrupted_goes_on_and_little_memory_changes_nothing(
