@@ -1,7 +1,7 @@
 """Calling a registered operation without the dispatcher, where nobody looks on.
 
-`torch.library` costs the host 45 us for a call that autograd records and 19 us for any other, nearly all of it Python of
-its own; a training step of 8 layers makes 85 of them, which was a quarter of its host time. So `run` calls the
+`torch.library` costs the host 45 us for a call that autograd records and 19 us for any other, nearly all of it in
+Python; a training step of 8 layers makes 85 of them, which was a quarter of its host time. So `run` calls the
 registered function itself (16 and 6 us), and where gradients are recorded, an autograd function made of it and the
 registered backward. The same code computes the same bits.
 
