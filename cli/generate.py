@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -223,7 +224,11 @@ def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
         raise UsageError("no prompt; give --prompt TEXT, --prompt-file FILE, or --prompt - to read it from stdin")
     if texts.count("-") > 1:
         raise UsageError("--prompt - was given more than once, but stdin can be read only once")
-    prompts = [_decode(sys.stdin.buffer.read(), "stdin") if text == "-" else text for text in texts]
+    prompts = []
+    for number, text in enumerate(texts, start=1):
+        # Bytes of a command line that are not UTF-8 come as half surrogate pairs; this gives them back.
+        content, name = (sys.stdin.buffer.read(), "stdin") if text == "-" else (os.fsencode(text), f"--prompt {number}")
+        prompts.append(_decode(content, name))
     for path in files:
         if not path.is_file():
             raise DataError(f"no prompt file {path}; check the name")

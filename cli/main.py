@@ -6,7 +6,10 @@ answers at once.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -91,25 +94,46 @@ app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
-    """Run the command line in `sys.argv`; never returns, always exits with 0, 1, 2 or 130 (interrupted)."""
+    """Run the command line in `sys.argv`; never returns.
+
+    Exits with 0, 1, 2, 130 (interrupted) or 143 (SIGTERM, where a command has no handling of its own).
+    """
+    previous = signal.signal(signal.SIGTERM, _terminate)
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         status = app(arguments, prog_name="trine", standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
-        # The reader went away (`| head`); close stdout quietly instead of complaining at interpreter exit.
-        sys.stderr.close()
-        sys.exit(0)
+        _end_quietly()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # what typer makes of it
+            _end_quietly()
+        raise
     except Exception as error:
         if debug:
             raise
         line, status = _explain(error, arguments)
         print(line, file=sys.stderr)
         sys.exit(status)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as by Ctrl-C, so that what is under a hidden name is removed and what can be continued is said."""
+    sys.exit(128 + number)
+
+
+def _end_quietly() -> None:
+    """The reader of stdout went away (`| head`): it has what it wanted, and nothing is complained of."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    sys.exit(0)
 
 
 def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:

@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trine.engine.errors import DataError, UsageError
 from trine.engine.generate.bulk_progress import BulkProgress
@@ -24,6 +25,7 @@ from trine.engine.generate.engine import Engine
 from trine.engine.generate.offline import Prompt, complete_each
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
+from trine.engine.generate.unfinished import lock
 from trine.engine.log import say
 
 _SYNC_SECONDS = 5.0
@@ -82,7 +84,7 @@ def run_file(
 
     `checkpoint`, and `adapters` by name (the engine has loaded them): where the weights come from, for the record. The
     whole file is read once before anything is computed. Raises `DataError` for a line that is wrong, `UsageError` where
-    `out` holds the results of something else, or where no line uses an adapter.
+    `out` holds the results of something else, another process writes it, or no line uses an adapter.
     """
     if not prompts.is_file():
         raise DataError(f"no prompts file {prompts}; check the name")
@@ -95,40 +97,59 @@ def run_file(
         raise UsageError(f"no line of {prompts} names the adapter {min(unused)!r}; leave it out, or add it to lines")
     job = {"checkpoint": checkpoint, "prompts": _sha256(prompts), "params": asdict(params)}
     _check_job(out, {**job, "adapters": dict(adapters)} if adapters else job)
-    done = _finished(out, choices)
-    if done:
-        say(f"{out} has the completions of {done} of {len(choices)} prompts; going on with the rest")
-    progress = BulkProgress(len(choices), done, what="generating", unit="prompts")
-    failed = 0
-    lines = (line for number, line in enumerate(read_lines(prompts, params, named)) if number >= done)
+    with _locked(out) as file:
+        done = _finished(out, choices)
+        if done:
+            say(f"{out} has the completions of {done} of {len(choices)} prompts; going on with the rest")
+        left = (line for number, line in enumerate(read_lines(prompts, params, named)) if number >= done)
+        with BulkProgress(len(choices), done, what="generating", unit="prompts") as progress:
+            failed = _complete(engine, left, choices, done, file, progress)
+    return Summary(len(choices), done, failed, progress.tokens, progress.seconds)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[IO[bytes]]:
+    """The file to append to; an interruption is said, since what is there is kept."""
+    with out.open("ab") as file:
+        lock(file, out)
+        try:
+            yield file
+        except (KeyboardInterrupt, SystemExit):
+            say(f"stopped; what is in {out} is kept, and the same command goes on behind it")
+            raise
+
+
+def _complete(
+    engine: Engine, left: Iterable[Line], choices: Sequence[int], done: int, file: IO[bytes], progress: BulkProgress
+) -> int:
+    """Complete the lines that are left, of which the first has the number `done`; returns how many failed."""
     ids: dict[int, str | int | None] = {}
 
     def feed() -> Iterator[tuple[Prompt, SamplingParams, str | None]]:
-        for number, line in enumerate(lines, start=done):
+        for number, line in enumerate(left, start=done):
             ids[number] = line.id
             yield line.prompt, line.params, line.adapter
 
-    with out.open("ab") as file, progress:
-        synced = time.monotonic()
-        block: list[str] = []
-        for completion in complete_each(
-            engine, feed(), first_index=done, on_output=lambda output: progress.count(len(output.token_ids))
-        ):
-            number = completion.prompt_index
-            failed += completion.error is not None
-            block.append(to_json(completion, ids[number]))
-            if len(block) < choices[number] and completion.prompt_tokens:
-                continue
-            file.write("".join(f"{line}\n" for line in block).encode())
-            file.flush()
-            block.clear()
-            del ids[number]
-            progress.finish(1)
-            if time.monotonic() - synced > _SYNC_SECONDS:
-                os.fsync(file.fileno())
-                synced = time.monotonic()
-        os.fsync(file.fileno())
-    return Summary(len(choices), done, failed, progress.tokens, progress.seconds)
+    failed, synced = 0, time.monotonic()
+    block: list[str] = []
+    for completion in complete_each(
+        engine, feed(), first_index=done, on_output=lambda output: progress.count(len(output.token_ids))
+    ):
+        number = completion.prompt_index
+        failed += completion.error is not None
+        block.append(to_json(completion, ids[number]))
+        if len(block) < choices[number] and completion.prompt_tokens:
+            continue
+        file.write("".join(f"{line}\n" for line in block).encode())
+        file.flush()
+        block.clear()
+        del ids[number]
+        progress.finish(1)
+        if time.monotonic() - synced > _SYNC_SECONDS:
+            os.fsync(file.fileno())
+            synced = time.monotonic()
+    os.fsync(file.fileno())
+    return failed
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

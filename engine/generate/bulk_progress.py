@@ -75,5 +75,5 @@ class BulkProgress:
             self._bar.update(self._task, completed=self._done, description=f"{self._what}, {rate}")
         elif time.monotonic() - self._shown >= _LINE_SECONDS:
             self._shown = time.monotonic()
-            left = (self._total - self._done) * self.seconds / (self._done - self._before)
+            left = (self._total - self._done) * self.seconds / max(self._done - self._before, 1)
             say(f"{self._what}: {self._done}/{self._total} {self._unit}, {rate}, {format_duration(left)} left")

@@ -6,20 +6,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from trine.engine.errors import UsageError
+from trine.engine.log import say
+
+
+def lock(file: IO[bytes], out: Path) -> None:
+    """Keep other processes away from `out` until `file`, which grows for it, is closed.
+
+    Raises `UsageError` where another holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(f"another process is writing {out}; wait for it, or choose another --out") from None
 
 
 class Unfinished:
     """`with Unfinished(out, job) as file: file.rows; file.append(...); file.finish()`.
 
     Args:
-        out: the file that shall be. Raises `UsageError` where it exists.
+        out: the file that shall be. Raises `UsageError` where it exists, or where another process is writing it.
         job: all that decides about its content. Raises `UsageError` where an unfinished run of another job lies here.
         restart: begin anew whatever lies here.
     """
@@ -31,13 +45,17 @@ class Unfinished:
         self.partial = out.with_name(f".{out.name}.partial")
         self._state = out.with_name(f".{out.name}.json")
         self._job = json.loads(json.dumps(job))
-        known = {} if restart else self._read()
-        self.rows, self._bytes = known.get("rows", 0), known.get("bytes", 0)
         out.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.partial.open("r+b" if known else "wb")
-        self._file.truncate(self._bytes)
-        self._file.seek(self._bytes)
-        self._note()
+        self._file = self.partial.open("ab")
+        lock(self._file, out)
+        try:
+            known = {} if restart else self._read()
+            self.rows, self._bytes = known.get("rows", 0), known.get("bytes", 0)
+            self._file.truncate(self._bytes)
+            self._note()
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Unfinished:
         return self
@@ -46,6 +64,8 @@ class Unfinished:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if kind is not None and not issubclass(kind, Exception):  # Ctrl-C, SIGTERM
+            say(f"stopped; {self.rows} rows are kept, and the same command goes on behind them")
 
     @property
     def empty(self) -> bool:
@@ -63,10 +83,10 @@ class Unfinished:
 
     def finish(self, made: Path | None = None) -> None:
         """Give the file its name: the partial file, or `made` of it."""
-        self._file.close()
         (self.partial if made is None else made).replace(self.out)
         self.partial.unlink(missing_ok=True)
         self._state.unlink()
+        self._file.close()
 
     def _read(self) -> dict[str, Any]:
         """What an interrupted run noted; nothing where there is none, or where its file is shorter than it says."""

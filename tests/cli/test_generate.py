@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,12 @@ def test_one_completion_is_printed_as_text(trine: Trine, tiny_checkpoint: Path, 
     assert status == 0
     assert out == expected.text + "\n"
     assert "12 tokens" in err
+
+
+def test_bytes_of_a_prompt_that_are_not_utf8_are_an_error_of_one_line(trine: Trine, tiny_checkpoint: Path) -> None:
+    status, out, err = trine("generate", tiny_checkpoint, "--prompt", "fine", "--prompt", os.fsdecode(b"a\xff"))
+    assert (status, out) == (1, "")
+    assert err == "trine: --prompt 2:1: the prompt is not UTF-8 (invalid start byte); convert it\n"
 
 
 def test_json_prints_one_object_per_completion_per_line(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -49,6 +52,27 @@ def test_an_error_is_one_line_and_a_status(
 
 def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, raises=KeyboardInterrupt()) == 130
+
+
+def test_sigterm_unwinds_as_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(arguments: list[str], **_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(main, "app", end)
+    assert run(monkeypatch) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, "-m", "trine.cli", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_debug_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,26 @@ def test_an_interrupted_run_goes_on_where_it_ended(engine: Engine, job: Path, tm
     assert out.read_bytes() == done
 
 
+def test_an_interruption_is_said_and_no_second_run_writes_the_file(
+    engine: Engine, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    step = engine.step
+
+    def stopped() -> Any:
+        with pytest.raises(UsageError, match=r"another process is writing .*out\.jsonl"):
+            run_file(engine, job, out, PARAMS, checkpoint="here")
+        if out.stat().st_size:
+            raise SystemExit(143)
+        return step()
+
+    monkeypatch.setattr(engine, "step", stopped)
+    with pytest.raises(SystemExit):
+        run_file(engine, job, out, PARAMS, checkpoint="here")
+    assert f"what is in {out} is kept, and the same command goes on" in capsys.readouterr().err
+    assert read(out)
+
+
 def test_results_of_something_else_are_not_appended_to(engine: Engine, job: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     run_file(engine, job, out, PARAMS, checkpoint="here")

@@ -16,6 +16,7 @@ from trine.engine.generate import bulk
 from trine.engine.generate.bulk import BulkSettings, classify_file, embed_file, open_for_vectors, prefix_of
 from trine.engine.generate.pooler import Pooler
 from trine.engine.generate.texts_file import TextsFile
+from trine.engine.generate.unfinished import Unfinished
 
 TEXTS = ["the cat sat", "", "a dog", "the cat sat on the mat and a dog", "x", "sat on a mat", "the the"]
 LONG = "the cat sat on the mat " * 20
@@ -131,7 +132,12 @@ def test_words_are_tagged_by_their_first_token(opened: Callable[[str], Opened], 
 @pytest.mark.parametrize("windows", [0, 2])
 @pytest.mark.parametrize("suffix", ["npy", "jsonl"])
 def test_an_interrupted_run_goes_on_where_it_ended(
-    opened: Callable[[str], Opened], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, windows: int
+    opened: Callable[[str], Opened],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
+    windows: int,
 ) -> None:
     engine, info = opened("sentence" if suffix == "npy" else "classifier")
     run = embed_file if suffix == "npy" else classify_file
@@ -152,6 +158,7 @@ def test_an_interrupted_run_goes_on_where_it_ended(
     with pytest.raises(KeyboardInterrupt):
         run(engine, info, texts, out, settings())
     assert not out.exists()
+    assert f"stopped; {3 * windows} rows are kept, and the same command goes on" in capsys.readouterr().err
     # What was written behind the last note does not count.
     with (tmp_path / f".out.{suffix}.partial").open("ab") as file:
         file.write(b"torn")
@@ -182,6 +189,18 @@ def test_another_job_does_not_go_on_with_an_unfinished_one(
     assert (done.rows, done.before) == (4, 0)
     with pytest.raises(UsageError, match="exists; choose another --out or remove it"):
         embed_file(engine, info, texts, out, settings())
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Unfinished(out, {"texts": "a"}) as first:
+        first.append(b"1\n", rows=1)
+        for restart in (False, True):
+            with pytest.raises(UsageError, match=r"another process is writing .*out\.jsonl; wait for it"):
+                Unfinished(out, {"texts": "a"}, restart=restart)
+        first.append(b"2\n", rows=1)
+        first.finish()
+    assert out.read_bytes() == b"1\n2\n"
 
 
 def _interrupt() -> Any:
