@@ -130,6 +130,11 @@ class Contestants:
             assert weight is not None
             return codes.tiles_matmul(x, weight)
 
+        def by_slabs() -> Tensor:
+            weight = lanes().lanes
+            assert weight is not None
+            return codes.slabs_matmul(x, weight)
+
         paths: dict[str, Call] = {
             "loops": by_loops,
             "pieces": lambda: cpu._in_pieces(x, lanes(), None),
@@ -138,7 +143,7 @@ class Contestants:
         if x.dtype == torch.bfloat16:
             paths[f"int{bits}pack"] = lambda: cpu._packed_product(x, rows())
             if codes.has_tiles() and table.cpu_class() == "AMX":
-                paths["tiles"] = by_tiles
+                paths |= {"tiles": by_tiles, "slabs": by_slabs}
         return paths
 
     def as_chosen(self, rows: int) -> dict[str, Call]:

@@ -187,10 +187,14 @@ def tile_shapes() -> np.ndarray[Any, Any]:
     return table
 
 
-def tiles_matmul(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None) -> Tensor:
-    """x w^T + bias in bf16 for rows of bf16, in matrix tiles (`tiles_loops.py`). RuntimeError where there are none."""
+def _check_tiles() -> None:
     if not has_tiles():
         raise RuntimeError("this CPU has no matrix tiles (AMX), or the system does not lend them; use codes_matvec")
+
+
+def tiles_matmul(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None) -> Tensor:
+    """x w^T + bias in bf16 for rows of bf16, in matrix tiles (`tiles_loops.py`). RuntimeError where there are none."""
+    _check_tiles()
     from trine.kernels.cpu.tiles_loops import multiply_in_tiles
 
     use_torch_threads()
@@ -198,3 +202,20 @@ def tiles_matmul(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None
     x_MX = F.pad(x_MK, (0, -weight.width % weight.chunk, 0, -len(x_MK) % LANES))
     multiply_in_tiles(*weight.arguments, array(x_MX), tile_shapes(), array(y_MN))
     return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)
+
+
+def slabs_matmul(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None) -> Tensor:
+    """x w^T + bias in bf16 for rows of bf16, w rounded once to bf16 (`slab_tiles_loops.py`). RuntimeError as above."""
+    _check_tiles()
+    from trine.kernels.cpu.slab_tiles_loops import lay_tiles, multiply_slabs
+
+    use_torch_threads()
+    filled = F.pad(x_MK, (0, -weight.width % weight.chunk, 0, -len(x_MK) % (2 * LANES))).contiguous()
+    laid, width = torch.empty_like(filled), filled.shape[1]
+    lay_tiles(array(filled).reshape(-1), width, array(laid).reshape(-1))
+    y_MX = torch.empty(len(filled), len(weight.words) * LANES, dtype=x_MK.dtype)
+    bias = torch.zeros(y_MX.shape[1])
+    if bias_N is not None:
+        bias[: len(bias_N)] = bias_N
+    multiply_slabs(*weight.arguments, array(laid).reshape(-1), width, tile_shapes(), array(bias), array(y_MX))
+    return y_MX[: len(x_MK), : weight.num_features]

@@ -314,7 +314,7 @@ class _Bfloat(ir.Type):  # type: ignore[misc]
         return "bfloat"
 
 
-def _narrow(builder: Any, kind: Any, vector: Any) -> Any:
+def narrow(builder: Any, kind: Any, vector: Any) -> Any:
     """fp32 as numbers of a kind, to nearest, ties to even."""
     if kind == types.float32:
         return vector
@@ -348,7 +348,7 @@ def store_codes(typing: Any, words: Any, shifts: Any, origin: Any, scale: Any, o
         for index, code in enumerate(codes_of(builder, words, signature.args[1].count)):
             if signature.args[2] != types.none:
                 code = builder.fsub(code, builder.extract_value(origin, 0))
-            stored = _narrow(builder, kind.dtype, builder.fmul(code, scale))
+            stored = narrow(builder, kind.dtype, builder.fmul(code, scale))
             address = place_of(context, builder, kind, out, builder.add(k, _LONG(index)), place)
             aligned = builder.store(stored, builder.bitcast(address, stored.type.as_pointer()))
             aligned.align = 4 if kind.dtype == types.float32 else 2

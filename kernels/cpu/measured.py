@@ -2,7 +2,8 @@
 
 Made by `python -m trine.benchmarks.cpu_quantized` (its results lie in `benchmarks/results/`), which says how they were
 measured. 1 is a product of bf16 rows with a bf16 weight of the same shape by `torch.nn.functional.linear` (in the line
-"torch" of that product it is not exactly 1: it ran against itself). 0: not measured, for it does every few rows anew.
+"torch" of that product it is not exactly 1: it ran against itself). 0: not measured, for it does every few rows anew,
+or (slabs) is made for many. Packed weights at 64 and 256 rows were measured anew with slabs, on a busier machine.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ SPEEDS: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
             "loops": (2.51, 1.74, 1.43, 0.55, 0.28, 0.0, 0.0),
         },
         "int8 by int8": {
-            "torch": (1.68, 1.7, 1.77, 1.52, 1.42, 1.56, 1.62),
-            "packed": (2.0, 1.71, 2.11, 1.02, 1.07, 2.09, 1.93),
+            "torch": (1.68, 1.7, 1.77, 1.52, 1.42, 1.56, 1.16),
+            "packed": (2.0, 1.71, 2.11, 1.02, 1.07, 2.09, 1.81),
             "loops": (1.59, 1.0, 0.61, 0.24, 0.14, 0.0, 0.0),
         },
         "4 bits by bfloat16": {
             "loops": (3.55, 2.66, 1.81, 0.94, 0.56, 0.0, 0.0),
-            "pieces": (0.4, 0.32, 0.36, 0.3, 0.33, 0.49, 0.79),
-            "torch": (0.09, 0.08, 0.08, 0.07, 0.08, 0.11, 0.31),
+            "pieces": (0.4, 0.32, 0.36, 0.3, 0.33, 0.49, 0.46),
+            "torch": (0.09, 0.08, 0.08, 0.07, 0.08, 0.11, 0.2),
             "int4pack": (3.75, 2.94, 2.01, 0.82, 0.5, 0.0, 0.0),
-            "tiles": (1.7, 1.72, 2.27, 1.48, 1.47, 1.13, 0.98),
+            "tiles": (1.7, 1.72, 2.27, 1.48, 1.47, 1.0, 0.6),
+            "slabs": (0.0, 0.0, 0.0, 0.0, 0.68, 0.99, 0.92),
         },
         "4 bits by float32": {
             "loops": (3.43, 2.72, 2.14, 1.02, 0.58, 0.0, 0.0),
@@ -55,10 +57,11 @@ SPEEDS: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
         },
         "8 bits by bfloat16": {
             "loops": (1.65, 1.69, 1.5, 0.84, 0.53, 0.0, 0.0),
-            "pieces": (0.31, 0.36, 0.34, 0.27, 0.28, 0.5, 0.61),
-            "torch": (0.14, 0.13, 0.13, 0.13, 0.14, 0.23, 0.33),
+            "pieces": (0.31, 0.36, 0.34, 0.27, 0.28, 0.41, 0.48),
+            "torch": (0.14, 0.13, 0.13, 0.13, 0.14, 0.17, 0.27),
             "int8pack": (1.39, 1.52, 1.02, 0.58, 0.39, 0.0, 0.0),
-            "tiles": (1.13, 1.47, 1.2, 1.16, 1.26, 1.18, 0.69),
+            "tiles": (1.13, 1.47, 1.2, 1.16, 1.26, 1.04, 0.61),
+            "slabs": (0.0, 0.0, 0.0, 0.0, 0.0, 1.03, 0.89),
         },
         "8 bits by float32": {
             "loops": (1.82, 1.68, 1.74, 0.88, 0.56, 0.0, 0.0),

@@ -4,6 +4,7 @@ A kind is what is multiplied by what ("4 bits by bfloat16"); a path is one way t
 
     loops       this folder's compiled loops
     tiles       compiled loops that multiply in the CPU's matrix tiles (AMX), rows of bf16
+    slabs       the same, of some outputs dequantized for all rows into the cache
     pieces      some outputs of the weight after the other dequantized into a buffer by compiled loops, then torch
     torch       torch's product: of the plain weight, or of one dequantized by torch piece by piece
     packed      oneDNN's product with a weight in its own layout
@@ -22,16 +23,17 @@ from trine.kernels.cpu.codes import has_tiles
 from trine.kernels.cpu.compiled import available
 from trine.kernels.cpu.measured import ROWS, SPEEDS
 
-COMPILED = ("loops", "tiles", "pieces")
+COMPILED = ("loops", "tiles", "slabs", "pieces")
 # What there is for packed weights of 4 and 8 bits in the layouts "lanes" and "rows" (`quantized/packing.py`), and for
 # plain weights, int8 ones among them.
-LANES_PATHS = ("loops", "tiles", "pieces")
+LANES_PATHS = ("loops", "tiles", "slabs", "pieces")
 ROWS_PATHS = ("torch", "int4pack", "int8pack")
 PLAIN_PATHS = ("loops", "torch", "int8pack")
 KINDS = tuple(dict.fromkeys(kind for kinds in SPEEDS.values() for kind in kinds))
 _REASONS = {
     "loops": "read the weight once, as it is kept",
     "tiles": "decoded once for 64 rows, multiplied in AMX tiles",
+    "slabs": "dequantized once for all rows, multiplied in AMX tiles",
     "pieces": "dequantized once for all rows, into the cache",
     "torch": "its product outruns what reading less saves",
     "packed": "oneDNN's own layout saves a copy a call",

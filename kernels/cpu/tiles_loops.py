@@ -26,9 +26,11 @@ from trine.kernels.cpu.lanes_loops import (
     load_lanes,
     load_words,
     multiply_add,
+    narrow,
     place_of,
     same,
 )
+from trine.kernels.cpu.vector_loops import splat
 
 # Rows of a tile, numbers of K that it holds, and rows that are multiplied at once.
 ROWS, DEPTH, MOST_ROWS = 16, 32, 64
@@ -36,12 +38,19 @@ _CODES = 6
 
 _BYTE, _INT, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _POINTER = _BYTE.as_pointer()
+_WORDS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(ir.FloatType(), LANES)
 
 
 def call(builder: Any, name: str, *arguments: Any) -> None:
     """Call an instruction that LLVM has for x86."""
     signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.{name}"), arguments)
+
+
+@serial
+def aligned(x: Any) -> Any:
+    """x from where a line of the cache begins: tiles whose rows cross lines take six times as long. x has one more."""
+    return x[-x.ctypes.data % 64 // x.itemsize :]
 
 
 @intrinsic
@@ -149,6 +158,53 @@ def add_lanes(typing: Any, total: Any, place: Any, sums: Any, scale: Any) -> Any
     return types.void(total, types.int64, sums, scale), generate
 
 
+def turned(builder: Any, rows: list[Any]) -> list[Any]:
+    """16 vectors of 16 numbers, columns as rows: a step swaps one bit of the row's number with that of the lane's."""
+    for bit in (8, 4, 2, 1):
+        low = [lane + ROWS - bit if lane & bit else lane for lane in range(ROWS)]
+        high = [lane + ROWS if lane & bit else lane + bit for lane in range(ROWS)]
+        masks = [ir.Constant(_WORDS, lanes) for lanes in (low, high)]
+        for row in (row for row in range(ROWS) if not row & bit):
+            pair = rows[row], rows[row | bit]
+            rows[row], rows[row | bit] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+    return rows
+
+
+@intrinsic
+def store_tile(typing: Any, sums: Any, place: Any, factors: Any, y: Any, m: Any, n: Any) -> Any:
+    """y[m + i, n + j] = sums[place + 16 i + j] + bias[n + j] for 16 rows and outputs, rounded to the numbers of y.
+
+    Sums of int32 come output by output, [place + 16 j + i], and are multiplied by x_scales[m + i], then scales[n + j].
+    factors: (x_scales, scales, bias), or of sums in fp32 (bias,).
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, place, factors, y, m, n = arguments
+        kinds = signature.args
+        given = list(zip(kinds[2], cgutils.unpack_tuple(builder, factors), strict=True))
+        whole = kinds[0].dtype == types.int32
+        rows = []
+        for row in range(ROWS):
+            address = place_of(context, builder, kinds[0], sums, builder.add(place, _LONG(LANES * row)))
+            kind = _WORDS if whole else _FLOATS
+            rows.append(builder.load(builder.bitcast(address, kind.as_pointer()), align=4))
+        if whole:
+            rows = [builder.sitofp(words, _FLOATS) for words in turned(builder, rows)]
+        bias = load_as_floats(context, builder, *given[-1], n)
+        scales = load_as_floats(context, builder, *given[1], n) if whole else None
+        for row, numbers in enumerate(rows):
+            at = builder.add(m, _LONG(row))
+            if whole:
+                factor = splat(builder, builder.load(place_of(context, builder, *given[0], at)))
+                numbers = builder.fmul(builder.fmul(numbers, factor), scales)
+            stored = narrow(builder, kinds[3].dtype, builder.fadd(numbers, bias))
+            address = place_of(context, builder, kinds[3], y, at, n)
+            builder.store(stored, builder.bitcast(address, stored.type.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.int64, factors, y, types.int64, types.int64), generate
+
+
 @serial
 def multiply_outputs(
     weight: Any, unit: Any, shifts: Any, x_MX: Any, first: Any, tiles: Any, work: Any, y_MN: Any
@@ -191,8 +247,9 @@ def multiply_in_tiles(weight: Any, shifts: Any, x_MX: Any, shapes: Any, y_MN: An
     for unit_number in prange((shape[0] + LANES - 1) // LANES):
         weight = (words, scales, zeros, shape)  # threads are not given tuples of tuples
         unit: Any = np.int64(unit_number)
-        pairs = np.empty(ROWS * LANES, np.int32)
-        work = (pairs, np.empty(MOST_ROWS * LANES, np.float32), np.empty(MOST_ROWS * LANES, np.float32))
+        pairs = aligned(np.empty((ROWS + 1) * LANES, np.int32))
+        sums = aligned(np.empty((MOST_ROWS + 1) * LANES, np.float32))
+        work = (pairs, sums, np.empty(MOST_ROWS * LANES, np.float32))
         configure(shapes)
         first: Any = np.int64(0)
         while first < x_MX.shape[0]:

@@ -3,11 +3,12 @@
 4 and 8 bits: few rows by compiled loops, or without Numba by torch's kernels for packed weights (int4pack; int8pack,
 for symmetric weights with one scale a row), which take bf16 rows and scales in bf16, so that there a weight is rounded
 once more than the dequantized one, by as much. Many rows are multiplied piece by piece: some outputs of the weight are
-dequantized into a buffer, then torch's product reads it there. Rows in fp16 are multiplied in fp32: torch's product of
-fp16 is 10 times slower than that where a CPU has no instructions for it.
+dequantized into a buffer, where torch's product reads them, or of bf16 the CPU's matrix tiles (slabs). Rows in fp16 are
+multiplied in fp32: torch's product of fp16 is 10 times slower than that where a CPU has no instructions for it.
 
-int8 codes: an exact integer product (`cpu_int8.py`), then the scales. float8 codes: kept as bf16, which holds them
-exactly; a float8 product is 20 times slower than one in bf16 on a CPU.
+int8 codes: an exact integer product (`cpu_int8.py`), then the scales; from some rows on both at once in matrix tiles
+(`kernels/cpu/byte_tiles.py`). float8 codes: kept as bf16, which holds them exactly; a float8 product is 20 times slower
+than one in bf16 on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.kernels.cpu.codes import codes_matvec, dequantize_lanes, lanes_pieces, tiles_matmul
+from trine.kernels.cpu import byte_tiles
+from trine.kernels.cpu.codes import codes_matvec, dequantize_lanes, lanes_pieces, slabs_matmul, tiles_matmul
 from trine.kernels.cpu.table import LANES_PATHS, ROWS_PATHS, choose
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import int8_product
@@ -67,9 +69,9 @@ def weight_only_rows(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) 
         y_MN: Tensor = _Product.apply(x_MK, weight)  # type: ignore[no-untyped-call]
         return _add(y_MN, bias_N)
     if not torch.compiler.is_compiling() and len(x_MK):
-        few = _few_rows(x_MK, weight, bias_N)
-        if few is not None:
-            return few
+        multiplied = _from_codes(x_MK, weight, bias_N)
+        if multiplied is not None:
+            return multiplied
     return _in_pieces(x_MK, weight, bias_N)
 
 
@@ -77,13 +79,14 @@ def _add(y_MN: Tensor, bias_N: Tensor | None) -> Tensor:
     return y_MN if bias_N is None else y_MN + bias_N.to(y_MN.dtype)
 
 
-def _few_rows(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Tensor | None:
-    """By what reads the packed weight; None where the table prefers to dequantize it, or nothing can."""
+def _from_codes(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Tensor | None:
+    """By what reads the packed weight; None where the table prefers to dequantize it before, or nothing can."""
     half = x_MK.dtype == torch.bfloat16
     kind = f"{weight.bits} bits by {'bfloat16' if half else 'float32'}"
     if weight.lanes is not None:
-        few = {"loops": codes_matvec, "tiles": tiles_matmul}.get(choose(kind, len(x_MK), LANES_PATHS))
-        return None if few is None else few(x_MK, weight.lanes, bias_N)
+        path = choose(kind, len(x_MK), LANES_PATHS)
+        multiply = {"loops": codes_matvec, "tiles": tiles_matmul, "slabs": slabs_matmul}.get(path)
+        return None if multiply is None else multiply(x_MK, weight.lanes, bias_N)
     if choose(kind, len(x_MK), ROWS_PATHS) == "torch" or not half:
         return None
     y_MN = _packed_product(x_MK.contiguous(), weight)
@@ -145,10 +148,20 @@ class _Product(torch.autograd.Function):
 
 
 def scaled_rows(
-    x_codes_MK: Tensor, x_scales: Tensor, weight: ScaledWeight, bias_N: Tensor | None, dtype: torch.dtype
+    x_codes_MK: Tensor,
+    x_scales: Tensor,
+    weight: ScaledWeight,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    last: bool = False,
 ) -> Tensor:
-    """The product of codes with its scales and bias, in fp32, for a result in `dtype`."""
+    """The product of codes with its scales and bias, in fp32, for a result in `dtype`; `last`: it may be in that."""
     codes_NK, scales, num_features = weight.codes, weight.scales, weight.num_features
+    plain = weight.kind == torch.int8 and not weight.packed
+    if plain and len(x_codes_MK) >= byte_tiles.FEWEST_ROWS and byte_tiles.fits(codes_NK):
+        stored = torch.bfloat16 if last and dtype == torch.bfloat16 else torch.float32
+        return byte_tiles.multiply_rows(x_codes_MK, x_scales, codes_NK, scales, bias_N, stored)
     if weight.kind == torch.int8:
         sums_MN = int8_product(x_codes_MK, codes_NK, num_features, packed=weight.packed)
         y_MN = sums_MN.mul_(x_scales.view(-1, 1)).mul_(scales)

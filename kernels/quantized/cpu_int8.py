@@ -1,8 +1,9 @@
 """Products of int8 with int8 codes on a CPU: exact sums.
 
-Where compiled loops decode with the weight, it is kept plain, as they read it: torch's own integer product multiplies
-it, and many rows the CPU's matrix tiles (`kernels/cpu/byte_tiles.py`). Elsewhere it is kept in oneDNN's layout alone,
-for its product of unsigned with signed bytes, if the CPU has instructions for that; without them it may saturate.
+Where compiled loops decode with the weight, it is kept plain, as they read it, and torch's own integer product
+multiplies it (from some rows on the CPU's matrix tiles do: `kernels/cpu/byte_tiles.py`). Elsewhere it is kept in
+oneDNN's layout alone, for its product of unsigned with signed bytes, if the CPU has instructions for that; without them
+it may saturate.
 
 Measured on one core with VNNI at 2048 x 2048 (us; a bf16 product beside), oneDNN's layout against torch's product: 71
 against 55 (240) at one row, 72 against 264 (242) at 4, 301 against 471 (697) at 32, 1103 against 1263 (2342) at 128.
@@ -13,8 +14,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from trine.kernels.cpu import byte_tiles
 
 # Numbers of a result that are looked at a time.
 _PIECE_NUMBERS = 2**20
@@ -44,8 +43,6 @@ def plain_int8(kept: Tensor, num_features: int, width: int) -> Tensor:
 def int8_product(x_MK: Tensor, codes_NK: Tensor, num_features: int, *, packed: bool) -> Tensor:
     """The exact integer sums, rounded to fp32."""
     if not packed:
-        if len(x_MK) >= byte_tiles.FEWEST_ROWS and byte_tiles.fits(codes_NK):
-            return byte_tiles.multiply_rows(x_MK, codes_NK)
         return torch._int_mm(x_MK, codes_NK.t()).float()
     # x + 128 as unsigned bytes, with 128 as their zero.
     unsigned_MK = x_MK.view(torch.uint8).bitwise_xor(128)

@@ -307,5 +307,5 @@ def _scaled(
         )
         return result
     gate_MN = None if gate is None else scaled_rows(codes_MK, scales, gate, gate_bias, rows.dtype)
-    up_MN = scaled_rows(codes_MK, scales, up, up_bias, rows.dtype)
+    up_MN = scaled_rows(codes_MK, scales, up, up_bias, rows.dtype, last=activation == "none")
     return apply(gate_MN, up_MN, activation, limit).to(rows.dtype)

@@ -17,6 +17,7 @@ from trine.kernels.cpu.codes import (
     from_lanes,
     has_tiles,
     lanes_pieces,
+    slabs_matmul,
     tiles_matmul,
     to_lanes,
 )
@@ -111,6 +112,39 @@ def test_products_in_tiles_round_only_the_result(n: int, k: int, groups: int, ze
             found = tiles_matmul(x, weight, b)
             assert found.dtype == torch.bfloat16
             assert float((found.double() - exact).abs().max()) <= 2**-8 * float(exact.abs().max())
+
+
+@pytest.mark.skipif(not has_tiles(), reason="this CPU has no matrix tiles (AMX)")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("n", "k", "groups"), SHAPES)
+def test_products_in_slabs_are_those_of_the_weight_in_bf16(n: int, k: int, groups: int, zeros: bool, bits: int) -> None:
+    """Outputs that fill no slab of 32, rows that fill no pair of tiles, and none."""
+    weight = to_lanes(*make(n, k, groups, bits, zeros, torch.bfloat16), bits)
+    w = dequantize_lanes(weight, torch.bfloat16).double()
+    x_all = torch.randn(70, k, generator=torch.Generator().manual_seed(7)).bfloat16()
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(8))
+    for rows in (0, 1, 32, 70):
+        x = x_all[:rows]
+        for b in (None, bias):
+            exact = x.double() @ w.t() + (0 if b is None else b.double())
+            found = slabs_matmul(x, weight, b)
+            assert found.dtype == torch.bfloat16
+            sizes = x.double().abs() @ w.abs().t()
+            assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + k * 2**-23 * sizes).all()
+
+
+@pytest.mark.skipif(not has_tiles(), reason="this CPU has no matrix tiles (AMX)")
+def test_slabs_take_rows_by_as_many_as_the_cache_holds() -> None:
+    """K so large that the second cache holds 32 rows of it, which are multiplied before the next."""
+    weight = to_lanes(*make(48, 32768, 1, 8, False, torch.bfloat16), 8)
+    x = torch.randn(70, 32768, generator=torch.Generator().manual_seed(7)).bfloat16()
+    x[50, 3] = float("nan")
+    found, exact = slabs_matmul(x, weight), x.double() @ dequantize_lanes(weight, torch.bfloat16).double().t()
+    assert found.isnan().any(dim=1).nonzero().flatten().tolist() == [50]
+    torch.testing.assert_close(
+        found.double(), exact, rtol=2**-8, atol=1e-3 * float(exact[:50].abs().max()), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("scales", SCALES, ids=str)

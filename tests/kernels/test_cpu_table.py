@@ -24,7 +24,8 @@ def test_every_class_measured_every_kind_at_every_number_of_rows(name: str) -> N
     for kind, paths in SPEEDS[name].items():
         assert "torch" in paths
         assert all(len(speeds) == len(ROWS) for speeds in paths.values()), kind
-        assert ("tiles" in paths) == (name == "AMX" and kind.endswith("bits by bfloat16"))
+        for path in ("tiles", "slabs"):
+            assert (path in paths) == (name == "AMX" and kind.endswith("bits by bfloat16"))
     assert list(ROWS) == sorted(ROWS)
 
 

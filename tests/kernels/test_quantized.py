@@ -95,7 +95,7 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path in table.COMPILED:
         if not available():
             pytest.skip(why_not() or "")
-        if path == "tiles" and not has_tiles():
+        if path in ("tiles", "slabs") and not has_tiles():
             pytest.skip("this CPU has no matrix tiles (AMX)")
     else:
         monkeypatch.setattr(packing, "available", lambda: False)
@@ -103,7 +103,7 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("path", ["loops", "tiles", "pieces", "packed", "torch"])
+@pytest.mark.parametrize("path", ["loops", "tiles", "slabs", "pieces", "packed", "torch"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("n", "k", "groups"), [(32, 256, 2), (48, 128, 1), (19, 150, 1), (16, 320, 10)])
@@ -111,7 +111,7 @@ def test_weight_only(
     n: int, k: int, groups: int, zeros: bool, bits: int, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By every path that there is; "packed" are torch's kernels for packed weights, where they can."""
-    if path == "tiles" and dtype != torch.bfloat16:
+    if path in ("tiles", "slabs") and dtype != torch.bfloat16:
         pytest.skip("tiles take rows of bf16")
     take(f"int{bits}pack" if path == "packed" else path, monkeypatch)
     given = codes(n, k, groups, bits, zeros)
@@ -259,7 +259,39 @@ def test_many_rows_of_bytes_in_matrix_tiles_are_exact(rows: int, outputs: int, w
     values, x = codes(outputs, width, 1, 8)[0], codes(rows, width, 1, 8, seed=1)[0]
     values[0], x[-1] = -128, 127
     assert byte_tiles.fits(values)
-    assert torch.equal(byte_tiles.multiply_rows(x, values), (x.double() @ values.double().t()).float())
+    sums, one = (x.double() @ values.double().t()).float(), torch.ones(1)
+    assert torch.equal(byte_tiles.multiply_rows(x, one, values, one, None, torch.float32), sums)
+
+
+@pytest.mark.parametrize("scales", [70, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_in_matrix_tiles_have_the_bits_of_torchs(
+    dtype: torch.dtype, scales: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a bias (which the tiles add without rounding before); also where rows are taken in several parts."""
+    if not (available() and has_tiles()):
+        pytest.skip("this CPU has no matrix tiles, or there is no Numba")
+    for outputs, width in ((96, 192), (32, 32768)):
+        values, x = codes(outputs, width, 1, 8)[0], make(70, width, dtype=dtype)
+        rows = quantize_rows(x, torch.int8)
+        if scales == 1:
+            rows = quantize_rows(x, torch.int8, scale=torch.tensor([0.03]))
+        weight, bias = scaled_weight(values, make(outputs, seed=1).abs()), make(outputs, seed=2)
+        tiles = (
+            quantized_linear(rows, weight),
+            quantized_linear(rows, weight, bias),
+            quantized_linear(rows, weight, activation="silu"),
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(byte_tiles, "FEWEST_ROWS", 71)
+            plain = (
+                quantized_linear(rows, weight),
+                quantized_linear(rows, weight, bias),
+                quantized_linear(rows, weight, activation="silu"),
+            )
+        assert torch.equal(tiles[0], plain[0])
+        assert torch.equal(tiles[2], plain[2])
+        close(tiles[1], plain[1].double(), dtype)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, FLOAT8], ids=str)
