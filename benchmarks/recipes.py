@@ -1,6 +1,6 @@
 """Train the recipes of encoders, encoder-decoders and of WikiText-2 for several seeds, and write docs/results.md.
 
-    python -m trine.benchmarks.recipes --wikitext DIR [--seeds 3] [--steps FRACTION] [--only NAME ...]
+    python -m trine.benchmarks.recipes --wikitext DIR [--seeds 3] [--steps FRACTION] [--only NAME ...] [--threads N]
 
 Runs lie in `runs/results/SEED/`; those that are complete are kept, and one that was interrupted goes on, so the command
 can be given again. What is fine-tuned is also trained from first weights, by the same recipe with the model of the
@@ -62,7 +62,7 @@ JOBS = (
     ),
     Job(name="spans", recipe="numbers-spans", title="span corruption on number words", measures=("loss", "accuracy")),
     Job(
-        name="numbers", recipe="numbers-t5", base="spans", title="numbers to words from 1,000 pairs, after spans",
+        name="numbers", recipe="numbers-t5", base="spans", title="numbers to words from 20,000 pairs, after spans",
         measures=("loss", "accuracy", "exact_match"),
     ),
     Job(
@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder for data and runs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe")
     parser.add_argument("--steps", type=float, default=1.0, help="share of each recipe's steps, to try things out")
+    parser.add_argument("--threads", type=int, default=0, help="of each run (default: as the recipe says, all cores)")
     parser.add_argument("--only", nargs="*", choices=[job.name for job in JOBS], help="these alone (and their bases)")
     parser.add_argument("--page", type=Path, help="where results are written (default docs/results.md)")
     parser.add_argument("--prepare-only", action="store_true", help="make the data, train nothing")
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, list[dict[str, Any]]] = {job.name: [] for job in jobs}
     for seed in range(options.seeds):
         for job in jobs:
-            found[job.name].append(run(job, options.out, seed=seed, steps=options.steps))
+            found[job.name].append(run(job, options.out, seed=seed, steps=options.steps, threads=options.threads))
     page = options.page or (PAGE if options.steps == 1.0 and not options.only else None)
     if page is not None:
         page.write_text(page_of(jobs, found), encoding="utf-8")
@@ -109,10 +110,10 @@ def chosen(names: Sequence[str] | None) -> list[Job]:
     return [job for job in JOBS if job.name in wanted]
 
 
-def run(job: Job, out: Path, *, seed: int, steps: float) -> dict[str, Any]:
+def run(job: Job, out: Path, *, seed: int, steps: float, threads: int = 0) -> dict[str, Any]:
     """Train one job, or read it where it has ended: its last evaluation, steps, seconds and parameters."""
     folder = out / str(seed) / job.name
-    recipe = recipe_of(job, out, seed=seed, steps=steps)
+    recipe = recipe_of(job, out, seed=seed, steps=steps, threads=threads)
     if not (folder / "final").is_dir():
         say(f"{job.title}, seed {seed}")
         train(recipe)
@@ -127,10 +128,10 @@ def run(job: Job, out: Path, *, seed: int, steps: float) -> dict[str, Any]:
     }
 
 
-def recipe_of(job: Job, out: Path, *, seed: int, steps: float) -> Recipe:
+def recipe_of(job: Job, out: Path, *, seed: int, steps: float, threads: int = 0) -> Recipe:
     """The recipe of a job as it is run: with its seed, its folders, and a share of its steps."""
     table = table_of(job.recipe, out)
-    table["train"]["seed"] = seed
+    table["train"] |= {"seed": seed, "threads": threads}
     table["run"]["dir"] = str(out / str(seed) / job.name)
     base = next((one for one in JOBS if one.name == job.base), None)
     if base is not None:

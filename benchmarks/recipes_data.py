@@ -4,7 +4,7 @@
     data/encoder                     the same without capital letters, a document for each paragraph
     data/case-train.jsonl, -test     words without capitals, and of each whether it had one
     data/words                       numbers in words, one a line, to learn spans from
-    data/numbers-few.jsonl, -many    numbers in digits and in words; -test: other numbers
+    data/numbers.jsonl, -test        numbers in digits and in words; of the test, other numbers
 
 WikiText-2 is yours to bring: `wikitext2-valid.txt` and `wikitext2-test.txt`, the tokenised files. What is drawn at
 random is the same every time.
@@ -29,7 +29,7 @@ _UNITS = (
 )  # fmt: skip
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _LARGEST = 1_000_000
-_FEW, _MANY, _TEST, _TEXTS = 1_000, 20_000, 1_000, 20_000
+_PAIRS, _TEST, _TEXTS = 20_000, 1_000, 20_000
 _LINES, _LONGEST_LINE = 400, 60  # labelled lines to train on, and words in one
 
 
@@ -106,10 +106,10 @@ def _paragraphs(text: str) -> list[list[str]]:
 
 
 def _numbers(data: Path) -> None:
-    numbers = random.Random(0).sample(range(_LARGEST), _MANY + _TEST + _TEXTS)
-    pairs, rest = numbers[: _MANY + _TEST], numbers[_MANY + _TEST :]
-    for name, chosen in (("few", pairs[:_FEW]), ("many", pairs[:_MANY]), ("test", pairs[_MANY:])):
-        _write(data / f"numbers-{name}.jsonl", ({"number": str(one), "words": in_words(one)} for one in chosen))
+    numbers = random.Random(0).sample(range(_LARGEST), _PAIRS + _TEST + _TEXTS)
+    pairs, test, rest = numbers[:_PAIRS], numbers[_PAIRS:][:_TEST], numbers[_PAIRS + _TEST :]
+    for name, chosen in (("numbers", pairs), ("numbers-test", test)):
+        _write(data / f"{name}.jsonl", ({"number": str(one), "words": in_words(one)} for one in chosen))
     _write(data / "words.jsonl", ({"text": in_words(one)} for one in rest))
     if not (data / "characters").exists():
         letters = train_characters([*map(in_words, rest[:2000]), "0123456789"])
