@@ -15,6 +15,7 @@ from trine.engine.errors import UsageError
 from trine.engine.generate.cache_dtype import cache_dtype
 from trine.engine.generate.records import EngineConfig
 from trine.engine.model.checkpoint import load_model
+from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.quantized.cache_scheme import CacheScheme, choose_cache, read_cache, write_cache
 from trine.engine.model.quantized.scheme import make_scheme
 from trine.engine.model.transformer import Transformer
@@ -136,3 +137,28 @@ def test_what_cannot_be_is_refused_with_a_remedy(tiny_checkpoint: Path, tmp_path
         _quantize(tiny_checkpoint, tmp_path / "out", cache="int8", writer=WRITERS["gptq"])
     with pytest.raises(UsageError, match=r"no key/value cache 'int4'; known: int8, fp8"):
         choose_cache("int4")
+
+
+def test_transformers_rounds_keys_and_values_as_the_engine_does(int8: Path) -> None:
+    """To 127.5 steps, not 127, so that codes differ here and there; what rounding costs is the same."""
+    import transformers
+
+    ids, model = torch.arange(1, 41)[None], load_model(int8, dequantize=True)
+    cache = PagedCache(model.config, num_blocks=3, block_size=16, dtype=torch.int8)
+    cache.step = PagedStep(
+        cache=cache,
+        positions_BT=torch.arange(40)[None],
+        slots_N=torch.arange(40),
+        block_table_RM=torch.arange(3, dtype=torch.int32)[None],
+        lengths_R=torch.tensor([40], dtype=torch.int32),
+        query_starts=torch.tensor([0, 40], dtype=torch.int32),
+        max_queries=40,
+        num_slots=40,
+    )
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(int8).eval()
+        exact, rounded = model.logits(model(ids)), model.logits(model(ids, cache=cache))
+        theirs, ours = ((one - exact).norm() for one in (loaded(ids).logits, rounded))
+    assert 0 < ours < 0.1 * exact.norm()
+    assert 0.8 * ours < theirs < 1.25 * ours

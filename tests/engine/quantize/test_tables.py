@@ -202,7 +202,7 @@ def test_quality_counts_the_rounded_tables(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the first mat\ndef add(second): return second\n" * 40)
-    samples, held_out = read_calibration([text], tiny_tokenizer, length=32, samples=16, context=64, held_out=True)
+    _, held_out = read_calibration([text], tiny_tokenizer, length=32, samples=16, context=64, held_out=True)
     assert held_out is not None
     report = _quantize(untied, tmp_path / "out", evaluation=held_out, **BOTH)
     assert report.quality is not None
