@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from trine.cli.options import Device
+
 
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the tables.")] = False,
 ) -> None:
     """Show hardware, versions, and the device, dtype and kernels that will be used, each with the reason."""

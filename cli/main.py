@@ -69,28 +69,33 @@ def options(
     """Train Transformers, measure, quantize and serve them, exact and resumable to the bit."""
 
 
-app.command("quickstart")(quickstart.quickstart)
+# In the list of commands, where a first sentence would be cut: at most 64 characters each.
+app.command("quickstart", short_help="Train, evaluate, quantize and use a small code model.")(quickstart.quickstart)
 app.add_typer(tokenizer.app, name="tokenizer")
-data.app.command("inspect")(data_inspect.inspect)
+data.app.command("inspect", short_help="Show samples as training sees them, and token statistics.")(
+    data_inspect.inspect
+)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
+app.command("eval", short_help="Measure perplexity on texts, or scores on tasks.")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
-app.command("embed")(embed.embed)
-app.command("classify")(classify.classify)
-app.command("translate")(translate.translate)
-app.command("merge")(merge.merge)
-app.command("import")(import_model.import_model)
-app.command("export")(export.export)
-app.command("inspect")(inspect_checkpoint.inspect)
-app.command("quantize")(quantize.quantize)
-app.command("prune")(prune.prune)
-app.command("rotate")(rotate.rotate)
-app.command("serve")(serve.serve)
-app.command("report")(report.report)
-app.add_typer(bench.app, name="bench")
-app.command("doctor")(doctor.doctor)
+app.command("embed", short_help="Turn every row of a file into an embedding.")(embed.embed)
+app.command("classify", short_help="Give every row of a file a class, a score or tags.")(classify.classify)
+app.command("translate", short_help="Give every row of a file to an encoder-decoder.")(translate.translate)
+app.command("merge", short_help="Add a LoRA adapter into the weights of its base.")(merge.merge)
+app.command("import", short_help="Make a folder of a model of llama.cpp, Meta or nanoGPT.")(import_model.import_model)
+app.command("export", short_help="Write a checkpoint in another dtype, or as a GGUF file.")(export.export)
+app.command("inspect", short_help="Show what is inside a checkpoint, and what is wrong with it.")(
+    inspect_checkpoint.inspect
+)
+app.command("quantize", short_help="Write a smaller checkpoint with quantized weights.")(quantize.quantize)
+app.command("prune", short_help="Set the weights that matter least to 0.")(prune.prune)
+app.command("rotate", short_help="Turn a model so that it loses less by quantizing.")(rotate.rotate)
+app.command("serve", short_help="Serve a model over HTTP, as OpenAI's API.")(serve.serve)
+app.command("report", short_help="Write an HTML page about a run, or about several.")(report.report)
+app.add_typer(bench.app, name="bench", short_help="Time Trine against other programs, as ratios.")
+app.command("doctor", short_help="Show hardware, versions, and what will be used and why.")(doctor.doctor)
 
 
 def main() -> None:

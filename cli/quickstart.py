@@ -12,14 +12,17 @@ if TYPE_CHECKING:
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(help="The run folder; everything is written below it.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The run folder; everything is written below it.")] = Path(
         "runs/quickstart"
     ),
     steps: Annotated[
-        int | None, typer.Option(help="Training steps; [600, or as many as fit the time, at least 200].")
+        int | None,
+        typer.Option(metavar="N", help="Training steps.", show_default="600, or as many as fit the time, at least 200"),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="The time the whole command may take.")] = 8.0,
-    seed: Annotated[int | None, typer.Option(help="Of first weights and data order; [0].")] = None,
+    minutes: Annotated[float, typer.Option(metavar="X", help="The time the whole command may take.")] = 8.0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of first weights and data order.", show_default="0")
+    ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="In the end, serve the model over HTTP until Ctrl-C.")] = False,
     port: Annotated[int, typer.Option(metavar="N", help="Where to serve it; 0 takes a free one.")] = 8000,
 ) -> None:

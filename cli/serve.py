@@ -27,7 +27,9 @@ def serve(
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="What requests call the model (repeatable); [its folder's name]."),
+        typer.Option(
+            metavar="NAME", help="What requests call the model (repeatable).", show_default="its folder's name"
+        ),
     ] = None,
     adapter: Adapters = None,
     runtime_adapters: Annotated[

@@ -54,6 +54,11 @@ def format_count(number: float) -> str:
     return f"{number:.3g}"
 
 
+def counted(number: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def format_bytes(number: float) -> str:
     """`512 B`, `3.1 MiB`, `1.2 GiB`."""
     for limit, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

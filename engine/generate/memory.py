@@ -11,7 +11,7 @@ import torch
 
 from trine.engine.env import available_memory
 from trine.engine.errors import UsageError
-from trine.engine.log import format_bytes
+from trine.engine.log import counted, format_bytes
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.paged_cache import bytes_per_block
 from trine.engine.model.transformer import Transformer
@@ -62,7 +62,10 @@ def choose_num_blocks(
         blocks, reason = int(share * room) // each, f"{share:.0%} of the {format_bytes(room)} free"
         most = max_running * -(-config.max_positions // block_size)
         if blocks > most:
-            blocks, reason = most, f"all that {max_running} sequences of {config.max_positions} tokens can fill"
+            blocks, reason = (
+                most,
+                f"all that {counted(max_running, 'sequence')} of {config.max_positions} tokens can fill",
+            )
     if blocks < 1:
         raise UsageError(
             f"the key/value cache has no room: a block of {block_size} tokens takes {format_bytes(each)}, "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trine.engine.env import load_average, physical_cores
-from trine.engine.log import format_bytes, format_duration, say, warn
+from trine.engine.log import counted, format_bytes, format_duration, say, warn
 from trine.engine.model.cost import count_parameters
 from trine.engine.train.energy import EnergyMeter
 from trine.engine.train.evaluation import who_decides
@@ -116,4 +116,4 @@ def announce(setup: Setup, meter: Meter, *, peak_source: str) -> None:
         say(f"MFU is the share of a {peak_source} peak of {meter.peak_flops / 1e12:.3g} TFLOP/s")
     load, cores = load_average()[0], physical_cores()
     if setup.device.type == "cpu" and load > cores:
-        warn(f"load is {load:.1f} on {cores} cores; training with {setup.threads} threads may be slow")
+        warn(f"load is {load:.1f} on {cores} cores; training with {counted(setup.threads, 'thread')} may be slow")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trine.engine.log import format_bytes, format_count, format_duration
+from trine.engine.log import counted, format_bytes, format_count, format_duration
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.cost import count_parameters
 from trine.engine.model.transformer import Transformer
@@ -112,7 +112,8 @@ def describe(setup: Setup) -> str:
     dtype = str(setup.compute_dtype).removeprefix("torch.")
     return (
         f"{config.family} with {format_count(count_parameters(config).total)} parameters{_kind(setup)} on "
-        f"{setup.device}, {dtype} ({setup.dtype_reason}), {setup.threads} threads, run folder {setup.recipe.run.dir}"
+        f"{setup.device}, {dtype} ({setup.dtype_reason}), {counted(setup.threads, 'thread')}, "
+        f"run folder {setup.recipe.run.dir}"
     )
 
 

@@ -87,6 +87,16 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == f"trine {importlib.metadata.version('trine')}\n"
 
 
+def test_the_list_of_commands_is_cut_nowhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, "--help") == 0
+    commands = capsys.readouterr().out.partition("Commands:")[2]
+    assert "doctor" in commands
+    assert "..." not in commands
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
