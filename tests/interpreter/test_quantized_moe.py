@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from trine.engine.model.config import ModelConfig, MoeConfig
+from trine.engine.model.moe import MixtureOfExperts
+from trine.engine.model.quantized.experts import QuantizedExperts, install_experts
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.moe.groups import group_by_expert
 from trine.kernels.moe.matmul import grouped_matmul_reference
 from trine.kernels.moe.op import moe_mlp_reference
 from trine.kernels.quantized.activations import quantize_reference
+from trine.kernels.quantized.packing import pack
 from trine.kernels.quantized.reference import product_reference
-from trine.kernels.quantized_moe.experts import PackedExperts, float8_experts, mxfp4_experts, pack_experts
+from trine.kernels.quantized_moe.experts import PackedExperts, float8_experts, join_experts, mxfp4_experts, pack_experts
 from trine.kernels.quantized_moe.op import (
     quantized_grouped_forward,
     quantized_grouped_linear,
@@ -206,6 +210,44 @@ def test_activations(compare: Any, activation: str) -> None:
     for tokens, width in ((3, 160), (9, 32)):
         dtype = torch.float32 if tokens == 3 else torch.bfloat16
         check_layer(compare, "mxfp4", dtype, (tokens, 2, 3, width, 32), activation, bias=True, none=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_given_comes_back_from_the_tiles(form: str) -> None:
+    weight, exact = experts(form, 3, 150, 192)
+    assert weight.words is not None
+    codes, scales, zeros = weight.plain(2)
+    if weight.kind.startswith("int"):
+        found = packed_reference(codes[None], scales[None], None if zeros is None else zeros[None])
+        again = join_experts((pack(*weight.plain(e), bits=int(weight.kind[3:])) for e in range(3)), 3)
+        assert again.words is not None
+        assert torch.equal(again.words, weight.words)
+        assert again.scheme == weight.scheme
+    elif weight.kind == "fp8":
+        found = float8_reference(codes.view(FLOAT8)[None], scales[None])
+    else:
+        found = mxfp4_reference(codes.view(torch.uint8).view(1, 150, 6, 16), scales[None])
+    assert torch.equal(found[0], exact[2])
+
+
+@pytest.mark.slow
+def test_a_mixture_of_a_model_takes_the_kernels() -> None:
+    """Its experts replaced by codes compute what their numbers compute in the model's own layer."""
+    moe = MoeConfig(num_experts=3, top_k=2, ffn_width=32)
+    sizes = {"width": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32, "ffn_width": 32}
+    config = ModelConfig(family="mixtral", vocab_size=8, max_positions=8, moe=moe, **sizes)
+    mixture = MixtureOfExperts(config, lambda _: torch.nn.Identity(), device="cpu", dtype=torch.float32)
+    mixture.gate.weight.data = make(3, 64)
+    weights = {}
+    for place, (name, layer) in enumerate(mixture.experts.named_children()):
+        weights[name], exact = experts("int4 32", *layer.weight.shape, seed=place)
+        layer.weight.data = exact.float()
+    x = make(2, 3, 64)
+    with torch.no_grad():
+        expected = mixture(x)
+        install_experts(mixture, "experts", weights)
+        assert isinstance(mixture.experts, QuantizedExperts)
+        torch.testing.assert_close(mixture(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_repeats_to_the_bit_and_takes_other_shapes() -> None:

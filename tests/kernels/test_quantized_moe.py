@@ -12,10 +12,11 @@ from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.moe.groups import group_by_expert
 from trine.kernels.moe.matmul import grouped_matmul_reference
 from trine.kernels.moe.op import moe_mlp_reference
-from trine.kernels.quantized.packing import PackedWeight
+from trine.kernels.quantized.packing import PackedWeight, pack
 from trine.kernels.quantized.weight_only import shared_estimate
+from trine.kernels.quantized_moe import rows as rows_of_experts
 from trine.kernels.quantized_moe.configs import GROUPED
-from trine.kernels.quantized_moe.experts import PackedExperts, float8_experts, mxfp4_experts, pack_experts
+from trine.kernels.quantized_moe.experts import PackedExperts, float8_experts, join_experts, mxfp4_experts, pack_experts
 from trine.kernels.quantized_moe.op import quantized_grouped_linear, quantized_moe_mlp
 from trine.kernels.quantized_moe.reference import float8_reference, mxfp4_reference, packed_reference
 from trine.kernels.quantized_moe.rows import FloatRows
@@ -86,6 +87,43 @@ def test_experts_hold_what_they_got(form: str) -> None:
             assert isinstance(of_expert, PackedWeight)
 
 
+@FORMS
+def test_what_was_given_comes_back(form: str) -> None:
+    weight, exact = experts(form, 3, 150, 192)
+    assert weight.to("cpu") is weight
+    codes, scales, zeros = weight.plain(2)
+    if weight.kind.startswith("int"):
+        points = None if zeros is None else zeros[None]
+        found = packed_reference(codes[None], scales[None], points)
+        again = join_experts((pack(*weight.plain(e), bits=int(weight.kind[3:])) for e in range(3)), 3)
+        assert again.scheme == weight.scheme
+    elif weight.kind == "fp8":
+        found = float8_reference(codes.view(FLOAT8)[None], scales[None])
+    else:
+        found = mxfp4_reference(codes.view(torch.uint8).view(1, 150, 6, 16), scales[None])
+    assert torch.equal(found[0], exact[2])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_torch_and_compiled_loops_decode_to_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any codes but NaN, in rows that end within a vector, and pieces that begin within a block."""
+    generator = torch.Generator().manual_seed(0)
+    width = {"fp8": 269, "mxfp4": 96}[kind]
+    codes = torch.randint(0, 256, (150, width if kind == "fp8" else width // 2), generator=generator).to(torch.uint8)
+    codes[(codes & 127) == 127] = 0
+    scales = torch.rand(2, 3, generator=generator) if kind == "fp8" else torch.randint(0, 255, (150, 3)).to(torch.uint8)
+    rows = FloatRows(codes.view(torch.int8), scales, kind, 128 if kind == "fp8" else 1)
+    pieces = [slice(0, 150), slice(100, 149), slice(149, 160)]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    compiled = [rows.dequantize(dtype, piece) for dtype in dtypes for piece in pieces]
+    monkeypatch.setattr(rows_of_experts, "available", lambda: False)
+    for found, expected in zip(
+        compiled, (rows.dequantize(dtype, piece) for dtype in dtypes for piece in pieces), strict=True
+    ):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
 @DTYPES
 def test_every_float_code_is_exact(dtype: torch.dtype) -> None:
     codes = torch.arange(256).where(torch.arange(256) % 128 != 127, 0).to(torch.uint8).view(FLOAT8).view(1, 1, 256)
@@ -114,6 +152,19 @@ def test_mxfp4_is_what_gpt_oss_means() -> None:
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
+
+
+def test_experts_that_differ_are_not_joined() -> None:
+    one, other = (pack(torch.zeros(4, k, dtype=torch.int8), torch.ones(4, 1), bits=8) for k in (32, 64))
+    assert join_experts([one, one], 2).num_experts == 2
+    for weights, count, words in (
+        ([one, other], 2, r"expert 1 of 2 is 8-bit \[4, 64\]"),
+        ([one], 2, "there are 1 experts; expected 2"),
+        ([], 0, "there are 0 experts"),
+        ([one, one], 1, "expert 1 of 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            join_experts(weights, count)
 
 
 @FORMS
