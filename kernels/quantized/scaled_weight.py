@@ -84,6 +84,12 @@ def join(weights: Sequence[ScaledWeight]) -> tuple[ScaledWeight, list[ScaledWeig
     )
 
 
+def _aligned(codes_NK: Tensor) -> Tensor:
+    """Contiguous, from where a line of the cache begins: a CPU's matrix tiles load rows that cross lines slowly."""
+    kept = codes_NK.contiguous()
+    return kept if kept.data_ptr() % 64 == 0 else kept.clone()
+
+
 def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
     """The weight of codes [N, K] in int8 or float8_e4m3fn; scales of any float dtype, [N] or [N, 1], [1] or blocks.
 
@@ -111,7 +117,7 @@ def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
     if tiles:
         kept = codes_NK.contiguous()
     elif codes_NK.dtype == torch.int8:
-        kept, packed = (codes_NK.contiguous(), False) if available() else kept_int8(codes_NK)
+        kept, packed = (_aligned(codes_NK), False) if available() else kept_int8(codes_NK)
     else:
         kept = codes_NK.to(torch.bfloat16)
     return ScaledWeight(kept, scales, codes_NK.dtype, num_features, width, packed)

@@ -234,6 +234,18 @@ def test_scaled_weight_moves_and_keeps_its_codes() -> None:
     assert torch.equal(scaled_weight(values, torch.ones(70)).to("cpu").plain_codes(), values)
 
 
+@pytest.mark.skipif(not available(), reason=why_not() or "")
+def test_codes_begin_with_a_line_of_the_cache() -> None:
+    """As those of a mapped file need not; others are kept where they are."""
+    memory = torch.arange(64 * 3, dtype=torch.int8)
+    for first in (1, 64):
+        values = memory[first : first + 64].view(1, 64)
+        kept = scaled_weight(values, torch.ones(1)).codes
+        assert torch.equal(kept, values)
+        assert kept.data_ptr() % 64 == 0
+    assert kept.data_ptr() == values.data_ptr()
+
+
 @pytest.mark.parametrize("vnni", [False, True])
 def test_integer_products_are_exact(monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
     """Also where partial sums are as large as they get; in oneDNN's layout, and plain, as compiled steps read codes."""
