@@ -62,8 +62,8 @@ def compare(heads: Sequence[Callable[[Tensor], Tensor]], before: Stream, after: 
     for number, batch in enumerate(before.batches):
         targets_N = batch.targets_BT.flatten()
         kept = targets_N != IGNORED
-        hidden = [stream.read(DECODER, number).flatten(0, 1)[kept].split(rows) for stream in (before, after)]
-        for targets_R, *parts in zip(targets_N[kept].split(rows), *hidden, strict=True):
+        hidden = [torch.split(stream.read(DECODER, number).flatten(0, 1)[kept], rows) for stream in (before, after)]
+        for targets_R, *parts in zip(torch.split(targets_N[kept], rows), *hidden, strict=True):
             log_p, log_q = (torch.log_softmax(head(part).float(), -1) for head, part in zip(heads, parts, strict=True))
             nats = [one.gather(1, targets_R[:, None]).sum(dtype=torch.float64) for one in (log_p, log_q)]
             divergence = (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)

@@ -101,7 +101,7 @@ class Pairs:
         for lengths in sorted(alike):
             sources_SU, targets_ST = (torch.stack(side) for side in zip(*alike[lengths], strict=True))
             size = _batch_size(max(lengths))
-            parts = zip(sources_SU.split(size), targets_ST.split(size), strict=True)
+            parts = zip(torch.split(sources_SU, size), torch.split(targets_ST, size), strict=True)
             found += [_pair(config, source_BU, target_BT) for source_BU, target_BT in parts]
         return found
 
@@ -115,7 +115,7 @@ def _pair(config: ModelConfig, source_BU: Tensor, targets_BT: Tensor) -> Batch:
 
 
 def _rows(ids_ST: Tensor) -> Sequence[Tensor]:
-    return ids_ST.split(_batch_size(ids_ST.shape[1]))
+    return torch.split(ids_ST, _batch_size(ids_ST.shape[1]))
 
 
 def _batch_size(length: int) -> int:

@@ -238,7 +238,7 @@ class Walk:
         x_BTC = stream.read(stack, index)
         context = self._contexts[stack, x_BTC.shape[1]]
         if stack == DECODER and self.model.encoder is not None:
-            context = replace(context, source=self._source(stream, index).view(*x_BTC.shape[:2], None))
+            context = replace(context, source=self._source(stream, index).view(len(x_BTC), x_BTC.shape[1], None))
         y_BTC: Tensor = self.model.get_submodule(part)(x_BTC, context)
         return y_BTC
 
