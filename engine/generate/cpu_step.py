@@ -161,15 +161,18 @@ def _groups(block: Any) -> list[list[nn.Module]]:
 
 def _all_groups(model: Transformer) -> list[list[nn.Module]]:
     """Those of all blocks, and the output layer where it is codes."""
+    groups = [layers for block in model.layers for layers in _groups(block)]
     head = _quantized_head(model)
-    return [*(layers for block in model.layers for layers in _groups(block)), *([] if head is None else [[head]])]
+    return groups if head is None else [*groups, [head]]
 
 
 def _quantized_head(model: Transformer) -> QuantizedLinear | None:
     """The output layer where it is codes; a tied one multiplies by those of the embedding."""
-    if isinstance(model.embed_tokens, QuantizedEmbedding) and model.lm_head is None:
-        return QuantizedLinear(model.embed_tokens.weight, model.lm_bias)
-    return model.lm_head if isinstance(model.lm_head, QuantizedLinear) else None
+    table: nn.Module = model.embed_tokens
+    head: nn.Module | None = model.lm_head
+    if isinstance(table, QuantizedEmbedding) and head is None:
+        return QuantizedLinear(table.weight, model.lm_bias)
+    return head if isinstance(head, QuantizedLinear) else None
 
 
 def _output(model: Transformer, compute_dtype: torch.dtype) -> AnyProjection:

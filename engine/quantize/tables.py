@@ -92,10 +92,10 @@ def choose_tables(opened: Opened, writer: Writer, *, embeddings: bool, head: boo
     if head and not config.tie_embeddings:
         rules.append(next(rule for rule in opened.rules if rule.ours == (_HEAD,)))
     scheme = SCHEMES["w8a16"]
-    layers = {
-        rule.stored: Layer(rule, rule.stored.removesuffix(".weight"), *opened.stored[rule.stored].shape, scheme)
-        for rule in rules
-    }
+    layers = {}
+    for rule in rules:
+        num_rows, width = opened.stored[rule.stored].shape
+        layers[rule.stored] = Layer(rule, rule.stored.removesuffix(".weight"), num_rows, width, scheme)
     return Tables(layers, table.stored if embeddings else None, config.tie_embeddings, others)
 
 

@@ -37,18 +37,14 @@ def dequantize(weight: PackedWeight | ScaledWeight, dtype: torch.dtype) -> Tenso
 
 def _chosen(weight: PackedWeight, ids_R: Tensor) -> PackedWeight:
     """A weight of these rows alone, in a layout that `unpack` reads."""
-    scales, zeros = (None if one is None else one[:, ids_R] for one in (weight.scales, weight.zeros))
-    assert scales is not None
+    scales, zeros = weight.scales[:, ids_R], None if weight.zeros is None else weight.zeros[:, ids_R]
     if weight.lanes is None:
         words = weight.words[:, ids_R] if weight.layout == "tiles" else weight.words[ids_R]
         return replace(weight, words=words, scales=scales, zeros=zeros, decode=None)
     # Tiles of one output instead of 16.
     tiles, lane = ids_R // LANES, ids_R % LANES
     old = weight.lanes
-    words, lane_scales, lane_zeros = (
-        None if one is None else one[tiles, :, lane][:, :, None] for one in (old.words, old.scales, old.zeros)
-    )
-    assert words is not None
-    assert lane_scales is not None
+    words, lane_scales = (one[tiles, :, lane][:, :, None] for one in (old.words, old.scales))
+    lane_zeros = None if old.zeros is None else old.zeros[tiles, :, lane][:, :, None]
     lanes = replace(old, words=words, scales=lane_scales, zeros=lane_zeros, num_features=len(ids_R))
     return replace(weight, words=words, scales=scales, zeros=zeros, lanes=lanes)

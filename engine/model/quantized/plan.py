@@ -86,10 +86,10 @@ def quantized_rules(
     table = table_rule(rules)
     if table is not None:
         path = table.stored.removesuffix(".weight")
-        shape = tuple(model.get_parameter(EMBEDDING).shape)
-        encoding = form.table(path, *shape, stored)
+        num_rows, width = model.get_parameter(EMBEDDING).shape
+        encoding = form.table(path, num_rows, width, stored)
         if encoding is not None:
-            found[table.stored] = QuantizedRule(path, encoding, *shape)
+            found[table.stored] = QuantizedRule(path, encoding, num_rows, width)
     if not found and form.by_layer:
         raise CheckpointError("config.json has a quantization_config, but it names no layer of the model")
     return found

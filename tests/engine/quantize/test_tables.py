@@ -44,7 +44,7 @@ with warnings.catch_warnings():
     from compressed_tensors.compressors import BaseCompressor, decompress_module
     from compressed_tensors.quantization import QuantizationConfig
 
-BOTH = {"embeddings": True, "head": True}
+BOTH: dict[str, Any] = {"embeddings": True, "head": True}
 PROMPTS = ["def add", "the cat", "\n"]
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 
@@ -127,7 +127,8 @@ def test_the_package_decodes_an_embedding_module_to_the_same_numbers(folders: di
 def test_greedy_output_is_that_of_the_dequantized_weights(
     kind: str, folders: dict[str, Path], tiny_tokenizer: Tokenizer
 ) -> None:
-    model, oracle = load_model(folders[kind]), load_model(folders[kind], dequantize=True)
+    model: Any = load_model(folders[kind])
+    oracle = load_model(folders[kind], dequantize=True)
     assert isinstance(model.embed_tokens, QuantizedEmbedding)
     assert isinstance(model.lm_head, QuantizedLinear) == (kind == "untied")
     ids = torch.arange(1, 41)[None]
@@ -149,7 +150,7 @@ def test_greedy_output_is_that_of_the_dequantized_weights(
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_compiled_steps_multiply_by_the_codes_as_they_lie(kind: str, folders: dict[str, Path]) -> None:
     """The vocabulary fills no whole tiles of 16; making a decoder compares its logits with the model's."""
-    model = load_model(folders[kind])
+    model: Any = load_model(folders[kind])
     assert model.config.vocab_size % 16
     decoder = make_decoder(model, PagedCache(model.config, num_blocks=4, block_size=16), torch.float32)
     assert decoder is not None
