@@ -121,7 +121,9 @@ def test_bfloat16_stays_near_the_numbers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("decode_steps", [False, True])
-def test_the_engine_gives_what_the_plain_generator_gives(folder: Path, decode_steps: bool, tiny_tokenizer: Tokenizer) -> None:
+def test_the_engine_gives_what_the_plain_generator_gives(
+    folder: Path, decode_steps: bool, tiny_tokenizer: Tokenizer
+) -> None:
     model = load_model(folder, dtype=torch.float32, device=CUDA)
     kv_bytes = 200 * bytes_per_block(model.config, 16, model.dtype)
     config = EngineConfig(kv_bytes=kv_bytes, max_batch_tokens=64, max_running=4, decode_steps=decode_steps)
