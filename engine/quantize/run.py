@@ -158,6 +158,10 @@ class _Run:
         self.tables = choose_tables(opened, settings.writer, embeddings=settings.embeddings, head=settings.head)
         quantization = quantization_of(self.layers.values(), ignored, settings.scheme)
         self.quantization = replace(self.tables.added_to(quantization), cache=_cache(config, settings))
+        if self.tables.embedding is not None:
+            say("transformers does not load an embedding that is codes, and vLLM that of some models; Trine does")
+        if settings.cache is not None:
+            say("vLLM takes no cache with scales for each token and head from a checkpoint; transformers and Trine do")
         self.table_writer = TableWriter(opened, self.tables, settings.writer)
         stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
         widest = max(stored, key=lambda dtype: dtype.itemsize)
