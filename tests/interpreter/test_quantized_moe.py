@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.config import ModelConfig, MoeConfig
-from trine.engine.model.moe import MixtureOfExperts
+from trine.engine.model.moe import ExpertLinear, MixtureOfExperts
 from trine.engine.model.quantized.experts import QuantizedExperts, install_experts
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.moe.groups import group_by_expert
@@ -234,19 +234,28 @@ def test_what_was_given_comes_back_from_the_tiles(form: str) -> None:
 def test_a_mixture_of_a_model_takes_the_kernels() -> None:
     """Its experts replaced by codes compute what their numbers compute in the model's own layer."""
     moe = MoeConfig(num_experts=3, top_k=2, ffn_width=32)
-    sizes = {"width": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32, "ffn_width": 32}
+    sizes: dict[str, Any] = {
+        "width": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "ffn_width": 32,
+    }
     config = ModelConfig(family="mixtral", vocab_size=8, max_positions=8, moe=moe, **sizes)
     mixture = MixtureOfExperts(config, lambda _: torch.nn.Identity(), device="cpu", dtype=torch.float32)
     mixture.gate.weight.data = make(3, 64)
     weights = {}
     for place, (name, layer) in enumerate(mixture.experts.named_children()):
-        weights[name], exact = experts("int4 32", *layer.weight.shape, seed=place)
+        assert isinstance(layer, ExpertLinear)
+        e, n, k = layer.weight.shape
+        weights[name], exact = experts("int4 32", e, n, k, seed=place)
         layer.weight.data = exact.float()
     x = make(2, 3, 64)
     with torch.no_grad():
         expected = mixture(x)
         install_experts(mixture, "experts", weights)
-        assert isinstance(mixture.experts, QuantizedExperts)
+        assert isinstance(mixture.get_submodule("experts"), QuantizedExperts)
         torch.testing.assert_close(mixture(x), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -502,8 +502,8 @@ def test_mxfp4_experts_are_read_as_transformers_reads_them(
     _edit_tensors(plain, lambda tensors: tensors.update(numbers))
     expected = _logits(plain, sample_ids)
     with torch.no_grad():
-        for options in ({"dequantize": True}, {"keep_codes": True}):
-            model = load_model(folder, dtype=torch.float32, **options)
+        for trained in (False, True):
+            model = load_model(folder, dtype=torch.float32, dequantize=not trained, keep_codes=trained)
             assert torch.equal(model.logits(model(sample_ids)), expected)
     assert capsys.readouterr().err.count("weights of experts become numbers") == 1
     torch.testing.assert_close(_logits(folder, sample_ids), expected, rtol=1e-5, atol=1e-5)
