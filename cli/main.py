@@ -7,10 +7,8 @@ answers at once.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -38,6 +36,7 @@ from trine.cli import (
     translate,
 )
 from trine.cli import eval as evaluate
+from trine.cli.ending import ended_by_signals
 
 # typer's error for a wrong command line: the base of its one public class of that kind.
 _WrongUsage = typer.BadParameter.__bases__[0]
@@ -103,8 +102,11 @@ def main() -> None:
 
     Exits with 0, 1, 2, 130 (interrupted) or 143 (SIGTERM, where a command has no handling of its own).
     """
-    previous = signal.signal(signal.SIGTERM, _terminate)
-    arguments = sys.argv[1:]
+    with ended_by_signals():
+        _run(sys.argv[1:])
+
+
+def _run(arguments: list[str]) -> NoReturn:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -125,13 +127,6 @@ def main() -> None:
         line, status = _explain(error, arguments)
         print(line, file=sys.stderr)
         sys.exit(status)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """End as by Ctrl-C, so that what is under a hidden name is removed and what can be continued is said."""
-    sys.exit(128 + number)
 
 
 def _end_quietly() -> None:
