@@ -129,7 +129,7 @@ def _run(arguments: list[str]) -> NoReturn:
         sys.exit(status)
 
 
-def _end_quietly() -> None:
+def _end_quietly() -> NoReturn:
     """The reader of stdout went away (`| head`): it has what it wanted, and nothing is complained of."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.__stdout__.fileno() if sys.__stdout__ else 1)
