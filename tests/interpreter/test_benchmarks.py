@@ -52,8 +52,8 @@ def test_tuning_reaches_every_kernel_with_a_choice() -> None:
 
 @pytest.mark.parametrize(("rows", "expected"), [(16, "quantized_combine"), (4096, "dequantize")])
 def test_tuning_reaches_what_large_cases_launch(rows: int, expected: str) -> None:
-    """At less width than the case of these rows has."""
-    (case,) = (
+    """At less width than the cases of these rows have."""
+    case = next(
         c
         for c in all_cases()
         if c.on_gpu and c.operation == "quantized_linear" and (c.sizes["M"], c.sizes["kind"]) == (rows, "w4")
