@@ -18,6 +18,9 @@ from trine.cli.ending import ended_by_signals
 def test_a_signal_that_meets_a_function_called_from_c_is_not_lost(
     number: signal.Signals, raised: type[BaseException]
 ) -> None:
+    # A process that was started in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     @ctypes.CFUNCTYPE(None)
     def called_from_c() -> None:
         signal.raise_signal(number)
@@ -26,8 +29,11 @@ def test_a_signal_that_meets_a_function_called_from_c_is_not_lost(
         called_from_c()
         time.sleep(60)
 
-    with pytest.raises(raised) as found, ended_by_signals():
-        work()
+    try:
+        with pytest.raises(raised) as found, ended_by_signals():
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
     if isinstance(found.value, SystemExit):
         assert found.value.code == 143
 
