@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found[job.name].append(run(job, options.out, seed=seed, steps=options.steps, threads=options.threads))
     page = options.page or (PAGE if options.steps == 1.0 and not options.only else None)
     if page is not None:
-        page.write_text(page_of(jobs, found), encoding="utf-8")
+        page.write_text(page_of(jobs, found, threads=options.threads), encoding="utf-8")
         say(f"wrote {page}")
     print(json.dumps(found))
 
@@ -160,9 +160,10 @@ def table_of(name: str, out: Path) -> dict[str, Any]:
     return table
 
 
-def page_of(jobs: Sequence[Job], found: dict[str, list[dict[str, Any]]]) -> str:
-    """docs/results.md."""
+def page_of(jobs: Sequence[Job], found: dict[str, list[dict[str, Any]]], *, threads: int = 0) -> str:
+    """docs/results.md. `threads` of each run, where fewer than there are: others ran beside it."""
     facts = environment(torch.device("cpu"))
+    used = f"{threads} for each run, with other work beside it" if threads else facts.get("threads")
     measures = list(dict.fromkeys(measure for job in jobs for measure in job.measures))
     head = ["recipe", "parameters", "steps", "minutes", *(measure_name(one) for one in measures)]
     rows = [
@@ -181,7 +182,7 @@ def page_of(jobs: Sequence[Job], found: dict[str, list[dict[str, Any]]]) -> str:
             "make results WIKITEXT=FOLDER",
             "```",
             "",
-            f"on {facts.get('cpu_name', facts.get('device_name'))}, {facts.get('threads')} threads, torch "
+            f"on {facts.get('cpu_name', facts.get('device_name'))}, threads: {used}, torch "
             f"{facts.get('packages', {}).get('torch')}, {time.strftime('%Y-%m-%d')}. FOLDER holds wikitext2-valid.txt, "
             "which is trained on, and wikitext2-test.txt, which is held out. Losses are in nats per token (of tagging, "
             "per word). Numbers of the test are others than those trained on; an exact match has every character of "
