@@ -23,6 +23,8 @@ Turn = Callable[[list[list[int]]], list[list[int]]]
 ONE_BY_ONE = "transformers, one after another"
 ONE_BATCH = "transformers, one batch"
 CONTINUOUS = "transformers, continuous batching"
+# Tokens of a block of its cache.
+_PAGE = 256
 
 
 def make_tokenizer() -> Tokenizer:
@@ -40,6 +42,7 @@ def make_requests(streams: int, prompt_tokens: int, vocab_size: int) -> list[lis
 def make_peers(model: Transformer, new_tokens: int) -> dict[str, Turn]:
     """Contestants by name, on the weights, device and dtype of `model`."""
     from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder))
@@ -73,8 +76,15 @@ def make_peers(model: Transformer, new_tokens: int) -> dict[str, Turn]:
         return [row[longest:].tolist() for row in out]
 
     def continuous(requests: list[list[int]]) -> list[list[int]]:
-        # Its manager (cache, warm-up) is kept from turn to turn, as a server would keep it.
-        found = continuously.generate_batch(inputs=requests, generation_config=config, persistent_manager=True)
+        # Its manager (cache, warm-up) is kept from turn to turn, as a server would keep it. The cache holds all
+        # requests twice; left alone it takes nine tenths of the machine's memory.
+        blocks = sum(2 + 2 * (len(ids) + new_tokens) // _PAGE for ids in requests)
+        found = continuously.generate_batch(
+            inputs=requests,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=blocks),
+            persistent_manager=True,
+        )
         order = sorted(found, key=lambda key: int(key.rsplit("_", 1)[-1]))
         return [list(found[key].generated_tokens) for key in order]
 
