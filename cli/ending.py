@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,9 +22,11 @@ def ended_by_signals() -> Iterator[None]:
     reports it as one that cannot be raised, and goes on. One of these two is raised again, until it gets through.
     """
     before, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
+    alarm = signal.getsignal(signal.SIGALRM)
 
     def lost(what: Any) -> None:
-        if not issubclass(what.exc_type, (KeyboardInterrupt, SystemExit)):
+        in_main = threading.current_thread() is threading.main_thread()  # the only one that signals interrupt
+        if not in_main or not issubclass(what.exc_type, (KeyboardInterrupt, SystemExit)):
             hook(what)
             return
         signal.signal(signal.SIGALRM, _interrupt if what.exc_type is KeyboardInterrupt else _terminate_late)
@@ -34,6 +37,7 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
         sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 

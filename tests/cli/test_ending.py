@@ -20,6 +20,7 @@ def test_a_signal_that_meets_a_function_called_from_c_is_not_lost(
 ) -> None:
     # A process that was started in the background ignores Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    alarm = signal.getsignal(signal.SIGALRM)
 
     @ctypes.CFUNCTYPE(None)
     def called_from_c() -> None:
@@ -34,6 +35,7 @@ def test_a_signal_that_meets_a_function_called_from_c_is_not_lost(
             work()
     finally:
         signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGALRM) is alarm
     if isinstance(found.value, SystemExit):
         assert found.value.code == 143
 
