@@ -44,7 +44,8 @@ def llama(python: str, shape: Shape, weights: str, threads: int) -> Iterator[tup
     """llama.cpp in its process: its turn, its id, and what it says of itself. RuntimeError if it ends."""
     sizes = (shape.width, shape.feed, shape.num_layers, shape.heads, shape.vocabulary)
     script = str(Path(__file__).with_name("cpu_decode_llama.py"))
-    command = [python, script, shape.name, *map(str, sizes), weights, *map(str, (threads, CONTEXT, STEPS))]
+    # -P: else modules beside the script would hide those of the standard library with the same name.
+    command = [python, "-P", script, shape.name, *map(str, sizes), weights, *map(str, (threads, CONTEXT, STEPS))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("pipes to the process of llama.cpp were not made")
