@@ -85,6 +85,12 @@ def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETING
 
 
+def on_device(device: torch.device, wanted: torch.device | str) -> bool:
+    """Whether what lies on a device is where it is wanted; a device without a number is any of its kind."""
+    wanted = torch.device(wanted)
+    return device.type == wanted.type and wanted.index in (None, device.index)
+
+
 @contextmanager
 def pretend(target: Target) -> Iterator[None]:
     """Within this block every tensor counts as being on `target`; for compiling without a device and for tests."""

@@ -25,6 +25,7 @@ from trine.kernels.cpu.codes import codes_matvec, dequantize_lanes, lanes_pieces
 from trine.kernels.cpu.table import LANES_PATHS, ROWS_PATHS, choose
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import int8_product
+from trine.kernels.quantized.float8 import to_bfloat16
 from trine.kernels.quantized.packing import PackedWeight, unpack
 from trine.kernels.quantized.scaled_weight import ScaledWeight
 
@@ -166,18 +167,19 @@ def scaled_rows(
         sums_MN = int8_product(x_codes_MK, codes_NK, num_features, packed=weight.packed)
         y_MN = sums_MN.mul_(x_scales.view(-1, 1)).mul_(scales)
     elif not weight.blocked:
-        y_MN = _float8_product(x_codes_MK, codes_NK, dtype).mul_(x_scales.view(-1, 1)).mul_(scales)
+        y_MN = _float8_product(to_bfloat16(x_codes_MK), codes_NK, dtype).mul_(x_scales.view(-1, 1)).mul_(scales)
     else:
-        y_MN = torch.zeros(len(x_codes_MK), num_features)
+        x_MK = to_bfloat16(x_codes_MK)
+        y_MN = torch.zeros(len(x_MK), num_features)
         for block, first in enumerate(range(0, weight.width, BLOCK)):
             part = slice(first, first + BLOCK)
-            sums_MN = _float8_product(x_codes_MK[:, part], codes_NK[:, part], dtype)
+            sums_MN = _float8_product(x_MK[:, part], codes_NK[:, part], dtype)
             spread_N = scales[:, block].repeat_interleave(BLOCK)[:num_features]
             y_MN += sums_MN.mul_(x_scales[:, block, None]).mul_(spread_N)
     return y_MN if bias_N is None else y_MN + bias_N.float()
 
 
 def _float8_product(x_MK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums in fp32; for results in bf16 they come rounded to it."""
+    """Sums of codes as bf16 numbers, in fp32; for results in bf16 they come rounded to it."""
     work = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     return F.linear(x_MK.to(work), w_NK.to(work)).float()

@@ -37,7 +37,7 @@ from torch import Tensor
 from trine.kernels.cpu.codes import LANES, LanesWeight, from_lanes, join_lanes, lanes_of_words, to_lanes
 from trine.kernels.cpu.compiled import available
 from trine.kernels.launch import ceil_div
-from trine.kernels.target import uses_triton
+from trine.kernels.target import on_device, uses_triton
 
 # Words of a row in one block, and the numbers of the row that one shift of these words takes out.
 WORDS = 16
@@ -83,7 +83,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """On another device, in the layout of that device."""
-        if torch.device(device) == self.device:
+        if on_device(self.device, device):
             return self
         values, scales, zeros = unpack(self)
         return pack(values.to(device), scales.to(device), None if zeros is None else zeros.to(device), bits=self.bits)

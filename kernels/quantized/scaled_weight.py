@@ -20,8 +20,9 @@ from trine.kernels.cpu.compiled import available
 from trine.kernels.launch import ceil_div
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import kept_int8, plain_int8
+from trine.kernels.quantized.float8 import to_bfloat16
 from trine.kernels.quantized.reference import block_scales
-from trine.kernels.target import uses_triton
+from trine.kernels.target import on_device, uses_triton
 
 KINDS = (torch.int8, torch.float8_e4m3fn)
 
@@ -50,6 +51,8 @@ class ScaledWeight:
 
     def to(self, device: torch.device | str) -> ScaledWeight:
         """On another device, as that device keeps it."""
+        if on_device(self.device, device):
+            return self
         return scaled_weight(self.plain_codes().to(device), self.scales.to(device))
 
     def plain_codes(self) -> Tensor:
@@ -119,5 +122,5 @@ def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
     elif codes_NK.dtype == torch.int8:
         kept, packed = (_aligned(codes_NK), False) if available() else kept_int8(codes_NK)
     else:
-        kept = codes_NK.to(torch.bfloat16)
+        kept = to_bfloat16(codes_NK)
     return ScaledWeight(kept, scales, codes_NK.dtype, num_features, width, packed)

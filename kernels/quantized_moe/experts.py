@@ -25,7 +25,7 @@ from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.packing import WORDS, PackedWeight, block_size, pack, unpack
 from trine.kernels.quantized.packing import _to_tiles as to_tiles
 from trine.kernels.quantized_moe.rows import FloatRows
-from trine.kernels.target import uses_triton
+from trine.kernels.target import on_device, uses_triton
 
 # Bits of a code, by kind.
 KINDS = {"int4": 4, "int8": 8, "fp8": 8, "mxfp4": 4}
@@ -76,8 +76,7 @@ class PackedExperts:
 
     def to(self, device: torch.device | str) -> PackedExperts:
         """On another device, in the layout of that device."""
-        device = torch.device(device)
-        if device.type == self.device.type and device.index in (None, self.device.index):
+        if on_device(self.device, device):
             return self
         each = (self.plain(expert) for expert in range(self.num_experts))
         if not self.kind.startswith("int"):

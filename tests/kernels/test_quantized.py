@@ -16,6 +16,7 @@ from trine.kernels.quantized import cpu, packing
 from trine.kernels.quantized.activations import QUANTIZE, QuantizedRows, quantize_reference
 from trine.kernels.quantized.decode import DEQUANTIZE, dequantize
 from trine.kernels.quantized.epilogue import COMBINE
+from trine.kernels.quantized.float8 import to_bfloat16
 from trine.kernels.quantized.op import quantize_rows, quantized_gated, quantized_linear, rms_norm_quantize
 from trine.kernels.quantized.packing import pack, unpack
 from trine.kernels.quantized.reference import dequantize_reference, product_reference
@@ -223,15 +224,26 @@ def test_scaled(form: str, dtype: torch.dtype) -> None:
     assert quantized_linear(x[0, 0], weight).shape == (n,)
 
 
-def test_scaled_weight_moves_and_keeps_its_codes() -> None:
+def test_scaled_weight_keeps_its_codes() -> None:
     for form in ("features", "all", "blocks"):
         weight = float8(140, 300, form)
-        again = weight.to("cpu")
+        assert weight.to("cpu") is weight  # to make it anew would take seconds of loading a model
+        again = scaled_weight(weight.plain_codes(), weight.scales)
         assert torch.equal(again.codes, weight.codes)
         assert torch.equal(again.scales, weight.scales)
         assert weight.plain_codes().float().equal(weight.codes.float())
     values = codes(70, 2100, 1, 8)[0]
-    assert torch.equal(scaled_weight(values, torch.ones(70)).to("cpu").plain_codes(), values)
+    assert torch.equal(scaled_weight(values, torch.ones(70)).plain_codes(), values)
+
+
+def test_float8_codes_as_bfloat16() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(FLOAT8)
+    found, numbers = to_bfloat16(every), ~every.float().isnan()
+    assert torch.equal(~found.isnan(), numbers)
+    assert torch.equal(found[numbers].float(), every.float()[numbers])
+    assert torch.equal(found[numbers].signbit(), every.float()[numbers].signbit())  # of zeros too
+    rows = every.view(8, 32)[:, 3:20]
+    assert torch.equal(to_bfloat16(rows).nan_to_num(1.0), rows.to(torch.bfloat16).nan_to_num(1.0))
 
 
 @pytest.mark.skipif(not available(), reason=why_not() or "")
