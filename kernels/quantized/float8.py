@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _SIGN_AND_CODE = -0x8000 | 0x7F0  # of 16 bits, the code's seven in the places 4 to 10
-_NAN = 0x7F
+_AS_NAN = 480.0  # what the codes of NaN would be if they were numbers
 
 
 def to_bfloat16(codes: Tensor) -> Tensor:
@@ -19,4 +19,11 @@ def to_bfloat16(codes: Tensor) -> Tensor:
     bits = codes.view(torch.int8)
     short = bits.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(_SIGN_AND_CODE)
     numbers = short.view(torch.bfloat16).mul_(2.0**120)
-    return numbers.masked_fill_(bits.bitwise_and(_NAN) == _NAN, torch.nan)
+    if torch.compiler.is_compiling() or _has_nan(bits):
+        numbers.masked_fill_(numbers.abs() == _AS_NAN, torch.nan)
+    return numbers
+
+
+def _has_nan(bits: Tensor) -> bool:
+    """Whether a code is 0x7f or 0xff, the largest as signed and as unsigned: to look costs less than to mask always."""
+    return bits.numel() > 0 and (int(bits.max()) == 0x7F or int(bits.view(torch.uint8).max()) == 0xFF)
