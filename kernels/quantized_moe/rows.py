@@ -3,7 +3,8 @@
 The bits of a code, moved to where fp16 has sign, exponent and fraction, are its number over a power of two, 2^8 for
 e4m3 and 2^14 for e2m1, subnormal codes included; the scale makes it right. e2m1 comes two at a time from a table of
 bytes. Everything else happens in fp32, for torch multiplies a half by fp32 scales 20 times slower than fp32 by fp32.
-So by torch; compiled loops (`cpu/float_codes_loops.py`) give the same bits in a fraction of the time.
+So by torch; compiled loops (`cpu/float_codes_loops.py`) give the same bits in a fraction of the time. Few rows are
+multiplied by the codes themselves (`cpu/float_rows.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trine.kernels.cpu import float_rows
 from trine.kernels.cpu.compiled import array, available, use_torch_threads
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu import weight_only_rows
@@ -84,6 +86,12 @@ class FloatRows:
             dequantize_e4m3(bytes_of, array(self.scales), first, self.spread, block, self.width, w)
         return w_NK.to(dtype)
 
+    def multiply(self, x_MK: Tensor) -> Tensor:
+        """x w^T in fp32 by loops that decode in registers (where `float_rows.multiplies`)."""
+        if self.kind == "mxfp4":
+            return float_rows.e2m1_matvec(x_MK, self.codes, self.scales)
+        return float_rows.e4m3_matvec(x_MK, self.codes, self.scales, self.spread)
+
     def _times(self, numbers: Tensor, scales: Tensor) -> Tensor:
         """fp32 numbers times the power of two that they miss and their scales."""
         shifted = scales * _SHIFT[self.kind]
@@ -122,9 +130,12 @@ def _pairs_of_e2m1() -> Tensor:
 
 
 def linear_rows(x_MK: Tensor, weight: PackedWeight | FloatRows, bias_N: Tensor | None) -> Tensor:
-    """x w^T + bias in the dtype of x: dequantized some rows of the weight at a time."""
+    """x w^T + bias in the dtype of x: few rows by the codes, more by rows of the weight dequantized some at a time."""
     if isinstance(weight, PackedWeight):
         return weight_only_rows(x_MK, weight, bias_N)
+    if float_rows.multiplies(len(x_MK), weight.width):
+        y_MN = weight.multiply(x_MK)
+        return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)
     y_MN = x_MK.new_empty(len(x_MK), weight.num_features)
     bias_N = None if bias_N is None else bias_N.to(x_MK.dtype)
     step = max(1, (_COMPILED_PIECE_NUMBERS if _is_compiled() else _PIECE_NUMBERS) // weight.width)
