@@ -80,7 +80,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The key/value cache that the result asks for: int8, or fp8 on a GPU.",
+            help="The key/value cache that the result asks for: int8, fp8 on a GPU, fp8-static for vLLM.",
             show_default="as computed",
         ),
     ] = None,
@@ -91,7 +91,8 @@ def quantize(
         list[Path] | None,
         typer.Option(
             metavar="FILE...",
-            help="Text, .jsonl lines, conversations or pairs, for methods that look at the inputs of layers.",
+            help="Text, .jsonl lines, conversations or pairs, for methods that look at the inputs of layers, and for "
+            "fp8-static.",
         ),
     ] = None,
     calibration_samples: CalibrationSamples = None,

@@ -90,8 +90,7 @@ class Attention(nn.Module):
         ) and config.qkv_clip is None
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        tables = context.rope_tables.get(self.rope)
-        q_BHTD, k_BKTD, v_BKTD = self._heads(x_BTC, tables, context.deterministic)
+        q_BHTD, k_BKTD, v_BKTD = self.heads(x_BTC, context)
         extras: Any = {"scale": self.scale, "softcap": self.softcap, "sinks_H": self.sinks}
         if context.step is not None:
             extras["biases"] = context.biases
@@ -112,8 +111,9 @@ class Attention(nn.Module):
             )
         return self.o_proj(o_BHTD.transpose(1, 2).flatten(2), deterministic=context.deterministic)  # type: ignore[no-any-return]
 
-    def _heads(self, x_BTC: Tensor, tables: Tables | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x_BTC: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q_BHTD, k_BKTD, v_BKTD, normalised and rotated as the config says; in the deterministic mode always apart."""
+        tables, deterministic = context.rope_tables.get(self.rope), context.deterministic
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if records_gradients(self.q_proj) and not deterministic:
             qkv_BTE = joined_linear(x_BTC, *layers)

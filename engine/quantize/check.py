@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from trine.engine.errors import TrineError
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
+from trine.engine.model.families import FAMILIES
 from trine.engine.model.quantized.plan import QuantizedRule, linear_rules, read_weight, table_rule
 from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.scheme import Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.model.stored_names import normalised
+from trine.engine.model.weight_files import open_weights
+from trine.engine.quantize.cache_scales import NAMES, attention_paths
 from trine.engine.quantize.vllm_rules import check_config
 
 # Layers that vLLM multiplies as one: they must have one scheme.
@@ -39,6 +45,7 @@ def check_folder(folder: Path) -> list[str]:
         with open_checkpoint(folder) as opened:
             found += _check_fused(opened)
             found += _check_embedding(opened)
+            found += _check_cache(folder, opened, config)
             for quantized in opened.quantized.values():
                 found += _check_weight(opened, quantized)
     except TrineError as error:
@@ -77,6 +84,26 @@ def _check_embedding(opened: Opened) -> list[str]:
         )
     if quantized.scheme is not None and not quantized.scheme.symmetric:
         found.append(f"{quantized.path} has zero points, which vLLM does not read of an embedding")
+    return found
+
+
+def _check_cache(folder: Path, opened: Opened, config: Any) -> list[str]:
+    """The scales of a key/value cache that were measured ahead; where one is missing vLLM takes 1."""
+    cache = config.get("kv_cache_scheme") if isinstance(config, Mapping) else None
+    if not isinstance(cache, Mapping) or cache.get("dynamic") is not False or opened.model.encoder is not None:
+        return []
+    found = []
+    family, paths = FAMILIES[opened.model.config.family], attention_paths(opened.model, opened.rules)
+    with open_weights(folder) as files:
+        stored = normalised(files, family, opened.model.config)
+        for path, kind in product(paths.values(), NAMES):
+            scale = stored.get(f"{path}.{kind}") or stored.get(f"{path}.{kind[0]}_proj.{kind}")
+            if scale is None:
+                found.append(f"{path} has no {kind}, which kv_cache_scheme asks for: vLLM would take 1")
+                continue
+            values = scale.read().float()
+            if not bool((values.isfinite() & (values > 0)).all()):
+                found.append(f"{path}.{kind} is not a finite number above 0")
     return found
 
 

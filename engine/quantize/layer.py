@@ -18,8 +18,10 @@ from trine.engine.errors import NonFiniteError
 from trine.engine.log import warn
 from trine.engine.model.checkpoint import Opened
 from trine.engine.model.families import TensorRule
+from trine.engine.model.quantized.cache_scheme import STATIC
 from trine.engine.model.quantized.format import Format
 from trine.engine.model.quantized.tensor import QuantizedTensor
+from trine.engine.quantize.cache_scales import CacheScales, attention_paths
 from trine.engine.quantize.choices import Layer
 from trine.engine.quantize.equivalent import places, rescale
 from trine.engine.quantize.gptq import HessianError
@@ -65,9 +67,12 @@ class LayerWork:
             self.parts.setdefault(part_of(layer.rule), []).append(name)
         self._already = work.finished
         self._passage: Passage | None = None
+        self._cache_scales: CacheScales | None = None
         if settings.calibration is None and settings.evaluation is None:
             return
         method = settings.method
+        if settings.cache == STATIC:
+            self._cache_scales = CacheScales(attention_paths(opened.model, opened.rules))
         self._passage = Passage(
             opened,
             dtype,
@@ -80,6 +85,7 @@ class LayerWork:
             work_dtype=dtype if method.rescaling is None else torch.float32,
             number_bytes=2,
             tables=tables,
+            cache_scales=self._cache_scales,
         )
         # Layers of which nothing is quantized are passed through all the same.
         self.parts = {part: self.parts.get(part, []) for part in self._passage.parts}
@@ -116,6 +122,13 @@ class LayerWork:
     def quality(self) -> Quality | None:
         """What held-out samples say, once all layers are done; None where there are none."""
         return None if self._passage is None else self._passage.quality()
+
+    def cache_scales(self) -> dict[str, Tensor]:
+        """Scales of the key/value cache by their names on disk, once all layers are done; none unless asked for.
+
+        Raises `NonFiniteError` where keys or values are no numbers.
+        """
+        return {} if self._cache_scales is None else self._cache_scales.tensors()
 
     # --- one layer ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ begins; hidden states and statistics wait on the disk where it does not do.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +19,7 @@ import torch
 
 from trine.engine.log import warn
 from trine.engine.model.checkpoint import Opened
+from trine.engine.quantize.cache_scales import CacheScales
 from trine.engine.quantize.kept_statistics import KeptStatistics
 from trine.engine.quantize.memory import (
     Budget,
@@ -50,7 +52,7 @@ class Passage:
 
     `weights`: those that will be changed, by their layer. `calibrated`: whether that looks at their inputs.
     `work_dtype`: what a layer is held in meanwhile. `number_bytes`: what each number becomes, until the layer is left.
-    `tables`: what the embedding and the head become, if they do.
+    `tables`: what the embedding and the head become, if they do. `cache_scales`: watch the calibration samples leave.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class Passage:
         work_dtype: torch.dtype,
         number_bytes: int,
         tables: Tables = NO_TABLES,
+        cache_scales: CacheScales | None = None,
     ) -> None:
         self.walk = Walk(opened, dtype)
         self._opened, self._weights, self._budget, self._work = opened, weights, budget, work
         self._calibrated, self._work_dtype, self._number_bytes = calibrated, work_dtype, number_bytes
-        self._tables = tables
+        self._tables, self._cache_scales = tables, cache_scales
         self._calibration, self._evaluation = calibration, evaluation
         self._inputs: Stream | None = None
         self._original: Stream | None = None
@@ -111,9 +114,12 @@ class Passage:
 
     def leave(self, part: str) -> None:
         """Let samples through what the layer has become, and take its memory."""
-        for stream in (self._inputs, self._changed):
-            if stream is not None:
-                self.walk.forward(part, stream)
+        if self._inputs is not None:
+            scales = self._cache_scales
+            with nullcontext() if scales is None else scales.watching(self.walk.model, part):
+                self.walk.forward(part, self._inputs)
+        if self._changed is not None:
+            self.walk.forward(part, self._changed)
         self.walk.finish(part)
 
     def statistics(self, part: str, wanted: Collection[str]) -> KeptStatistics:
@@ -151,7 +157,7 @@ class Passage:
 
     def _warn_of_few_tokens(self) -> None:
         """A Hessian [K, K] of fewer than K tokens says nothing of most directions."""
-        if self._calibration is None:
+        if self._calibration is None or not self._calibrated:
             return
         widest = max((weight for some in self._weights.values() for weight in some), key=lambda weight: weight.width)
         tokens = self._calibration.num_tokens

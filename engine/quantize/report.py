@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.log import format_bytes, format_duration
+from trine.engine.model.quantized.cache_scheme import STATIC
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import write_json
 from trine.engine.quantize.page import by_kind, make_page
@@ -194,7 +195,8 @@ def summary(report: Report) -> list[tuple[str, str]]:
         sizes = (f"{one.path} {format_bytes(one.bytes_before)} to {format_bytes(one.bytes_after)}" for one in tables)
         lines.append(("tables", f"{', '.join(sizes)}, {tables[0].scheme}"))
     if report.cache is not None:
-        lines.append(("cache", f"{report.cache} is asked for: keys and values with a scale for each token and head"))
+        scales = "one scale a layer, measured ahead" if report.cache == STATIC else "a scale for each token and head"
+        lines.append(("cache", f"{report.cache} is asked for: keys and values with {scales}"))
     few = _with_few_tokens(report.layers)
     if few:
         least = min(few, key=lambda layer: layer.tokens or 0)

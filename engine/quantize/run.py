@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from trine.engine.log import format_bytes, progress, say
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES
-from trine.engine.model.quantized.cache_scheme import CacheScheme
+from trine.engine.model.quantized.cache_scheme import STATIC, CacheName, CacheScheme, make_cache
 from trine.engine.model.quantized.plan import linear_rules
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
@@ -63,7 +63,8 @@ class Settings:
         embeddings, head: the embedding and the output layer in 8 bits too (`tables.py`).
         cache: what the key/value cache is to be kept in when the result is run; None asks for nothing.
         writer: the format.
-        calibration: samples for methods that need them. evaluation: others, to measure on.
+        calibration: samples for methods that need them, and for a cache whose scales are measured ahead.
+        evaluation: others, to measure on.
         dtype: to compute hidden states in; None takes the stored one where that is fast.
         max_memory: bytes beside Python and torch; None does not limit them.
         resume: go on behind the layers that an interrupted run finished.
@@ -78,7 +79,7 @@ class Settings:
     overrides: Sequence[Override] = ()
     embeddings: bool = False
     head: bool = False
-    cache: Literal["int8", "fp8"] | None = None
+    cache: CacheName | None = None
     writer: Writer = COMPRESSED_TENSORS
     calibration: Samples | Pairs | None = None
     evaluation: Samples | Pairs | None = None
@@ -117,10 +118,12 @@ def check_folders(checkpoint: Path, out: Path) -> None:
 
 
 def _check_calibration(settings: Settings) -> None:
-    name, calibrated = settings.method_name, settings.method.calibrated
-    if calibrated and settings.calibration is None:
+    name, given = settings.method_name, settings.calibration is not None
+    if settings.method.calibrated and not given:
         raise UsageError(f"method {name} looks at the inputs of layers; give text with --calibration FILE")
-    if settings.calibration is not None and not calibrated:
+    if settings.cache == STATIC and not given:
+        raise UsageError(f"--kv-cache {STATIC} measures keys and values; give text with --calibration FILE")
+    if given and not settings.method.calibrated and settings.cache != STATIC:
         raise UsageError(
             f"method {name} does not look at the inputs of layers; leave out --calibration, or measure with --eval FILE"
         )
@@ -136,7 +139,12 @@ def _cache(config: ModelConfig, settings: Settings) -> CacheScheme | None:
         raise UsageError(
             f"--kv-cache is for models that write text, and this {config.family} model does not; leave it out"
         )
-    return CacheScheme(settings.cache, config.head_dim)
+    if settings.cache == STATIC and config.encoder is not None:
+        raise UsageError(
+            f"--kv-cache {STATIC} is for models that have a decoder alone, and this {config.family} model has an "
+            "encoder; take int8 or fp8, or leave it out"
+        )
+    return make_cache(settings.cache, config.head_dim)
 
 
 class _Run:
@@ -160,8 +168,9 @@ class _Run:
         self.quantization = replace(self.tables.added_to(quantization), cache=_cache(config, settings))
         if self.tables.embedding is not None:
             say("transformers does not load an embedding that is codes, and vLLM that of some models; Trine does")
-        if settings.cache is not None:
+        if settings.cache is not None and settings.cache != STATIC:
             say("vLLM takes no cache with scales for each token and head from a checkpoint; transformers and Trine do")
+        self.cache_scales: dict[str, Tensor] = {}
         self.table_writer = TableWriter(opened, self.tables, settings.writer)
         stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
         widest = max(stored, key=lambda dtype: dtype.itemsize)
@@ -215,6 +224,7 @@ class _Run:
             next(ticks, None)
             for part in worker.parts:
                 worker.do(part, lambda: next(ticks, None))
+            self.cache_scales = worker.cache_scales()
             return worker.quality()
 
     def write(self, work: Work, quality: Quality | None, started: float) -> Report:
@@ -279,6 +289,8 @@ class _Run:
     def _tensor(self, name: str, done: Mapping[str, StoredTensor]) -> Tensor:
         if name in done:
             return done[name].read_copy()
+        if name in self.cache_scales:
+            return self.cache_scales[name]
         if name not in self.opened.stored:
             return self.table_writer.make(name)
         tensor = self.opened.stored[name].read_copy()
@@ -302,3 +314,5 @@ class _Run:
                         yield tensor.name, tensor.num_bytes
             else:
                 yield name, (done.get(name) or self.opened.stored[name]).num_bytes
+        for name, scale in self.cache_scales.items():
+            yield name, scale.nbytes

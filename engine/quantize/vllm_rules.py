@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from trine.engine.model.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq
+from trine.engine.model.quantized.cache_scheme import STATIC
 from trine.engine.model.quantized.scheme import GROUP_SIZES
 
 Config = Mapping[str, Any]
@@ -37,7 +38,7 @@ def _compressed_tensors(config: Config) -> Iterator[str]:
             wanted = "8-bit float, symmetric, static, strategy tensor or attn_head"
             yield (
                 f"kv_cache_scheme has other {', '.join(odd) or 'strategy'} than vLLM takes: {wanted}; for it quantize "
-                "without --kv-cache, and give it a cache by its own option"
+                f"with --kv-cache {STATIC}, or without and give it a cache by its own option"
             )
     groups = config.get("config_groups")
     for name, group in groups.items() if isinstance(groups, Mapping) else ():

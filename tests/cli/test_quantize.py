@@ -178,6 +178,8 @@ def test_gpt2_is_written_as_gptq_alone(trine: Trine, tmp_path: Path) -> None:
     [
         (("--method", "gptq"), "give text with --calibration FILE"),
         (("--calibration", "T"), "method rtn does not look at the inputs"),
+        (("--kv-cache", "fp8-static"), "--kv-cache fp8-static measures keys and values; give text with --calibration"),
+        (("--kv-cache", "fp8-statik"), "there is no key/value cache 'fp8-statik'; known: int8, fp8, fp8-static; did"),
         (("--calibration-samples", "3"), "--calibration-samples says how --calibration FILE is read"),
         (("--calibration-length", "3"), "--calibration-length says how text is read"),
         (("--method", "awq", "--scheme", "w8a8", "--calibration", "T"), "method awq does not fit scheme w8a8"),

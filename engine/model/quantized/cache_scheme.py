@@ -4,7 +4,8 @@
                                                          written: to the letter what Trine's cache does, and what it
                                                          asks for in what it writes
     strategy "tensor" or "attn_head", static             scales measured ahead, k_scale and v_scale of each layer: [1],
-                                                         or [H, 1, 1] for each head
+                                                         or [H, 1, 1] for each head. The first, in fp8, is written for
+                                                         vLLM on request (`engine/quantize/cache_scales.py`)
 
 Strategy "token" is another thing than its name: in keys [B, H, T, D] it means one scale for all tokens of a head. Trine
 follows any 8-bit symmetric scheme whose scales are no finer than those of its cache, with that cache.
@@ -16,12 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from trine.engine.model.quantized.scheme import choose
 
+CacheName = Literal["int8", "fp8", "fp8-static"]
+STATIC: Final = "fp8-static"
+_NAMES: tuple[CacheName, ...] = ("int8", "fp8", STATIC)
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _TYPES: dict[Any, Literal["int8", "fp8"]] = {"int": "int8", "float": "fp8"}
 _COARSER = ("tensor", "attn_head", "token")
@@ -29,7 +33,9 @@ _COARSER = ("tensor", "attn_head", "token")
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """`group_size`: numbers of a head that share a scale, found as they come; None: scales that Trine does not use."""
+    """`group_size`: numbers of a head that share a scale, found as they come; None: scales that were measured ahead,
+    which Trine does not use.
+    """
 
     kind: Literal["int8", "fp8"]
     group_size: int | None = None
@@ -40,20 +46,27 @@ class CacheScheme:
         return KINDS[self.kind]
 
 
-def choose_cache(name: str) -> Literal["int8", "fp8"]:
-    """A kind by its name. Raises `UsageError` for another."""
-    return "int8" if choose("key/value cache", name, KINDS) == "int8" else "fp8"
+def choose_cache(name: str) -> CacheName:
+    """A cache by its name. Raises `UsageError` for another."""
+    found = choose("key/value cache", name, _NAMES)
+    return next(known for known in _NAMES if known == found)
+
+
+def make_cache(name: CacheName, head_dim: int) -> CacheScheme:
+    """What a cache of this name is, for heads of that size."""
+    return CacheScheme("fp8") if name == STATIC else CacheScheme(name, head_dim)
 
 
 def write_cache(scheme: CacheScheme) -> dict[str, Any]:
     """The value of `kv_cache_scheme`."""
+    measured = scheme.group_size is None
     return {
         "num_bits": 8,
         "type": "int" if scheme.kind == "int8" else "float",
         "symmetric": True,
-        "strategy": "group",
+        "strategy": "tensor" if measured else "group",
         "group_size": scheme.group_size,
-        "dynamic": True,
+        "dynamic": not measured,
     }
 
 

@@ -129,13 +129,13 @@ def test_schemes_of_others_are_followed_or_named(
 def test_check_says_that_vllm_refuses_such_a_cache(int8: Path) -> None:
     [line] = check_folder(int8)
     assert line.startswith("kv_cache_scheme has other type, dynamic than vLLM takes")
-    assert line.endswith("for it quantize without --kv-cache, and give it a cache by its own option")
+    assert line.endswith("quantize with --kv-cache fp8-static, or without and give it a cache by its own option")
 
 
 def test_what_cannot_be_is_refused_with_a_remedy(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--format gptq says nothing of a cache; leave out --kv-cache or --format"):
         _quantize(tiny_checkpoint, tmp_path / "out", cache="int8", writer=WRITERS["gptq"])
-    with pytest.raises(UsageError, match=r"no key/value cache 'int4'; known: int8, fp8"):
+    with pytest.raises(UsageError, match=r"no key/value cache 'int4'; known: int8, fp8, fp8-static; did you mean int8"):
         choose_cache("int4")
 
 
