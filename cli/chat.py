@@ -44,28 +44,35 @@ def chat(
     Where stdin is no terminal, each line is something said (or a command) and each answer is printed.
     """
     from trine.engine.env import set_threads
+    from trine.engine.errors import UsageError
     from trine.engine.generate.chat_session import Session
-    from trine.engine.generate.conversation import Conversation
+    from trine.engine.generate.conversation import Conversation, read_conversation
     from trine.engine.generate.engine import Engine, EngineConfig
-    from trine.engine.generate.load import load_for_inference
+    from trine.engine.generate.load import load_for_inference, load_tokenizer
     from trine.engine.generate.sampling import SamplingParams
+    from trine.engine.model.checkpoint import resolve_checkpoint
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
         stop=tuple(stop or ()),
     )  # fmt: skip
+    # What is wrong with these is said before a model is loaded.
+    if save is not None and (save.is_dir() or not save.parent.is_dir()):
+        raise UsageError(f"--save {save} is not a file in a folder that is there; give another, or make the folder")
+    said_before, messages = (None, []) if load is None else read_conversation(load)
+    folder = resolve_checkpoint(checkpoint)
+    tokenizer = load_tokenizer(folder)
+    template = _template(tokenizer, chat_template, folder)
     set_threads(0)
-    model, tokenizer = load_for_inference(checkpoint, dtype=dtype, device=device)
+    model, _ = load_for_inference(folder, dtype=dtype, device=device, tokenizer=tokenizer)
     conversation = Conversation(
         Engine(model, tokenizer, EngineConfig(max_running=1)),
-        _template(tokenizer, chat_template, checkpoint),
+        template,
         params,
         model.config.max_positions,
-        system,
+        said_before if system is None else system,
+        messages,
     )
-    if load is not None:
-        conversation.load(load)
-        conversation.system = conversation.system if system is None else system
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     session = Session(conversation, _write, terminal=terminal)
     try:

@@ -33,10 +33,12 @@ def classify(
     """
     from trine.engine.env import set_threads
     from trine.engine.errors import UsageError
-    from trine.engine.generate.bulk import BulkSettings, classify_file, open_for_vectors
+    from trine.engine.generate.bulk import CLASSES, BulkSettings, classify_file, open_for_vectors
     from trine.engine.generate.texts_file import TextsFile
+    from trine.engine.generate.unfinished import check_out
     from trine.engine.log import say
 
+    check_out(out, CLASSES)
     fields = None if field is None and pair_field is None else [field or "text", *([pair_field] if pair_field else [])]
     TextsFile.find(file, fields)  # what is wrong with it is said before a model is loaded
     set_threads(0)

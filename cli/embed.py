@@ -37,10 +37,12 @@ def embed(
     hidden states is taken. A run that was interrupted goes on where it ended when the same command is given again.
     """
     from trine.engine.env import set_threads
-    from trine.engine.generate.bulk import BulkSettings, embed_file, open_for_vectors, prefix_of
+    from trine.engine.generate.bulk import EMBEDDINGS, BulkSettings, embed_file, open_for_vectors, prefix_of
     from trine.engine.generate.texts_file import TextsFile
+    from trine.engine.generate.unfinished import check_out
     from trine.engine.log import say
 
+    check_out(out, EMBEDDINGS)
     texts = TextsFile.find(file, [field] if field else None)
     set_threads(0)
     engine, info, computed = open_for_vectors(checkpoint, dtype=dtype, device=device, batch_tokens=batch_tokens)

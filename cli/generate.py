@@ -25,8 +25,10 @@ from trine.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from trine.engine.generate.engine import Engine
-    from trine.engine.generate.request import Completion
+    from trine.engine.generate.offline import Prompt
     from trine.engine.generate.sampling import SamplingParams
 
 # Completions computed in turns, at most.
@@ -80,7 +82,7 @@ def generate(
 ) -> None:
     """Complete prompts. One completion is streamed as it comes; several are printed in order, under headings.
 
-    With --prompts and --out a file of prompts runs through the batching engine.
+    With --prompts and --out a file of prompts is completed into another file, resumably.
     A single --adapter is that of every prompt; of several, a line of --prompts names its own. Where CHECKPOINT itself
     is an adapter, or the run folder of one, it is computed on the base that it names.
     """
@@ -108,41 +110,46 @@ def generate(
         _check_adapters(adapters)
 
     import time
+    from contextlib import nullcontext
+    from functools import partial
 
     from trine.engine.env import set_threads
     from trine.engine.generate.adapted import base_and_adapter
     from trine.engine.generate.batch_file import to_json
-    from trine.engine.generate.engine import Engine, EngineConfig
-    from trine.engine.generate.load import load_draft, load_for_inference
-    from trine.engine.generate.plain import generate as complete
+    from trine.engine.generate.bulk_progress import BulkProgress
+    from trine.engine.generate.offline import checked, complete_all
+    from trine.engine.generate.plain import generate as complete_plainly
     from trine.engine.log import format_duration, say
 
     set_threads(0)
     folder, own = base_and_adapter(checkpoint, adapters[0][1] if adapters else None)
     if own is not None and not adapters:
         adapters = ((checkpoint.name, str(own)),)
-    model, tokenizer = load_for_inference(folder, dtype=dtype, device=device)
-    guessing = None if draft is None else load_draft(draft, model, tokenizer, dtype=dtype)
-
-    def make_engine(max_running: int) -> Engine:
-        config = EngineConfig(speculate=num_guesses, max_running=max_running)
-        made = Engine(model, tokenizer, config, draft=guessing)
-        for name, place in adapters:
-            made.load_adapter(name, place, base=folder)
-        return made
-
+    load = partial(_Loaded, folder, adapters, draft=draft, speculate=num_guesses, dtype=dtype, device=device)
     if prompts_file is not None and out is not None:
-        _run_batch(make_engine(MAX_RUNNING), checkpoint, prompts_file, out, params, dict(adapters))
+        _run_batch(load, checkpoint, prompts_file, out, params, dict(adapters))
         return
-    streams = not json and len(prompts) * n == 1
-    # The plain generator knows neither adapters nor guesses nor caches of codes.
-    needed = bool(adapters or num_guesses) or model.kv_dtype is not None
-    engine = make_engine(min(MAX_RUNNING, len(prompts) * n)) if needed else None
+    loaded = load()
+    model, tokenizer = loaded.model, loaded.tokenizer
+    total = len(prompts) * n
+    streams = not json and total == 1
+    on_text = _show if streams else None
+    asked: Sequence[Prompt] = prompts
+    engine, longest = None, 0
+    if model.encoder is None:
+        asked = checked(model, tokenizer, prompts, params)
+        longest = max(map(len, asked)) + max_tokens
+    # A source and its target have a generator of their own, which knows neither adapters nor caches of codes.
+    if model.encoder is None or adapters or num_guesses or model.kv_dtype is not None:
+        engine = loaded.engine(min(MAX_RUNNING, total), longest)
     started = time.perf_counter()
     if engine is None:
-        completions = complete(model, tokenizer, prompts, params, on_text=_show if streams else None)
+        completions = complete_plainly(model, tokenizer, prompts, params, on_text=on_text)
     else:
-        completions = _through(engine, prompts, params, adapters[0][0] if adapters else None, streams=streams)
+        shown = nullcontext() if streams else BulkProgress(total, 0, what="generating", unit="completions")
+        name = adapters[0][0] if adapters else None
+        with shown as progress:
+            completions = complete_all(engine, asked, params, adapter=name, on_text=on_text, progress=progress)
     seconds = time.perf_counter() - started
     if json:
         for completion in completions:
@@ -155,6 +162,38 @@ def generate(
     tokens = sum(completion.completion_tokens for completion in completions)
     reasons = ", ".join(sorted({completion.finish_reason for completion in completions}))
     say(f"{tokens} tokens in {format_duration(seconds)}, {tokens / seconds:.1f} tokens/s ({reasons})")
+
+
+class _Loaded:
+    """The model of a folder, for completions, with its draft; adapters by name come with its engines."""
+
+    def __init__(
+        self,
+        folder: Path,
+        adapters: tuple[tuple[str, str], ...],
+        *,
+        draft: Path | None,
+        speculate: int,
+        dtype: str,
+        device: str,
+    ) -> None:
+        from trine.engine.generate.load import load_draft, load_for_inference
+        from trine.engine.generate.plain import check_completes
+
+        self.model, self.tokenizer = load_for_inference(folder, dtype=dtype, device=device)
+        check_completes(self.model)
+        self._draft = None if draft is None else load_draft(draft, self.model, self.tokenizer, dtype=dtype)
+        self._folder, self._adapters, self._speculate = folder, adapters, speculate
+
+    def engine(self, max_running: int, longest: int = 0) -> Engine:
+        """An engine for so many completions at once, whose texts have at most `longest` tokens (0: any number)."""
+        from trine.engine.generate.engine import Engine, EngineConfig
+
+        config = EngineConfig(speculate=self._speculate, max_running=max_running, longest=longest)
+        made = Engine(self.model, self.tokenizer, config, draft=self._draft)
+        for name, place in self._adapters:
+            made.load_adapter(name, place, base=self._folder)
+        return made
 
 
 def _show(prompt_index: int, choice: int, text: str) -> None:
@@ -179,34 +218,27 @@ def _check_adapters(adapters: tuple[tuple[str, str], ...]) -> None:
         raise UsageError(f"--prompt goes with one --adapter, got {names}; give one, or name them in lines of --prompts")
 
 
-def _through(
-    engine: Engine, prompts: list[str], params: SamplingParams, adapter: str | None, *, streams: bool
-) -> list[Completion]:
-    """The prompts through the batching engine. Raises what the plain generator raises for a prompt that is refused."""
-    from trine.engine.errors import TrineError
-    from trine.engine.generate.offline import complete_each
-    from trine.engine.generate.records import Output
-
-    def show(output: Output) -> None:
-        if streams:
-            _show(0, output.choice, output.text)
-
-    found = list(complete_each(engine, ((prompt, params, adapter) for prompt in prompts), on_output=show))
-    for completion in found:
-        if completion.error is not None:
-            raise TrineError(f"prompt {completion.prompt_index + 1}: {completion.error}")
-    return found
-
-
 def _run_batch(
-    engine: Engine, checkpoint: Path, prompts: Path, out: Path, params: SamplingParams, adapters: dict[str, str]
+    load: Callable[[], _Loaded],
+    checkpoint: Path,
+    prompts: Path,
+    out: Path,
+    params: SamplingParams,
+    adapters: dict[str, str],
 ) -> None:
     from trine.engine.errors import DataError
     from trine.engine.generate.batch_file import run_file
     from trine.engine.log import format_duration, say
 
     folders = {name: str(Path(folder).resolve()) for name, folder in adapters.items()}
-    done = run_file(engine, prompts, out, params, checkpoint=str(checkpoint.resolve()), adapters=folders)
+    done = run_file(
+        lambda: load().engine(MAX_RUNNING),
+        prompts,
+        out,
+        params,
+        checkpoint=str(checkpoint.resolve()),
+        adapters=folders,
+    )
     rate = done.tokens / max(done.seconds, 1e-9)
     say(
         f"{done.lines - done.before} prompts, {done.tokens} tokens in {format_duration(done.seconds)}, "

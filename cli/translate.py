@@ -69,10 +69,12 @@ def translate(
     from trine.engine.generate.load import load_for_inference
     from trine.engine.generate.search_settings import search_settings
     from trine.engine.generate.texts_file import TextsFile
-    from trine.engine.generate.translate_file import TranslateSettings, translate_file
+    from trine.engine.generate.translate_file import JSON, TEXT, TranslateSettings, translate_file
+    from trine.engine.generate.unfinished import check_out
     from trine.engine.log import say
     from trine.engine.model.checkpoint import resolve_checkpoint
 
+    check_out(out, (TEXT, JSON))
     texts = TextsFile.find(file, [field] if field else None)
     set_threads(0)
     folder = resolve_checkpoint(checkpoint)

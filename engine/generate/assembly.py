@@ -45,7 +45,7 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
     if config.deterministic:
         check_deterministic(model, compute_dtype, kv_dtype)
     decode_steps = config.decode_steps
-    if decode_steps and not fits_decode_steps(model):
+    if decode_steps and not fits_decode_steps(model, config.max_running):
         decode_steps = False
         say("decoding runs operation by operation: there is no room for the copy of the weights of compiled steps")
     drafter = None if draft is None else _make_drafter(draft, model, vocab_size, config)
@@ -56,6 +56,7 @@ def assemble(model: Transformer, vocab_size: int, config: EngineConfig, draft: T
         kv_bytes=config.kv_bytes,
         max_batch_tokens=config.max_batch_tokens,
         max_running=config.max_running,
+        longest=config.longest,
         compute_dtype=compute_dtype,
         decode_steps=decode_steps,
         reserved_bytes=_source_bytes(model, config, compute_dtype) if drafter is None else drafter.kv_bytes,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -72,7 +72,7 @@ def read_lines(path: Path, params: SamplingParams, adapters: Sequence[str] = ())
 
 
 def run_file(
-    engine: Engine,
+    engine: Engine | Callable[[], Engine],
     prompts: Path,
     out: Path,
     params: SamplingParams,
@@ -82,6 +82,7 @@ def run_file(
 ) -> Summary:
     """Complete every prompt of the file that `out` has no completions of yet.
 
+    `engine`: or what makes it, once everything else is known to be right.
     `checkpoint`, and `adapters` by name (the engine has loaded them): where the weights come from, for the record. The
     whole file is read once before anything is computed. Raises `DataError` for a line that is wrong, `UsageError` where
     `out` holds the results of something else, another process writes it, or no line uses an adapter.
@@ -96,14 +97,17 @@ def run_file(
     if unused:
         raise UsageError(f"no line of {prompts} names the adapter {min(unused)!r}; leave it out, or add it to lines")
     job = {"checkpoint": checkpoint, "prompts": _sha256(prompts), "params": asdict(params)}
-    _check_job(out, {**job, "adapters": dict(adapters)} if adapters else job)
+    job = {**job, "adapters": dict(adapters)} if adapters else job
+    _check_job(out, job)
+    made = engine if isinstance(engine, Engine) else engine()
+    _begin_job(out, job)
     with _locked(out) as file:
         done = _finished(out, choices)
         if done:
             say(f"{out} has the completions of {done} of {len(choices)} prompts; going on with the rest")
         left = (line for number, line in enumerate(read_lines(prompts, params, named)) if number >= done)
         with BulkProgress(len(choices), done, what="generating", unit="prompts") as progress:
-            failed = _complete(engine, left, choices, done, file, progress)
+            failed = _complete(made, left, choices, done, file, progress)
     return Summary(len(choices), done, failed, progress.tokens, progress.seconds)
 
 
@@ -225,25 +229,36 @@ def _names() -> str:
 
 
 def _check_job(out: Path, job: dict[str, Any]) -> None:
-    """Note what the run is, or see that it is the one that `out` belongs to."""
-    path = out.with_name(f"{out.name}.job.json")
-    job = json.loads(json.dumps(job))
+    """Raises `UsageError` where `out` is there and belongs to another run."""
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.partial")
-        aside.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
-        out.touch()
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(_note_of(out).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         before = {}
+    job = json.loads(json.dumps(job))
     changed = [name for name in {**job, **before} if before.get(name) != job.get(name)]
     if changed:
         raise UsageError(
             f"{out} exists and was not made from the same {' and '.join(changed)}; choose another --out or remove it"
         )
+
+
+def _begin_job(out: Path, job: dict[str, Any]) -> None:
+    """Note what the run is, or see that it is the one that `out` belongs to."""
+    if out.exists():
+        _check_job(out, job)
+        return
+    path = _note_of(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(job, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+    out.touch()
+
+
+def _note_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.job.json")
 
 
 def _finished(out: Path, choices: list[int]) -> int:

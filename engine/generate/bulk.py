@@ -26,11 +26,13 @@ from trine.engine.generate.engine import Engine, EngineConfig, PoolingRequest
 from trine.engine.generate.load import load_for_inference
 from trine.engine.generate.pooling_info import PoolingInfo, describe
 from trine.engine.generate.texts_file import PARQUET, Row, TextsFile
-from trine.engine.generate.unfinished import Unfinished
+from trine.engine.generate.unfinished import Unfinished, check_out
 from trine.engine.log import format_count, say
 from trine.engine.model.checkpoint import resolve_checkpoint
 
 WINDOW_ROWS = 1024
+# What names of results end in.
+EMBEDDINGS, CLASSES = (".npy", PARQUET), (".jsonl",)
 Vector = npt.NDArray[np.float32]
 
 
@@ -99,10 +101,9 @@ def prefix_of(info: PoolingInfo, prefix: str | None, name: str | None) -> str:
 def embed_file(engine: Engine, info: PoolingInfo, texts: TextsFile, out: Path, settings: BulkSettings) -> Summary:
     """Write the embedding of every row: float32 [R, D] as .npy, or a column `embedding` as .parquet.
 
-    Raises `UsageError` for another suffix or a model that gives no embeddings; see also `_run`.
+    Raises `UsageError` for another suffix, an `out` that exists or a model without embeddings; see also `_run`.
     """
-    if out.suffix not in (".npy", PARQUET):
-        raise UsageError(f"--out {out} must end in .npy or .parquet")
+    check_out(out, EMBEDDINGS)
     if info.kind != "embedding":
         raise UsageError("this model gives classes and no embeddings; use `trine classify`")
     if out.suffix == PARQUET:
@@ -123,10 +124,9 @@ def embed_file(engine: Engine, info: PoolingInfo, texts: TextsFile, out: Path, s
 def classify_file(engine: Engine, info: PoolingInfo, texts: TextsFile, out: Path, settings: BulkSettings) -> Summary:
     """Write a JSON line for every row: its class and the probabilities, or the label of each word.
 
-    Raises `UsageError` for another suffix or a model that gives no classes; see also `_run`.
+    Raises `UsageError` for another suffix, an `out` that exists or a model without classes; see also `_run`.
     """
-    if out.suffix != ".jsonl":
-        raise UsageError(f"--out {out} must end in .jsonl")
+    check_out(out, CLASSES)
     if info.kind == "embedding":
         raise UsageError("this model gives embeddings and no classes; use `trine embed`")
 
@@ -154,8 +154,8 @@ def _run(
     header: Callable[[int], bytes],
     write: Callable[[int, Sequence[_Encoded], Sequence[Vector]], bytes],
 ) -> Summary:
-    """Raises `DataError` for a row that is wrong, too long, or whose numbers are not finite, `UsageError` where `out`
-    exists or an unfinished run of something else lies beside it.
+    """Raises `DataError` for a row that is wrong, too long, or whose numbers are not finite, `UsageError` where an
+    unfinished run of something else lies beside `out`.
     """
     encode = _Encoder(engine, info, texts, settings)
     job = {
@@ -166,8 +166,6 @@ def _run(
         "truncate": settings.truncate,
         "dtype": settings.dtype,
     }
-    if out.exists():
-        raise UsageError(f"{out} exists; choose another --out or remove it")
     total, tokens, cut = encode.measure()
     cut_note = f", {cut} of them cut to {info.max_tokens} tokens" if cut else ""
     say(f"{texts.source.location}: {total} rows, {format_count(tokens)} tokens{cut_note}")

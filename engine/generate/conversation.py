@@ -37,6 +37,20 @@ class Answer:
     seconds: float
 
 
+def read_conversation(path: Path) -> tuple[str | None, list[dict[str, str]]]:
+    """System prompt and turns of a conversation that was saved. Raises `DataError` where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"no conversation in {path}: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path} is no conversation that /save wrote (its format should be {FORMAT!r})")
+    system, messages = content.get("system"), content.get("messages")
+    if not (system is None or isinstance(system, str)) or not _well_formed(messages):
+        raise DataError(f"{path} is damaged: turns of user and assistant with text are expected")
+    return system, messages
+
+
 @dataclass(slots=True)
 class Conversation:
     """See the module. `messages` are the turns after the system prompt; change `params` and `system` at will.
@@ -90,16 +104,7 @@ class Conversation:
 
     def load(self, path: Path) -> None:
         """Take over a conversation that was saved. Raises `DataError`, and keeps the present one, where it is none."""
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"no conversation in {path}: {error}") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise DataError(f"{path} is no conversation that /save wrote (its format should be {FORMAT!r})")
-        system, messages = content.get("system"), content.get("messages")
-        if not (system is None or isinstance(system, str)) or not _well_formed(messages):
-            raise DataError(f"{path} is damaged: turns of user and assistant with text are expected")
-        self.system, self.messages = system, messages
+        self.system, self.messages = read_conversation(path)
 
     def _answer(self, messages: list[dict[str, str]], on_text: Callable[[str], None]) -> Answer:
         ids, forgotten = self._prompt(messages)

@@ -117,7 +117,7 @@ class Drafter:
             max_running=max_running,
             max_tokens=self.context,
             compute_dtype=model.dtype,
-            decode_steps=decode_steps and fits_decode_steps(model),
+            decode_steps=decode_steps and fits_decode_steps(model, max_running),
         )
         self._shadows: dict[Sequence, _Shadow] = {}
 

@@ -15,11 +15,14 @@ from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.hardware import has_fast_bf16
 
 
-def load_for_inference(checkpoint: Path, *, dtype: str = "auto", device: str = "auto") -> tuple[Transformer, Tokenizer]:
+def load_for_inference(
+    checkpoint: Path, *, dtype: str = "auto", device: str = "auto", tokenizer: Tokenizer | None = None
+) -> tuple[Transformer, Tokenizer]:
     """Load a Hugging Face folder or a run folder (its `final/` or latest step).
 
     `dtype` auto keeps float32 weights as they are, and half-precision weights too where the hardware multiplies
     bfloat16 fast; elsewhere those are computed in float32. What was chosen is said once on stderr, with the reason.
+    `tokenizer`: the folder's, where it is loaded already.
 
     Raises `UsageError` for an unknown device or dtype, `CheckpointError` or `DataError` for a folder that is no
     checkpoint or lacks its tokenizer.
@@ -28,7 +31,7 @@ def load_for_inference(checkpoint: Path, *, dtype: str = "auto", device: str = "
     wanted = None if dtype == "auto" else choose_dtype(where, dtype)[0]
     folder = resolve_checkpoint(checkpoint)
     model = load_model(folder, dtype=wanted, device=where)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
     if wanted is None:
         target, reason = inference_dtype(model.dtype, where)
         model = model.to(target)
@@ -71,7 +74,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's folder. Raises `DataError` where there is none."""
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"{folder} has no tokenizer.json; copy the tokenizer's files into the checkpoint's folder")
     return Tokenizer.load(folder)

@@ -15,6 +15,7 @@ from trine.engine.log import counted, format_bytes
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.paged_cache import bytes_per_block
 from trine.engine.model.transformer import Transformer
+from trine.kernels.cpu.step import LOOP_ROWS
 
 # The share of free memory that the cache takes: a host is shared with other programs, a GPU usually is not.
 CPU_SHARE = 0.5
@@ -31,24 +32,26 @@ def choose_num_blocks(
     kv_bytes: int,
     max_batch_tokens: int,
     max_running: int,
+    longest: int,
     compute_dtype: torch.dtype,
     decode_steps: bool,
     reserved_bytes: int = 0,
 ) -> tuple[int, str]:
-    """Blocks, and the reason in a few words. `kv_bytes` 0 chooses; no more than all sequences at once could fill.
-    `decode_steps`: the weights will be copied for compiled steps, see `fits_decode_steps`. `reserved_bytes`: of a CPU's
-    memory, given to others that have not used it yet.
+    """Blocks, and the reason in a few words. `kv_bytes` 0 chooses; no more than `max_running` sequences of `longest`
+    tokens (0: of the model's context) could fill at once. `decode_steps`: steps are compiled, for which the weights may
+    be copied. `reserved_bytes`: of a CPU's memory, given to others that have not used it yet.
 
     Raises `UsageError` where not even one block fits, or where `kv_bytes` is more than is free.
     """
     config, device = model.config, model.device
+    tokens = min(longest or config.max_positions, config.max_positions)
     each = bytes_per_block(config, block_size, kv_dtype)
     if device.type == "cuda":
         needed = _measure_step(model, max_batch_tokens, max_running, compute_dtype)
         free, share = torch.cuda.mem_get_info(device)[0], GPU_SHARE
     else:
-        needed = _estimate_step(config, max_batch_tokens, max_running, compute_dtype)
-        needed += reserved_bytes + (_weight_bytes(model) if decode_steps else 0)
+        needed = _estimate_step(config, tokens, max_batch_tokens, max_running, compute_dtype)
+        needed += reserved_bytes + (_copied_bytes(model, max_running) if decode_steps else 0)
         free, share = available_memory(), CPU_SHARE
     room = max(0, free - needed)
     if kv_bytes:
@@ -60,11 +63,11 @@ def choose_num_blocks(
         blocks, reason = kv_bytes // each, "as requested"
     else:
         blocks, reason = int(share * room) // each, f"{share:.0%} of the {format_bytes(room)} free"
-        most = max_running * -(-config.max_positions // block_size)
+        most = max_running * -(-tokens // block_size)
         if blocks > most:
             blocks, reason = (
                 most,
-                f"all that {counted(max_running, 'sequence')} of {config.max_positions} tokens can fill",
+                f"all that {counted(max_running, 'sequence')} of {tokens} tokens can fill",
             )
     if blocks < 1:
         raise UsageError(
@@ -92,24 +95,25 @@ def choose_draft_blocks(model: Transformer, max_running: int, max_tokens: int, b
     return blocks
 
 
-def fits_decode_steps(model: Transformer) -> bool:
-    """Whether a CPU has room for the copy of the weights that compiled steps keep (`cpu_step.py`): half of it at most.
-
-    On a GPU there is no such copy.
+def fits_decode_steps(model: Transformer, max_running: int) -> bool:
+    """Whether a CPU has room for the copy of the weights that compiled steps of many rows keep (`cpu_step.py`): half of
+    it at most. On a GPU, and for few rows, there is no such copy.
     """
-    return model.device.type != "cpu" or _weight_bytes(model) <= available_memory() // 2
+    return model.device.type != "cpu" or _copied_bytes(model, max_running) <= available_memory() // 2
 
 
-def _weight_bytes(model: Transformer) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
+def _copied_bytes(model: Transformer, max_running: int) -> int:
+    return 0 if max_running <= LOOP_ROWS else sum(parameter.nbytes for parameter in model.parameters())
 
 
-def _estimate_step(config: ModelConfig, max_batch_tokens: int, max_running: int, dtype: torch.dtype) -> int:
+def _estimate_step(
+    config: ModelConfig, longest: int, max_batch_tokens: int, max_running: int, dtype: torch.dtype
+) -> int:
     """Bytes a step needs besides weights and cache, on the safe side: the widest layer's inputs and outputs."""
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     widths = 6 * config.width + 3 * config.ffn_width + 2 * heads
-    gathered = 2 * config.max_positions * config.num_kv_heads * config.head_dim
-    scores = config.num_heads * config.max_positions
+    gathered = 2 * longest * config.num_kv_heads * config.head_dim
+    scores = config.num_heads * longest
     activations = (max_batch_tokens * widths + gathered) * dtype.itemsize + 4 * max_batch_tokens * scores // 8
     return activations + 3 * 4 * max_running * config.vocab_size
 

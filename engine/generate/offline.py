@@ -1,6 +1,7 @@
 """Many prompts through the engine at full batch, results in the order of the prompts.
 
-Prompts are taken as the engine has room, so that there may be more of them than fit in memory.
+`complete` and `complete_each` take any number of prompts as the engine has room, more than fit in memory too; one that
+fails is a result that says so. `complete_all` takes the place of the plain generator: all of them, or an error.
 """
 
 from __future__ import annotations
@@ -9,9 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from trine.engine.errors import TrineError
+from trine.engine.generate.bulk_progress import BulkProgress
 from trine.engine.generate.engine import Engine, GenerationRequest, Output
+from trine.engine.generate.intake import Intake
+from trine.engine.generate.plain import OnText, check_completes, end_ids
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
+from trine.engine.model.transformer import Transformer
+from trine.engine.text.prompt import encode_prompt
+from trine.engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -38,6 +45,60 @@ def complete(engine: Engine, prompts: Iterable[Prompt], params: SamplingParams) 
     reason; the others go on.
     """
     return complete_each(engine, ((prompt, params, None) for prompt in prompts))
+
+
+def checked(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], params: SamplingParams
+) -> list[list[int]]:
+    """The ids of each prompt for a decoder, all of them checked before there is an engine.
+
+    Raises what `Engine.add` raises for what is wrong with a prompt or the parameters, naming the prompt; `UsageError`
+    where the model completes no text.
+    """
+    check_completes(model)
+    intake = Intake(tokenizer, end_ids(model, tokenizer), model.config.max_positions)
+    found = []
+    for index, prompt in enumerate(prompts):
+        try:
+            ids = encode_prompt(tokenizer, prompt)
+            intake.check(GenerationRequest(id=str(index), prompt_ids=tuple(ids), params=params))
+        except TrineError as error:
+            raise type(error)(f"prompt {index + 1}: {error}") from None
+        found.append(ids)
+    return found
+
+
+def complete_all(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    *,
+    adapter: str | None = None,
+    on_text: OnText | None = None,
+    progress: BulkProgress | None = None,
+) -> list[Completion]:
+    """As `plain.generate`, by the engine: completions in the order of the prompts, the choices of each together.
+
+    `adapter`: for all of them. `progress`: counts completions. Raises `TrineError`, naming the prompt, as soon as one
+    is refused or fails; the others are given up then.
+    """
+
+    def note(output: Output) -> None:
+        index = int(output.request_id)
+        if output.error is not None:
+            raise TrineError(f"prompt {index + 1}: {output.error}")
+        if output.text and on_text is not None:
+            on_text(index, output.choice, output.text)
+        if progress is not None:
+            progress.count(len(output.token_ids))
+            progress.finish(output.finish_reason is not None)
+
+    found = []
+    for completion in complete_each(engine, ((prompt, params, adapter) for prompt in prompts), on_output=note):
+        if completion.error is not None:
+            raise TrineError(f"prompt {completion.prompt_index + 1}: {completion.error}")
+        found.append(completion)
+    return found
 
 
 def complete_each(

@@ -61,8 +61,7 @@ def generate(
         UsageError: an id outside the vocabulary, an empty prompt without any token to start from, an encoder.
         NonFiniteError: the model's logits are not numbers.
     """
-    if model.head is not None:
-        raise UsageError("this model gives vectors and completes no text; see trine embed and trine classify")
+    check_completes(model)
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     if model.config.encoder is None and (beams is not None or no_repeat):
@@ -82,6 +81,12 @@ def generate(
     finally:
         model.train(was_training)
     return [request.completion() for request in requests]
+
+
+def check_completes(model: Transformer) -> None:
+    """Raises `UsageError` where the model is an encoder."""
+    if model.head is not None:
+        raise UsageError("this model gives vectors and completes no text; see trine embed and trine classify")
 
 
 def end_ids(model: Transformer, tokenizer: Tokenizer) -> frozenset[int]:

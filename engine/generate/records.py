@@ -27,6 +27,8 @@ class EngineConfig:
         max_batch_tokens: tokens of one step, prefill and decoding together.
         max_running: completions computed in turns; each holds its blocks.
         max_waiting: completions in the queue; more are refused.
+        longest: tokens that a prompt and its completion will have together, at most; 0: as many as the model's context.
+            The cache gets no more room than `max_running` of these need. A longer one is refused where it finds none.
         kv_bytes: size of the key/value cache; 0 takes it from what is free.
         kv_dtype: of keys and values; torch.int8, or torch.float8_e4m3fn on a GPU, takes half or a quarter of the room,
             at some loss. None: as the checkpoint asks, else the compute dtype.
@@ -50,6 +52,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     max_running: int = 64
     max_waiting: int = 1024
+    longest: int = 0
     kv_bytes: int = 0
     kv_dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
@@ -65,7 +68,7 @@ class EngineConfig:
             raise UsageError(f"block_size = {self.block_size}; it must be 16, 32, 64, 128 or 256")
         if self.kv_bytes < 0:
             raise UsageError(f"kv_bytes = {self.kv_bytes}; give a number of bytes, or 0 to choose from what is free")
-        for name in ("speculate", "speculate_max_running"):
+        for name in ("longest", "speculate", "speculate_max_running"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} = {getattr(self, name)}; it must be 0 or more")
         known = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)

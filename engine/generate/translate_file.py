@@ -22,7 +22,7 @@ from trine.engine.generate.sampling import SamplingParams
 from trine.engine.generate.search_settings import SearchSettings
 from trine.engine.generate.seq2seq import end_of_source
 from trine.engine.generate.texts_file import TextsFile
-from trine.engine.generate.unfinished import Unfinished
+from trine.engine.generate.unfinished import Unfinished, check_out
 from trine.engine.log import format_count, say
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.prompt import encode_source
@@ -59,8 +59,7 @@ def translate_file(
     """
     if model.config.encoder is None:
         raise UsageError(f"a {model.config.family} model has no encoder for sources; use trine generate")
-    if out.suffix not in (TEXT, JSON):
-        raise UsageError(f"--out {out} must end in {TEXT} or {JSON}")
+    check_out(out, (TEXT, JSON))
     rows = _Rows(model, tokenizer, texts, settings)
     job = {
         "checkpoint": settings.checkpoint,
@@ -71,8 +70,6 @@ def translate_file(
         "search": asdict(settings.search),
         "dtype": str(model.dtype),
     }
-    if out.exists():
-        raise UsageError(f"{out} exists; choose another --out or remove it")
     total, tokens, cut = rows.measure()
     cut_note = f", {cut} of them cut to {model.config.max_positions} tokens" if cut else ""
     say(f"{texts.source.location}: {total} rows, {format_count(tokens)} tokens{cut_note}")

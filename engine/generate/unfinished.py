@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -27,6 +28,14 @@ def lock(file: IO[bytes], out: Path) -> None:
     except BlockingIOError:
         file.close()
         raise UsageError(f"another process is writing {out}; wait for it, or choose another --out") from None
+
+
+def check_out(out: Path, suffixes: Sequence[str]) -> None:
+    """Raises `UsageError` where the name of a result has none of these endings, or the file is there already."""
+    if out.suffix not in suffixes:
+        raise UsageError(f"--out {out} must end in {' or '.join(suffixes)}")
+    if out.exists():
+        raise UsageError(f"{out} exists; choose another --out or remove it")
 
 
 class Unfinished:

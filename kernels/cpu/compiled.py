@@ -50,9 +50,31 @@ def why_not() -> str | None:
             import numba  # noqa: F401
         except ImportError as error:  # not installed, or not made for the numpy that is
             reason = f"numba cannot be imported: {error}"
-    if reason is not None:
+    if reason is None:
+        _say_when_compiling()
+    else:
         log.warning("decoding on the CPU takes slower torch paths: %s", reason)
     return reason
+
+
+def _say_when_compiling() -> None:
+    """Log once when a function of this folder is compiled that the cache does not hold: nothing else is heard then."""
+    from numba.core import event as events
+
+    class Listener(events.Listener):  # type: ignore[misc]
+        said = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.said and event.data["dispatcher"].py_func.__module__.startswith(f"{__package__}."):
+                self.said = True
+                folder = _cache_folder()
+                kept = "no folder to keep them in is writable" if folder is None else f"they are kept in {folder}"
+                log.warning("compiling loops for this CPU, which takes some 20 seconds; %s", kept)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    events.register("numba:compile", Listener())
 
 
 def parallel(function: Function) -> Function:

@@ -156,6 +156,24 @@ def test_wrong_input_is_refused(piped: Trine, trine: Trine, checkpoint: Path, ti
     assert "has no chat template, so it was not made to chat" in err
 
 
+def test_what_is_wrong_with_the_options_is_said_before_the_model_is_loaded(
+    piped: Trine, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trine.engine.generate.load.load_model", None)
+    for options, status, message in (
+        (("--chat-template", tmp_path / "none.jinja"), 1, "no chat template in"),
+        (("--load", tmp_path / "none.json"), 1, "no conversation in"),
+        (("--save", tmp_path / "none" / "talk.json"), 2, "is not a file in a folder that is there"),
+        (("--save", tmp_path), 2, "is not a file in a folder that is there"),
+    ):
+        got, out, err = piped("the\n", *options)
+        assert (got, out) == (status, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+    (checkpoint / "chat_template.jinja").unlink()
+    assert "has no chat template, so it was not made to chat" in piped("the\n")[2]
+
+
 def test_an_answer_ends_at_the_token_that_the_template_writes_after_it(checkpoint: Path) -> None:
     model, tokenizer = load_for_inference(checkpoint)
     template = ChatTemplate(TEMPLATE.replace("eos_token", "'<|endoftext|>'"))

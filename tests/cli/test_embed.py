@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 Trine = Callable[..., tuple[int, str, str]]
 Folder = Callable[[str], Path]
@@ -48,3 +49,24 @@ def test_errors_are_one_line(trine: Trine, encoder_folder: Folder, tmp_path: Pat
         found, _, err = trine(command, folder, tmp_path / "in.txt", *options)
         assert found == status
         assert line in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "wrong"),
+    [
+        ("embed", "out.npy", "must end in .npy or .parquet"),
+        ("classify", "out.jsonl", "must end in .jsonl"),
+        ("translate", "out.txt", "must end in .txt or .jsonl"),
+    ],
+)
+def test_results_that_cannot_be_are_refused_before_the_model_is_loaded(
+    trine: Trine, tmp_path: Path, command: str, name: str, wrong: str
+) -> None:
+    """There is no model here."""
+    (tmp_path / "in.txt").write_text("a dog\n")
+    out = tmp_path / name
+    out.write_text("a result")
+    for result, message in ((out, f"{out} exists; choose another --out or remove it"), (tmp_path / "out.doc", wrong)):
+        status, _, err = trine(command, tmp_path / "model", tmp_path / "in.txt", "--out", result)
+        assert (status, message in err) == (2, True), err
+    assert out.read_text() == "a result"

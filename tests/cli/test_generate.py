@@ -32,6 +32,86 @@ def test_one_completion_is_printed_as_text(trine: Trine, tiny_checkpoint: Path, 
     assert "12 tokens" in err
 
 
+def test_decoders_run_through_the_engine_with_a_cache_for_their_texts_alone(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, long = ["the cat", "def add("], len(tiny_tokenizer.encode("def add("))
+    expected = generate(load_model(tiny_checkpoint), tiny_tokenizer, prompts, GREEDY)
+    monkeypatch.setattr("trine.engine.generate.plain.generate", None)
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    status, out, err = trine("generate", tiny_checkpoint, *asked, *ENGINE_OPTIONS, "--json")
+    assert status == 0, err
+    assert [json.loads(line)["text"] for line in out.splitlines()] == [one.text for one in expected]
+    assert f"(all that 2 sequences of {long + 12} tokens can fill)" in err
+    status, _, err = trine("generate", tiny_checkpoint, *asked, "--max-tokens", "1000")
+    assert "(all that 2 sequences of 64 tokens can fill)" in err
+
+
+@pytest.mark.parametrize("options", [["--temperature", "0"], ["--seed", "5", "--top-k", "40", "--stop", "cat"]])
+def test_a_streamed_text_is_that_of_the_plain_generator(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, options: list[str]
+) -> None:
+    """Where pieces of characters and of stop strings are held back, too."""
+    params = SamplingParams(temperature=0, max_tokens=40)
+    if "--seed" in options:
+        params = SamplingParams(seed=5, top_k=40, stop=("cat",), max_tokens=40)
+    for prompt in ("the cat", "def add(", "\n"):
+        expected = generate(load_model(tiny_checkpoint), tiny_tokenizer, [prompt], params)[0]
+        status, out, err = trine("generate", tiny_checkpoint, "--prompt", prompt, "--max-tokens", "40", *options)
+        assert (status, out) == (0, expected.text + "\n")
+        assert f"{expected.completion_tokens} tokens in" in err
+        assert err.endswith(f"tokens/s ({expected.finish_reason})\n")
+
+
+def test_many_prompts_show_how_far_they_are(
+    trine: Trine, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trine.engine.generate.bulk_progress._LINE_SECONDS", 0.0)
+    asked = [word for number in range(3) for word in ("--prompt", f"the {number}")]
+    status, _, err = trine("generate", tiny_checkpoint, *asked, "--n", "2", "--seed", "1", "--max-tokens", "4")
+    assert status == 0
+    assert "generating: 6/6 completions, " in err
+    status, _, err = trine("generate", tiny_checkpoint, "--prompt", "the", *ENGINE_OPTIONS)
+    assert "generating" not in err
+
+
+@pytest.mark.parametrize("prompts", [["x", "q" * 64], ["q" * 64]])
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_computed(
+    trine: Trine, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[str]
+) -> None:
+    monkeypatch.setattr("trine.engine.generate.engine.Engine", None)
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    status, out, err = trine("generate", tiny_checkpoint, *asked)
+    assert (status, out) == (1, "")
+    line = f"trine: prompt {len(prompts)}: the prompt has 64 tokens but the model's context holds 64, the new tokens "
+    assert line + "included; shorten it to 63 tokens or fewer\n" in err
+
+
+def test_a_completion_that_fails_ends_the_command_with_its_prompt(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = load_model(tiny_checkpoint)
+    model.get_parameter("norm.weight").data.fill_(float("nan"))
+    save_model(model, tmp_path)
+    tiny_tokenizer.save(tmp_path)
+    status, out, err = trine("generate", tmp_path, "--prompt", "a", "--prompt", "b", *ENGINE_OPTIONS)
+    assert (status, out) == (1, "")
+    assert err.endswith(
+        "trine: prompt 1: the model's logits are not finite; its weights are damaged, or try --dtype float32\n"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_other_dtypes_are_those_of_the_plain_generator(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, dtype: str
+) -> None:
+    model = load_model(tiny_checkpoint).to(getattr(torch, dtype))
+    expected = generate(model, tiny_tokenizer, ["the cat"], GREEDY)[0].text
+    status, out, err = trine("generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS, "--dtype", dtype)
+    assert (status, out) == (0, expected + "\n")
+    assert f"decoding runs operation by operation, not in compiled steps: weights are torch.{dtype}" in err
+
+
 def test_bytes_of_a_prompt_that_are_not_utf8_are_an_error_of_one_line(trine: Trine, tiny_checkpoint: Path) -> None:
     status, out, err = trine("generate", tiny_checkpoint, "--prompt", "fine", "--prompt", os.fsdecode(b"a\xff"))
     assert (status, out) == (1, "")
@@ -200,9 +280,26 @@ def test_options_of_a_file_of_prompts_go_together(trine: Trine, tiny_checkpoint:
         status, _, err = trine("generate", tiny_checkpoint, *options)
         assert status == 2
         assert message in err
-    status, _, err = trine("generate", tiny_checkpoint, "--prompts", tmp_path / "none", "--out", tmp_path / "x")
-    assert status == 1
-    assert "no prompts file" in err
+
+
+def test_what_is_wrong_with_a_file_of_prompts_is_said_before_the_model_is_loaded(
+    trine: Trine, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trine.engine.generate.load.load_for_inference", None)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "x"}\n{"prompt": 3}\n')
+    for file, place, message in (
+        (tmp_path / "none", out, "no prompts file"),
+        (prompts, out, "prompts.jsonl:2: prompt is a int; give a text"),
+    ):
+        status, _, err = trine("generate", tiny_checkpoint, "--prompts", file, "--out", place)
+        assert (status, message in err) == (1, True)
+    prompts.write_text('{"prompt": "x"}\n')
+    out.write_text("something else")
+    status, _, err = trine("generate", tiny_checkpoint, "--prompts", prompts, "--out", out)
+    assert (status, "exists and was not made from the same" in err) == (2, True)
+    assert out.read_text() == "something else"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
 # --- drafts and adapters ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,28 @@ def test_code_is_kept_where_it_may_be_written(monkeypatch: pytest.MonkeyPatch, t
         assert double(3) == 6
     finally:
         compiled._cache_folder.cache_clear()
+
+
+@needs_numba
+def test_compiling_is_said_once_and_not_where_the_code_is_kept(tmp_path: Path) -> None:
+    code = (
+        "import numpy as np\n"
+        "from trine.kernels.cpu.compiled import available\n"
+        "assert available()\n"
+        "from trine.kernels.cpu.numbers_loops import exponential, to_bf16\n"
+        "exponential(np.float32(1)), to_bf16(np.float32(1))\n"
+    )
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        )  # fmt: skip
+        said.append(done.stderr)
+    [line] = said[0].splitlines()
+    assert line.startswith("compiling loops for this CPU")
+    assert str(tmp_path) in line
+    assert said[1] == ""
 
 
 def test_flat_memory_holds_all_of_a_view() -> None:

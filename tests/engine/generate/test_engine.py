@@ -426,6 +426,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model: Transformer, tiny_
         ({"kv_bytes": 10}, "no room"),
         ({"kv_bytes": 2**60}, "only .* free"),
         ({"kv_bytes": -1}, "kv_bytes = -1"),
+        ({"longest": -1}, "longest = -1"),
         ({"max_batch_tokens": 2, "max_running": 8}, "max_batch_tokens = 2"),
         ({"kv_dtype": torch.int64}, "kv_dtype = torch.int64"),
     ],
