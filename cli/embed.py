@@ -37,11 +37,14 @@ def embed(
     hidden states is taken. A run that was interrupted goes on where it ended when the same command is given again.
     """
     from trine.engine.env import set_threads
+    from trine.engine.errors import UsageError
     from trine.engine.generate.bulk import EMBEDDINGS, BulkSettings, embed_file, open_for_vectors, prefix_of
     from trine.engine.generate.texts_file import TextsFile
     from trine.engine.generate.unfinished import check_out
     from trine.engine.log import say
 
+    if prefix is not None and prompt_name is not None:
+        raise UsageError("--prefix and --prompt-name both say what goes before a text; give one")
     check_out(out, EMBEDDINGS)
     texts = TextsFile.find(file, [field] if field else None)
     set_threads(0)

@@ -66,6 +66,7 @@ def prune(
     from trine.engine.quantize.prune import METHODS, parse_sparsity
     from trine.engine.quantize.prune_run import PruneSettings, prune_checkpoint
     from trine.engine.quantize.report import table
+    from trine.engine.quantize.run import check_folders
 
     if out is None:
         raise UsageError("--out DIR is missing; see trine prune --help")
@@ -73,8 +74,10 @@ def prune(
     choose("method", method, METHODS)
     if dtype != "auto":
         choose("dtype", dtype, DTYPES)
+    limit = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
     set_threads(0)
     folder = resolve_checkpoint(checkpoint)
+    check_folders(folder, out)
     texts = files_of(calibration, evaluation, more_data)
     fields = (source_field, target_field)
     samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length, fields)
@@ -84,7 +87,7 @@ def prune(
         calibration=samples,
         evaluation=held_out,
         dtype=DTYPES.get(dtype),
-        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+        max_memory=limit,
         resume=resume,
     )
     report = prune_checkpoint(folder, out, settings)

@@ -159,7 +159,7 @@ def quantize(
     from trine.engine.quantize.choices import parse_override
     from trine.engine.quantize.methods import METHODS, check_pair, with_alpha
     from trine.engine.quantize.report import table
-    from trine.engine.quantize.run import Settings, quantize_checkpoint
+    from trine.engine.quantize.run import Settings, check_calibration, check_folders, quantize_checkpoint
     from trine.engine.quantize.tables import wants_table
     from trine.engine.quantize.writers import WRITERS
 
@@ -170,25 +170,34 @@ def quantize(
         check_pair(method, name, one)
     if dtype != "auto":
         choose("dtype", dtype, DTYPES)
+    name = method if alpha is None else f"{method} with alpha {alpha:g}"
+    cache = None if kv_cache is None else choose_cache(kv_cache)
+    tables = wants_table("--embeddings", embeddings), wants_table("--head", head)
+    writer = WRITERS[choose("format", form, WRITERS)]
+    limit = None if max_memory is None else parse_bytes(max_memory, "--max-memory")
+    texts = files_of(calibration, evaluation, more_data)
+    check_calibration(name, how, cache, given=bool(texts[0]))
     set_threads(0)
     folder = resolve_checkpoint(checkpoint)
-    texts = files_of(calibration, evaluation, more_data)
-    fields = (source_field, target_field)
-    samples, held_out = read_samples(folder, *texts, calibration_samples, calibration_length, fields)
+    check_folders(folder, out)
+    # Reading data may take a while: what is wrong with the rest was said by now.
+    samples, held_out = read_samples(
+        folder, *texts, calibration_samples, calibration_length, (source_field, target_field)
+    )
     settings = Settings(
         scheme_name=scheme,
         scheme=chosen,
-        method_name=method if alpha is None else f"{method} with alpha {alpha:g}",
+        method_name=name,
         method=how,
         overrides=overrides,
-        embeddings=wants_table("--embeddings", embeddings),
-        head=wants_table("--head", head),
-        cache=None if kv_cache is None else choose_cache(kv_cache),
-        writer=WRITERS[choose("format", form, WRITERS)],
+        embeddings=tables[0],
+        head=tables[1],
+        cache=cache,
+        writer=writer,
         calibration=samples,
         evaluation=held_out,
         dtype=DTYPES.get(dtype),
-        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+        max_memory=limit,
         resume=resume,
         speed=speed,
     )

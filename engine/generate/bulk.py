@@ -84,10 +84,9 @@ def open_for_vectors(
 def prefix_of(info: PoolingInfo, prefix: str | None, name: str | None) -> str:
     """What goes before every text: `prefix`, the prompt called `name`, or the folder's default prompt.
 
-    Raises `UsageError` for both, and for a prompt that the folder does not have.
+    Raises `UsageError` for a prompt that the folder does not have.
     """
-    if prefix is not None and name is not None:
-        raise UsageError("--prefix and --prompt-name both say what goes before a text; give one")
+    assert prefix is None or name is None
     if prefix is not None:
         return prefix
     known, wanted = dict(info.prompts), info.default_prompt if name is None else name

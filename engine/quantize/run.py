@@ -99,7 +99,8 @@ def quantize_checkpoint(checkpoint: Path, out: Path, settings: Settings) -> Repo
     """
     started = time.monotonic()
     check_folders(checkpoint, out)
-    _check_calibration(settings)
+    given = settings.calibration is not None
+    check_calibration(settings.method_name, settings.method, settings.cache, given=given)
     with open_checkpoint(checkpoint) as opened:
         run = _Run(checkpoint, opened, settings)
         with working_folder(out, run.identity(), resume=settings.resume) as work:
@@ -117,13 +118,15 @@ def check_folders(checkpoint: Path, out: Path) -> None:
         raise CheckpointError(f"{checkpoint} is quantized already; give the checkpoint it was made from")
 
 
-def _check_calibration(settings: Settings) -> None:
-    name, given = settings.method_name, settings.calibration is not None
-    if settings.method.calibrated and not given:
+def check_calibration(name: str, method: Choice, cache: CacheName | None, *, given: bool) -> None:
+    """Raises `UsageError` where calibration data is not `given` and the method of this name, or the cache, looks at it;
+    or is, and neither does.
+    """
+    if method.calibrated and not given:
         raise UsageError(f"method {name} looks at the inputs of layers; give text with --calibration FILE")
-    if settings.cache == STATIC and not given:
+    if cache == STATIC and not given:
         raise UsageError(f"--kv-cache {STATIC} measures keys and values; give text with --calibration FILE")
-    if given and not settings.method.calibrated and settings.cache != STATIC:
+    if given and not method.calibrated and cache != STATIC:
         raise UsageError(
             f"method {name} does not look at the inputs of layers; leave out --calibration, or measure with --eval FILE"
         )

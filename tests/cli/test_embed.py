@@ -44,6 +44,7 @@ def test_errors_are_one_line(trine: Trine, encoder_folder: Folder, tmp_path: Pat
         ("embed", encoder_folder("sentence"), ("--out", "x.csv"), 2, "--out x.csv must end in .npy or .parquet"),
         ("embed", tiny_checkpoint, ("--out", "x.npy"), 2, "gives no vectors"),
         ("embed", encoder_folder("sentence"), ("--out", "x.npy", "--field", "a"), 2, "no field 'a'"),
+        ("embed", tmp_path, ("--out", "x.npy", "--prefix", "a", "--prompt-name", "b"), 2, "both say what goes before"),
         ("classify", encoder_folder("sentence"), ("--out", "x.jsonl"), 2, "use `trine embed`"),
     ):
         found, _, err = trine(command, folder, tmp_path / "in.txt", *options)

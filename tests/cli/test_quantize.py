@@ -212,3 +212,17 @@ def test_what_does_not_fit_together_is_one_line(
     assert words in said
     assert said.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["E", "S", "T"]
+
+
+@pytest.mark.parametrize(
+    "command", [("quantize", "--scheme", "w4a16", "--method", "gptq"), ("prune", "--sparsity", "0.5")]
+)
+def test_a_result_that_exists_is_refused_before_data_is_read(
+    trine: Trine, tiny_checkpoint: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """There is no such data."""
+    out = tmp_path / "out"
+    out.mkdir()
+    name, *options = command
+    status, _, said = trine(name, tiny_checkpoint, *options, "--calibration", tmp_path / "none", "--out", out)
+    assert (status, said) == (2, f"trine: {out} exists already; give --out a folder that does not\n")

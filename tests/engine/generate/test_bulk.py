@@ -233,8 +233,6 @@ def test_a_prefix_goes_before_every_text(opened: Callable[[str], Opened], tmp_pa
     )
     with pytest.raises(UsageError, match="there is no prompt 'x'; the checkpoint has query, document"):
         prefix_of(info, None, "x")
-    with pytest.raises(UsageError, match="both say what goes before"):
-        prefix_of(info, "q: ", "query")
     texts = TextsFile.find(lines(tmp_path, ["cat", "dog"]), None)
     embed_file(engine, info, texts, tmp_path / "out.npy", settings(prefix="the "))
     expected = np.stack(alone(engine, ["the cat", "the dog"]))
