@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.codes import to_lanes
-from trine.kernels.cpu.layer import Cache, DecodeLayer
+from trine.kernels.cpu.layer import Cache, DecodeLayer, LayerNorms
 from trine.kernels.cpu.projection import AnyProjection, LanesProjection, Projection, int4_projection
 from trine.kernels.cpu.step import DecodeStep, StepInputs
 
@@ -89,7 +89,7 @@ class Trine:
             torch.randn(2, blocks, BLOCK, shape.heads, self.head_dim).bfloat16(),
         )
         return DecodeLayer(
-            attention_norm_C=self._norm(width), mlp_norm_C=self._norm(width), num_heads=shape.heads,
+            norms=LayerNorms(self._norm(width), self._norm(width)), num_heads=shape.heads,
             qkv=self._projection(3 * width, width, kind), out=self._projection(width, width, kind),
             gate_up=self._projection(2 * shape.feed, width, kind), down=self._projection(width, shape.feed, kind),
             cache=Cache(pools[0], pools[1]),

@@ -1,10 +1,10 @@
 """Decoding steps on a CPU by `trine.kernels.cpu.step`: a few compiled calls instead of thousands of small operations.
 
-It computes layers of Llama's shape only (windows, softcaps and partial rotations included), so it is used where a model
-has nothing but what is known here, and where its logits were seen to equal those of the model's own forward on a short
-text: any doubt leaves the forward in place. The weights of q, k, v and of gate, up come to lie side by side in memory,
-which the model's layers then share (`cpu_weights.py`). Products of more than a few rows are those of the quantized
-layers; of all other weights they keep a copy in a layout of their own.
+It computes layers of attention and a feed-forward layer, with norms before, after or around them, or side by side, so
+it is used where a model has nothing but what is known here (no mixtures of experts), and where its logits were seen to
+equal those of the model's own forward on a short text: any doubt leaves the forward in place. The weights of q, k, v
+and of gate, up come to lie side by side in memory, which the model's layers then share (`cpu_weights.py`). Products of
+more than a few rows are those of the quantized layers; of all other weights they keep a copy in a layout of their own.
 
 Shapes: R sequences with one new token each, M entries of a table row, C width, V vocabulary.
 """
@@ -21,24 +21,26 @@ from torch import Tensor, nn
 from trine.engine.generate.cpu_weights import joined, rounds_inputs, why_not_joined
 from trine.engine.log import say_once
 from trine.engine.model.blocks import MLP, Attention, Block
-from trine.engine.model.config import ModelConfig
-from trine.engine.model.layers import Linear, RMSNorm
+from trine.engine.model.config import ModelConfig, RopeConfig
+from trine.engine.model.layers import LayerNorm, Linear, RMSNorm
 from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.quantized.layers import QuantizedLinear, QuantizedMLP
 from trine.engine.model.quantized.table import QuantizedEmbedding
 from trine.engine.model.rotary import rotary_tables
 from trine.engine.model.transformer import Transformer
 from trine.kernels.cpu.compiled import available, why_not
-from trine.kernels.cpu.layer import Cache, DecodeLayer
+from trine.kernels.cpu.layer import Cache, DecodeLayer, LayerNorms
 from trine.kernels.cpu.projection import AnyProjection, Projection
 from trine.kernels.cpu.step import DecodeStep, StepInputs
 
 # Fields of `ModelConfig` that are looked at below, or that do not change a decoding step.
 _KNOWN = {
     "family", "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
-    "max_positions", "norm", "norm_eps", "positions", "rope", "rope_interleaved", "qkv_bias", "o_bias", "qk_norm",
-    "window", "full_layers", "attention_scale", "attention_softcap", "mlp", "activation", "mlp_bias", "tie_embeddings",
-    "head_bias", "embedding_scale", "dropout", "init_std", "bos_token_id", "eos_token_ids", "pad_token_id",
+    "max_positions", "norm", "norm_eps", "placement", "embedding_norm", "positions", "position_offset", "rope",
+    "rope_interleaved", "window_rope", "unrotated_layers", "qkv_bias", "o_bias", "qk_norm", "window", "full_layers",
+    "attention_scale", "attention_softcap", "attention_sinks", "mlp", "activation", "mlp_bias", "tie_embeddings",
+    "head_bias", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap", "dropout", "init_std",
+    "bos_token_id", "eos_token_ids", "pad_token_id",
 }  # fmt: skip
 # How far logits may be from those of the model's forward, relative to the largest: products round differently.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -53,8 +55,8 @@ class CpuDecoder:
     def __init__(self, model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) -> None:
         self._model, self._compute_dtype = model, compute_dtype
         layers = [_layer(block, cache, model.config, compute_dtype) for block in model.layers]
-        assert isinstance(model.norm, RMSNorm)
-        self._step = DecodeStep(layers, model.norm.weight.detach(), _output(model, compute_dtype))
+        weight, bias = _norm(model.norm)
+        self._step = DecodeStep(layers, weight, _output(model, compute_dtype), final_bias_C=bias)
 
     @property
     def num_kinds(self) -> int:
@@ -73,19 +75,27 @@ class CpuDecoder:
         tokens counted): int32 [R]; table: int32 [R, M].
         """
         config = self._model.config
-        assert config.rope is not None
         # Rounded as in the model's forward, which wrote the keys that these queries meet.
         places_1R = torch.from_numpy(positions)[None]
-        tables = rotary_tables(config.rope, config.head_dim, places_1R, self._compute_dtype)
+        tables = [
+            tuple(table[0] for table in rotary_tables(rope, config.head_dim, places_1R, self._compute_dtype)[:2])
+            for rope in _rotations(config)
+        ]
+        cos, sin = tables[0] if tables else (None, None)
         inputs = StepInputs(
             block_table_MB=torch.from_numpy(table),
             lengths_M=torch.from_numpy(lengths),
             slots_M=torch.from_numpy(slots),
-            cos_MR=tables[0][0],
-            sin_MR=tables[1][0],
+            cos_MR=cos,
+            sin_MR=sin,
+            other_angles=tables[1] if len(tables) > 1 else None,
         )
         x_RC = self._model.embed(torch.from_numpy(ids)[None], places_1R)[0].float()
-        return self._step.run(x_RC, inputs)
+        logits_RV = self._step.run(x_RC, inputs)
+        if config.logit_scale != 1.0:
+            logits_RV.mul_(config.logit_scale)
+        softcap = config.logit_softcap
+        return logits_RV if softcap is None else logits_RV.div_(softcap).tanh_().mul_(softcap)
 
 
 @torch.no_grad()
@@ -113,13 +123,16 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
     ]
     if unknown:
         return f"the model has {unknown[0]} = {getattr(config, unknown[0])!r}"
-    for name, wanted in (("norm", ("rms",)), ("positions", ("rope",)), ("mlp", ("gated",))):
-        if getattr(config, name) not in wanted:
-            return f'the model has {name} = "{getattr(config, name)}"'
-    if config.activation not in ("silu", "gelu_tanh"):
-        return f'the model has activation = "{config.activation}"'
-    if config.qk_norm == "full":
-        return 'the model has qk_norm = "full"'
+    if config.positions not in ("rope", "learned"):
+        return f'the model has positions = "{config.positions}"'
+    if config.placement == "post_sum":
+        return 'the model has placement = "post_sum"'
+    if config.norm.startswith("layer") and config.placement in ("post", "both"):
+        return f'the model has norm = "{config.norm}" behind its layers'
+    if config.qk_norm == "each_head" or (config.qk_norm is not None and config.norm.startswith("layer")):
+        return f'the model has qk_norm = "{config.qk_norm}"'
+    if config.logit_scale != 1.0 and config.head_bias:
+        return "the model has a bias beside scaled logits"
     if config.rope_switch is not None:
         return f"the model's rotation changes at {config.rope_switch} tokens"
     if model.dtype not in _TOLERANCE or compute_dtype != model.dtype:
@@ -128,7 +141,7 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
         return f"the cache holds {cache.dtype}"
     if not available():
         return why_not()
-    known = {Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm}
+    known = {Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm, LayerNorm}
     parts = [part for block in model.layers for part in block.modules()]
     other = [part for part in parts if type(part) not in known]
     if other:
@@ -154,7 +167,7 @@ def _groups(block: Any) -> list[list[nn.Module]]:
     return [
         [attention.q_proj, attention.k_proj, attention.v_proj],
         [attention.o_proj],
-        [mlp.gate_proj, mlp.up_proj],
+        [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj],
         [mlp.down_proj],
     ]
 
@@ -183,14 +196,45 @@ def _output(model: Transformer, compute_dtype: torch.dtype) -> AnyProjection:
     return Projection(model.head_weight.detach(), bias=bias)
 
 
+def _norm(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """Its weight and its bias."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return None if weight is None else weight.detach(), None if bias is None else bias.detach()
+
+
+def _norms(block: Any, config: ModelConfig) -> LayerNorms:
+    """Which of a block's norms stands where: `engine/model/blocks.py` names them after files."""
+    second = block.post_attention_layernorm
+    follows = config.placement in ("post", "both")
+    before = block.pre_feedforward_layernorm if follows else second
+    if config.placement == "parallel":
+        before = block.input_layernorm
+    (attention, attention_bias), (mlp, mlp_bias) = _norm(block.input_layernorm), _norm(before)
+    return LayerNorms(
+        attention_C=attention,
+        mlp_C=mlp,
+        after_attention_C=_norm(second)[0] if follows else None,
+        after_mlp_C=_norm(block.post_feedforward_layernorm)[0] if follows else None,
+        attention_bias_C=attention_bias,
+        mlp_bias_C=mlp_bias,
+        layer=config.norm.startswith("layer"),
+        unit_offset=config.norm == "rms_offset",
+        eps=config.norm_eps,
+    )
+
+
+def _rotations(config: ModelConfig) -> list[RopeConfig]:
+    """The kinds of angles that layers are turned by: one, two, or none."""
+    return [rope for rope in (config.rope, config.window_rope) if rope is not None]
+
+
 def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: torch.dtype) -> DecodeLayer:
     attention = block.self_attn
     layer = attention.layer
     qkv, out, gate_up, down = (joined(layers, compute_dtype) for layers in _groups(block))
     scales = (cache.k_scale_LPSK, cache.v_scale_LPSK)
     return DecodeLayer(
-        attention_norm_C=block.input_layernorm.weight.detach(),
-        mlp_norm_C=block.post_attention_layernorm.weight.detach(),
+        norms=_norms(block, config),
         qkv=qkv,
         out=out,
         gate_up=gate_up,
@@ -199,14 +243,18 @@ def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: to
             cache.k_LPSKD[layer], cache.v_LPSKD[layer], *(None if scale is None else scale[layer] for scale in scales)
         ),
         num_heads=config.num_heads,
-        q_norm_D=None if attention.q_norm is None else attention.q_norm.weight.detach(),
-        k_norm_D=None if attention.k_norm is None else attention.k_norm.weight.detach(),
-        eps=config.norm_eps,
+        q_norm=_norm(attention.q_norm)[0],
+        k_norm=_norm(attention.k_norm)[0],
         activation=config.activation,
+        gated=config.mlp == "gated",
+        parallel="parallel" in config.placement,
+        residual_scale=config.residual_scale,
+        rotation=None if attention.rope is None else _rotations(config).index(attention.rope),
         interleaved=config.rope_interleaved,
         scale=config.attention_scale,
         window=None if attention.window is None else attention.window - 1,
         softcap=config.attention_softcap,
+        sinks_H=None if attention.sinks is None else attention.sinks.detach(),
     )
 
 

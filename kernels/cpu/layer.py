@@ -1,7 +1,10 @@
-"""Decoder layers of Llama's shape on a CPU, described for compiled steps (`step.py`).
+"""Decoder layers on a CPU, described for compiled steps (`step.py`).
 
-    x += o(attention(norm(x)))      with RoPE, optional head norms, the write into the paged cache
-    x += down(activation(gate(norm(x))) up(norm(x)))
+    x += r after(o(attention(norm(x))))      with RoPE, optional norms of q and k, the write into the paged cache
+    x += r after(down(activation(gate(norm(x))) up(norm(x))))
+
+or both branches on the same x (parallel). Norms are RMSNorm or LayerNorm; each may be missing; r is a factor. Without a
+gate, activation(up(norm(x))).
 
 All is fp32 but weights (`projection.py`) and the cache (fp32, bf16, or int8 with a scale a slot and head).
 
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.attention import DTYPES as CACHE_DTYPES
@@ -22,7 +26,7 @@ from trine.kernels.cpu.codes import LANES
 from trine.kernels.cpu.compiled import address, available, single, why_not
 from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, INT8, AnyProjection, LanesProjection
 
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 _CACHE_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
@@ -36,82 +40,141 @@ class Cache:
     v_scale: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """Weights [C] of a layer's norms, before its two branches and after them; None where there is none.
+
+    `layer`: LayerNorm, with biases [C] for those before the branches where they have one; else RMSNorm, with
+    `unit_offset` by 1 + weight.
+    """
+
+    attention_C: Tensor | None = None
+    mlp_C: Tensor | None = None
+    after_attention_C: Tensor | None = None
+    after_mlp_C: Tensor | None = None
+    attention_bias_C: Tensor | None = None
+    mlp_bias_C: Tensor | None = None
+    layer: bool = False
+    unit_offset: bool = False
+    eps: float = 1e-6
+
+    def apply(self, x_MC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None = None) -> Tensor:
+        """One of them by torch, in fp32; x where there is none."""
+        if weight_C is None:
+            return x_MC
+        weight_C = weight_C.float() + float(self.unit_offset)
+        if self.layer:
+            return F.layer_norm(x_MC, weight_C.shape, weight_C, None if bias_C is None else bias_C.float(), self.eps)
+        return F.rms_norm(x_MC, weight_C.shape, weight_C, self.eps)
+
+    def check(self, width: int) -> None:
+        """Raise ValueError for what the loops do not know."""
+        tensors = (self.attention_C, self.mlp_C, self.after_attention_C, self.after_mlp_C, self.attention_bias_C)
+        for x in (*tensors, self.mlp_bias_C):
+            if x is not None and tuple(x.shape) != (width,):
+                raise ValueError(f"a norm has shape {tuple(x.shape)}; expected ({width},)")
+        biased = ((self.attention_C, self.attention_bias_C), (self.mlp_C, self.mlp_bias_C))
+        if any(bias is not None and (weight is None or not self.layer) for weight, bias in biased):
+            raise ValueError("a norm's bias goes with its weight and with layer=True")
+        if self.layer and (self.unit_offset or self.after_attention_C is not None or self.after_mlp_C is not None):
+            raise ValueError("LayerNorm has no unit_offset here and stands before branches only")
+
+
 class DecodeLayer:
     """One layer: its weights and pools as arrays, made once. The tensors' memory is used, not copied."""
 
     def __init__(
         self,
         *,
-        attention_norm_C: Tensor,
-        mlp_norm_C: Tensor,
+        norms: LayerNorms,
         qkv: AnyProjection,
         out: AnyProjection,
         gate_up: AnyProjection,
         down: AnyProjection,
         cache: Cache,
         num_heads: int,
-        q_norm_D: Tensor | None = None,
-        k_norm_D: Tensor | None = None,
-        eps: float = 1e-6,
-        unit_offset: bool = False,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
         activation: str = "silu",
+        gated: bool = True,
+        parallel: bool = False,
+        residual_scale: float = 1.0,
+        rotation: int | None = 0,
         interleaved: bool = False,
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> None:
-        """`qkv`, `gate_up`: joined rows, in this order. Options as of `paged_attention` and `write_kv`.
+        """`qkv`, `gate_up`: joined rows, in this order (without a gate, up alone).
 
-        Raises ValueError for what does not fit, RuntimeError where Numba is not available.
+        `q_norm`, `k_norm`: RMSNorm's weights [D] of each head, or [H D] and [K D] of all heads together. `rotation`:
+        which of the step's angles turn q and k; None turns neither. Other options as of `paged_attention` and
+        `write_kv`. Raises ValueError for what does not fit, RuntimeError where Numba is not available.
         """
         if not available():
             raise RuntimeError(f"compiled layers cannot be used here: {why_not()}")
         K, D = _check_cache(cache)
-        C, F = len(attention_norm_C), gate_up.outputs // 2
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; supported are {', '.join(_ACTIVATIONS)}")
+        C, feed = out.outputs, gate_up.outputs // (2 if gated else 1)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; supported are {', '.join(ACTIVATIONS)}")
         if window is not None and window < 0:
             raise ValueError(f"window is {window}; give the number of keys before a token's own, or None")
-        if (q_norm_D is None) != (k_norm_D is None):
+        if (q_norm is None) != (k_norm is None):
             raise ValueError("q_norm and k_norm go together; give both or neither")
         if num_heads % K or qkv.outputs != (num_heads + 2 * K) * D:
             rows = (num_heads + 2 * K) * D
             raise ValueError(f"qkv has {qkv.outputs} rows; expected {rows} for {num_heads} heads")
-        if out.outputs != C or down.outputs != C or len(mlp_norm_C) != C:
-            widths = f"{out.outputs}, {down.outputs}, {len(mlp_norm_C)}"
-            raise ValueError(f"out, down and mlp_norm give {widths}, not {C}")
-        for name, x, size in (("q_norm", q_norm_D, D), ("k_norm", k_norm_D, D), ("sinks", sinks_H, num_heads)):
+        if down.outputs != C:
+            raise ValueError(f"out and down give {C} and {down.outputs} numbers; expected as many")
+        norms.check(C)
+        if parallel and (norms.after_attention_C is not None or norms.after_mlp_C is not None):
+            raise ValueError("parallel branches have no norms after them")
+        full = q_norm is not None and len(q_norm) == num_heads * D != D
+        for name, x, size in (
+            ("q_norm", q_norm, num_heads * D if full else D),
+            ("k_norm", k_norm, K * D if full else D),
+            ("sinks", sinks_H, num_heads),
+        ):
             if x is not None and tuple(x.shape) != (size,):
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({size},)")
-        if isinstance(gate_up, LanesProjection) and F % LANES:
-            raise ValueError(f"gate_up has {F} rows of gate; tiles of codes need a multiple of {LANES}")
+        if isinstance(gate_up, LanesProjection) and gated and feed % LANES:
+            raise ValueError(f"gate_up has {feed} rows of gate; tiles of codes need a multiple of {LANES}")
         self.head_dim, self.width, self.window = D, C, -1 if window is None else window
-        self.num_heads, self.feed, self.activation = num_heads, F, activation
-        # For products by torch: what the norms multiply by, and eps.
-        self.norms = tuple(norm.float() + float(unit_offset) for norm in (attention_norm_C, mlp_norm_C))
-        self.eps = eps
+        self.num_heads, self.feed, self.activation, self.gated = num_heads, feed, activation, gated
+        self.norms, self.parallel, self.residual_scale = norms, parallel, residual_scale
+        self.rotation = rotation
         self.projections = (qkv, out, gate_up, down)
         for name, projection, inputs in (
-            ("qkv", qkv, C), ("out", out, num_heads * D), ("gate_up", gate_up, C), ("down", down, F),
+            ("qkv", qkv, C), ("out", out, num_heads * D), ("gate_up", gate_up, C), ("down", down, feed),
         ):  # fmt: skip
             projection.check(name, inputs)
         from trine.kernels.cpu.step_loops import attend_address
 
         self.keep: list[Any] = []
-        norms = [single(x) for x in (attention_norm_C, mlp_norm_C, q_norm_D, k_norm_D)]
+        rows = [
+            single(x)
+            for x in (
+                norms.attention_C, norms.attention_bias_C, norms.mlp_C, norms.mlp_bias_C, norms.after_attention_C,
+                norms.after_mlp_C, q_norm, k_norm,
+            )
+        ]  # fmt: skip
         pools, layout = pool_arguments(cache.k, cache.v, cache.k_scale, cache.v_scale)
         sinks = single(sinks_H)
-        self.keep += (*norms, *pools, sinks)
+        self.keep += (*rows, *pools, sinks)
+        self.after_mlp = address(rows[5])
         k, v, k_scale, v_scale = pools
         self.fields = [
-            num_heads, K, D, _ACTIVATIONS[activation], interleaved, self.window, address(sinks),
-            *(address(norm) for norm in norms), attend_address(_CACHE_KINDS[cache.k.dtype]),
+            num_heads, K, D, ACTIVATIONS[activation], gated, parallel, norms.layer, interleaved,
+            -1 if rotation is None else rotation, self.window, address(sinks), *(address(row) for row in rows), full, 0,
+            attend_address(_CACHE_KINDS[cache.k.dtype]),
             address(k), k.size, address(v), v.size, address(k_scale), address(v_scale),
             k_scale.size, layout[0], *layout[2:],
             *(field for projection in self.projections for field in projection.fields(self.keep)),
         ]  # fmt: skip
-        self.options = [eps, float(unit_offset), D**-0.5 if scale is None else scale, softcap or 0.0]
+        self.options = [
+            norms.eps, float(norms.unit_offset), D**-0.5 if scale is None else scale, softcap or 0.0, residual_scale,
+        ]  # fmt: skip
 
 
 def _check_cache(cache: Cache) -> tuple[int, int]:

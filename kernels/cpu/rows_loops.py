@@ -11,23 +11,72 @@ from trine.kernels.cpu.numbers_loops import exponential, store
 
 
 @serial
-def rms_norm(x_D: Any, weight_D: Any, eps: Any, offset: Any, y_D: Any) -> None:
-    """y = x / sqrt(mean(x^2) + eps) (weight + offset), in fp32; y may be x."""
+def rms_factor(x_D: Any, eps: Any) -> Any:
+    """1 / sqrt(mean(x^2) + eps) in fp32."""
     total = np.float32(0)
     for d in range(x_D.shape[0]):
         total += x_D[d] * x_D[d]
-    factor = np.float32(1) / np.sqrt(total / np.float32(x_D.shape[0]) + np.float32(eps))
+    return np.float32(1) / np.sqrt(total / np.float32(x_D.shape[0]) + np.float32(eps))
+
+
+@serial
+def rms_norm(x_D: Any, weight_D: Any, eps: Any, offset: Any, y_D: Any) -> None:
+    """y = x / sqrt(mean(x^2) + eps) (weight + offset), in fp32; y may be x."""
+    factor = rms_factor(x_D, eps)
     for d in range(x_D.shape[0]):
         y_D[d] = x_D[d] * factor * (weight_D[d] + offset)
 
 
 @serial
-def gate_row(gate_F: Any, up_F: Any, tanh_gelu: bool, y_F: Any) -> None:
-    """y = activation(gate) up: SiLU, or GELU by its tanh form, which is x sigmoid(2 u(x))."""
-    for f in range(y_F.shape[0]):
-        x = gate_F[f]
-        u = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x) if tanh_gelu else x
-        y_F[f] = x / (np.float32(1) + exponential(-u)) * up_F[f]
+def layer_norm(x_D: Any, weight_D: Any, bias_D: Any, eps: Any, y_D: Any) -> None:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) weight + bias, which may be empty, in fp32; y may be x."""
+    D, total, squares = x_D.shape[0], np.float32(0), np.float32(0)
+    for d in range(D):
+        total += x_D[d]
+    mean = total / np.float32(D)
+    for d in range(D):
+        squares += (x_D[d] - mean) * (x_D[d] - mean)
+    factor = np.float32(1) / np.sqrt(squares / np.float32(D) + np.float32(eps))
+    for d in range(D):
+        y_D[d] = (x_D[d] - mean) * factor * weight_D[d]
+    for d in range(bias_D.shape[0]):
+        y_D[d] += bias_D[d]
+
+
+@serial
+def error_function(x: Any) -> Any:
+    """erf(x) within 2e-7, without a branch, so that it vectorizes.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+    """
+    size = abs(x)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * size)
+    series = np.float32(1.061405429)
+    for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = series * t + np.float32(factor)
+    value = np.float32(1) - series * t * exponential(-size * size)
+    return value if x >= 0 else -value
+
+
+@serial
+def activate(x_F: Any, kind: int, y_F: Any) -> None:
+    """y = activation(x) of the kinds in `layer.py`: SiLU; GELU by its tanh form, which is x sigmoid(2 u(x)), or exact;
+    ReLU.
+    """
+    F = y_F.shape[0]
+    if kind == 2:
+        for f in range(F):
+            x = x_F[f]
+            y_F[f] = np.float32(0.5) * x * (np.float32(1) + error_function(x * np.float32(0.7071067811865476)))
+    elif kind == 3:
+        for f in range(F):
+            y_F[f] = max(x_F[f], np.float32(0))
+    else:
+        tanh_gelu = kind == 1
+        for f in range(F):
+            x = x_F[f]
+            u = np.float32(1.5957691216057308) * (x + np.float32(0.044715) * x * x * x) if tanh_gelu else x
+            y_F[f] = x / (np.float32(1) + exponential(-u))
 
 
 @serial

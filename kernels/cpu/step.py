@@ -1,4 +1,4 @@
-"""A step of decoding through layers of Llama's shape on a CPU: one new token for each of some requests.
+"""A step of decoding through layers (`layer.py`) on a CPU: one new token for each of some requests.
 
 Between its weights a layer does little work in many small steps: as torch operations they take about as long as the
 weights of a small model take to be read. For few requests (`LOOP_ROWS`) the whole step is one compiled call
@@ -12,6 +12,7 @@ weights and of the keys and values that are seen.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,19 @@ class StepInputs:
     """What all layers of one step share, checked and turned into arrays once."""
 
     def __init__(
-        self, *, block_table_MB: Tensor, lengths_M: Tensor, slots_M: Tensor, cos_MR: Tensor, sin_MR: Tensor
+        self,
+        *,
+        block_table_MB: Tensor,
+        lengths_M: Tensor,
+        slots_M: Tensor,
+        cos_MR: Tensor | None = None,
+        sin_MR: Tensor | None = None,
+        other_angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """`lengths_M` (int32) count the new tokens; `slots_M` (int64): where those go, -1 for nowhere."""
+        """`lengths_M` (int32) count the new tokens; `slots_M` (int64): where those go, -1 for nowhere.
+
+        cos and sin are the angles of layers with rotation 0, `other_angles` those with rotation 1.
+        """
         self.num_rows = len(lengths_M)
         for name, x, dtype in (
             ("block_table", block_table_MB, torch.int32),
@@ -46,14 +57,18 @@ class StepInputs:
         ):
             if x.dtype != dtype or len(x) != self.num_rows:
                 raise ValueError(f"{name} is {x.dtype} of {len(x)} rows; expected {dtype} of {self.num_rows}")
-        if cos_MR.shape != sin_MR.shape or len(cos_MR) != self.num_rows:
-            shapes = f"{tuple(cos_MR.shape)}, {tuple(sin_MR.shape)}"
-            raise ValueError(f"cos and sin have shapes {shapes}; expected two of [{self.num_rows}, R]")
-        self.num_pairs = cos_MR.shape[1]
+        nothing = torch.empty(self.num_rows, 0)
+        first = nothing if cos_MR is None else cos_MR, nothing if sin_MR is None else sin_MR
+        self.angles: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        for cos, sin in (first, other_angles or (nothing, nothing)):
+            if cos.shape != sin.shape or len(cos) != self.num_rows:
+                shapes = f"{tuple(cos.shape)}, {tuple(sin.shape)}"
+                raise ValueError(f"cos and sin have shapes {shapes}; expected two of [{self.num_rows}, R]")
+            self.angles.append((single(cos), single(sin)))
+        self.num_pairs = tuple(cos.shape[1] for cos, _ in self.angles)
         self.table = array(block_table_MB.contiguous())
         self.lengths = array(lengths_M.contiguous())
         self.slots = array(slots_M.contiguous())
-        self.angles = (single(cos_MR), single(sin_MR))
 
     def num_splits(self, windows: Iterable[int]) -> int:
         """How many pieces attention cuts the keys of the longest request into."""
@@ -98,9 +113,17 @@ class DecodeStep:
     """
 
     def __init__(
-        self, layers: Sequence[DecodeLayer], final_norm_C: Tensor | None = None, output: AnyProjection | None = None
+        self,
+        layers: Sequence[DecodeLayer],
+        final_norm_C: Tensor | None = None,
+        output: AnyProjection | None = None,
+        *,
+        final_bias_C: Tensor | None = None,
     ) -> None:
-        """Raises ValueError where layers or the output projection do not fit each other."""
+        """The final norm is of the kind of the layers' norms.
+
+        Raises ValueError where layers or the output projection do not fit each other.
+        """
         from trine.kernels.cpu import step_loops as loops
 
         if not layers:
@@ -112,22 +135,25 @@ class DecodeStep:
         if (final_norm_C is None) != (output is None):
             raise ValueError("the final norm and the output projection go together; give both or neither")
         self.output, self._keep = output, []
-        self._final_norm: Tensor | None = None
+        self._final = (final_norm_C, final_bias_C)
         self._products: list[list[Product]] = []
         projections = [p for layer in layers for p in layer.projections] + ([] if output is None else [output])
         self.loop_rows = LOOP_ROWS_CODES if all(p.kind > BFLOAT16 for p in projections) else LOOP_ROWS
-        rows = [layer.fields for layer in layers]
+        rows = [list(layer.fields) for layer in layers]
         options = [layer.options for layer in layers]
         if output is not None and final_norm_C is not None:
             output.check("output", self.width)
-            norm = single(final_norm_C)
-            self._keep.append(norm)
-            self._final_norm = torch.from_numpy(norm) + layers[0].options[1]
+            replace(layers[0].norms, attention_C=final_norm_C, attention_bias_C=final_bias_C).check(self.width)
+            norm, bias = single(final_norm_C), single(final_bias_C)
+            self._keep += [norm, bias]
             last = [0] * loops.LAYER_LENGTH
-            last[loops.ATTENTION_NORM] = address(norm)
+            last[loops.ATTENTION_NORM], last[loops.ATTENTION_BIAS] = address(norm), address(bias)
+            last[loops.LAYER_NORM] = layers[0].norms.layer
             fields = output.fields(self._keep)
             last[len(loops.LAYER) : len(loops.LAYER) + len(fields)] = fields
             rows, options = [*rows, last], [*options, options[0]]
+        for row, before in zip(rows[1:], layers, strict=False):
+            row[loops.PENDING] = before.after_mlp
         self._table, self._options = np.array(rows, np.int64), np.array(options, np.float64)
         self._counters = np.zeros((len(rows), len(loops.PHASES)), np.int64)
         self._header = np.zeros(len(loops.HEADER), np.int64)
@@ -146,7 +172,13 @@ class DecodeStep:
         if inputs.num_rows > self.loop_rows:
             return self._run_batch(x_MC)
         run_step(self._header)
-        return x_MC if self.output is None else torch.from_numpy(self._buffers["logits"])
+        if self.output is not None:
+            return torch.from_numpy(self._buffers["logits"])
+        last = self.layers[-1]
+        if last.norms.after_mlp_C is not None:  # which no layer has added
+            delta_MC = torch.from_numpy(self._buffers["mlp_delta"])[: x_MC.numel()].view(x_MC.shape)
+            x_MC += last.residual_scale * last.norms.apply(delta_MC, last.norms.after_mlp_C)
+        return x_MC
 
     def _run_batch(self, x_MC: Tensor) -> Tensor:
         """The step with torch's products, and compiled attention between them."""
@@ -159,19 +191,20 @@ class DecodeStep:
         qkv, o = (torch.from_numpy(self._buffers[name]) for name in ("qkv", "o"))
         header[loops.NUM_LAYERS], header[loops.FIRST_PHASE], header[loops.LAST_PHASE] = 1, loops.ATTEND, loops.MERGE
         for i, (layer, products) in enumerate(zip(self.layers, self._products, strict=False)):
-            h_MC = F.rms_norm(x_MC, (self.width,), layer.norms[0], layer.eps)
+            norms, scale = layer.norms, layer.residual_scale
+            h_MC = norms.apply(x_MC, norms.attention_C, norms.attention_bias_C)
             outputs, inputs = layer.projections[0].outputs, layer.num_heads * layer.head_dim
             qkv[: M * outputs].view(M, outputs).copy_(products[0](h_MC))
             header[loops.FIRST_LAYER] = i
             run_step(header)
-            x_MC += products[1](o[: M * inputs].view(M, inputs))
-            gate_MF, up_MF = products[2](F.rms_norm(x_MC, (self.width,), layer.norms[1], layer.eps)).chunk(2, dim=1)
-            gate_MF = F.silu(gate_MF) if layer.activation == "silu" else F.gelu(gate_MF, approximate="tanh")
-            x_MC += products[3](gate_MF * up_MF)
-        if self._final_norm is None:
+            branch_MC = norms.apply(products[1](o[: M * inputs].view(M, inputs)).float(), norms.after_attention_C)
+            attended_MC = x_MC.add(branch_MC, alpha=scale)
+            h_MC = norms.apply(x_MC if layer.parallel else attended_MC, norms.mlp_C, norms.mlp_bias_C)
+            branch_MC = norms.apply(products[3](_feed_forward(layer, products[2](h_MC))).float(), norms.after_mlp_C)
+            torch.add(attended_MC, branch_MC, alpha=scale, out=x_MC)
+        if self._final[0] is None:
             return x_MC
-        h_MC = F.rms_norm(x_MC, (self.width,), self._final_norm, self.layers[0].eps)
-        return self._products[-1][0](h_MC).float()
+        return self._products[-1][0](self.layers[0].norms.apply(x_MC, *self._final)).float()
 
     def _prepare(self, x_MC: Tensor, inputs: StepInputs) -> None:
         """Fill the header in, and make buffers where they are too small."""
@@ -181,7 +214,7 @@ class DecodeStep:
         if x_MC.dtype != torch.float32 or not x_MC.is_contiguous() or len(x_MC) != M:
             raise ValueError(f"x is {x_MC.dtype} {tuple(x_MC.shape)}; expected contiguous float32 [{M}, C]")
         smallest = min(layer.head_dim for layer in self.layers)
-        if x_MC.shape[1] != self.width or 2 * inputs.num_pairs > smallest:
+        if x_MC.shape[1] != self.width or 2 * max(inputs.num_pairs) > smallest:
             raise ValueError(f"x has width {x_MC.shape[1]}, a layer {self.width} and heads of {smallest}")
         header, num_splits = self._header, inputs.num_splits(self._windows)
         size = (M, num_splits, torch.get_num_threads())
@@ -191,8 +224,10 @@ class DecodeStep:
         header[loops.ROWS], header[loops.X] = M, x_MC.data_ptr()
         header[loops.SLOTS], header[loops.TABLE] = address(inputs.slots), address(inputs.table)
         header[loops.TABLE_WIDTH], header[loops.LENGTHS] = inputs.table.shape[1], address(inputs.lengths)
-        header[loops.COS], header[loops.SIN] = address(inputs.angles[0]), address(inputs.angles[1])
-        header[loops.PAIRS], header[loops.NUM_SPLITS] = inputs.num_pairs, num_splits
+        header[loops.COS], header[loops.SIN] = map(address, inputs.angles[0])
+        header[loops.OTHER_COS], header[loops.OTHER_SIN] = map(address, inputs.angles[1])
+        header[loops.PAIRS], header[loops.OTHER_PAIRS] = inputs.num_pairs
+        header[loops.NUM_SPLITS] = num_splits
         header[loops.FIRST_LAYER], header[loops.NUM_LAYERS] = 0, len(self._table)
         header[loops.FIRST_PHASE], header[loops.LAST_PHASE] = loops.PROJECT, loops.DOWN
 
@@ -210,9 +245,10 @@ class DecodeStep:
         sizes = {
             "qkv": num_rows * max(layer.projections[0].outputs for layer in self.layers),
             "o": num_rows * heads,
-            "gate_up": num_rows * 2 * max(layer.feed for layer in self.layers),
+            "gate_up": num_rows * max(layer.projections[2].outputs for layer in self.layers),
             "y": num_rows * max(layer.feed for layer in self.layers),
             "delta": num_rows * self.width,
+            "mlp_delta": num_rows * self.width,
             "parts": num_rows * num_splits * parts,
             "scratch": num_threads * scratch // 4,
         }
@@ -226,6 +262,16 @@ class DecodeStep:
         header[loops.SCRATCH_BYTES], header[loops.WIDTH] = scratch, self.width
         header[loops.LAYERS], header[loops.OPTIONS_AT] = address(self._table), address(self._options)
         header[loops.COUNTERS] = address(self._counters)
+
+
+def _feed_forward(layer: DecodeLayer, gate_up: Tensor) -> Tensor:
+    """What goes into the last projection."""
+    gate, *up = gate_up.chunk(2, dim=1) if layer.gated else (gate_up,)
+    if layer.activation.startswith("gelu"):
+        gate = F.gelu(gate, approximate="tanh" if layer.activation == "gelu_tanh" else "none")
+    else:
+        gate = F.silu(gate) if layer.activation == "silu" else F.relu(gate)
+    return gate * up[0] if up else gate
 
 
 def decode_layers(x_MC: Tensor, layers: Sequence[DecodeLayer], inputs: StepInputs) -> Tensor:

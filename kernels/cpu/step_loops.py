@@ -6,12 +6,16 @@ shared out by counters, one for a phase of a layer: a thread that another proces
     PROJECT  qkv = norm(x) w_qkv
     ATTEND   k, v of the new tokens into the cache, o = attention(q) over it; MERGE where keys were split
     OUT      x += o w_out
-    GATE     y = activation(norm(x) w_gate) norm(x) w_up
+    GATE     y = activation(norm(x) w_gate) norm(x) w_up, or activation(norm(x) w_up)
     DOWN     x += y w_down
     HEAD     after the last layer: logits = norm(x) w_head
 
+Of parallel branches GATE comes before OUT, as both read the x that the layer began with.
+
 What a thread needs alone (norms, prepared inputs) every thread computes for itself, in its own scratch: cheaper than
-waiting once more.
+waiting once more. For the same reason a branch with a norm after it is not added to x at once, as the norm needs all of
+it: it stays as it is (`delta`), the next phase that reads x adds its norm for itself, and the one after, where nobody
+reads x, adds it to x.
 
 All comes by address: a header, and a table of whole numbers and one of fractions with a row a layer (`HEADER`, `LAYER`,
 `OPTIONS`). Shapes as in `layer.py`.
@@ -40,36 +44,38 @@ from trine.kernels.cpu.memory_loops import (
     words,
 )
 from trine.kernels.cpu.product_loops import BFLOAT16, FIELDS, FLOAT32, INT8, KIND, OUTPUTS, unit_of
-from trine.kernels.cpu.rows_loops import gate_row, rms_norm, turn, write_head
+from trine.kernels.cpu.rows_loops import activate, layer_norm, rms_factor, rms_norm, turn, write_head
 
 HEADER = (
     "layers", "options", "num_layers", "first_layer", "first_phase", "last_phase", "rows", "width", "x", "qkv", "o",
-    "gate_up", "y", "delta", "parts", "num_splits", "scratch", "scratch_bytes", "counters", "slots", "cos", "sin",
-    "pairs", "table", "table_width", "lengths", "logits", "num_threads", "thread_number", "team_size", "barrier",
-    "prepare", "multiply",
+    "gate_up", "y", "delta", "mlp_delta", "parts", "num_splits", "scratch", "scratch_bytes", "counters", "slots",
+    "cos", "sin", "pairs", "other_cos", "other_sin", "other_pairs", "table", "table_width", "lengths", "logits",
+    "num_threads", "thread_number", "team_size", "barrier", "prepare", "multiply",
 )  # fmt: skip
 (
     LAYERS, OPTIONS_AT, NUM_LAYERS, FIRST_LAYER, FIRST_PHASE, LAST_PHASE, ROWS, WIDTH, X, QKV, ATTENDED, GATE_UP, Y,
-    DELTA, PARTS, NUM_SPLITS, SCRATCH, SCRATCH_BYTES, COUNTERS, SLOTS, COS, SIN, PAIRS, TABLE, TABLE_WIDTH, LENGTHS,
-    LOGITS, NUM_THREADS, THREAD_NUMBER, TEAM_SIZE, BARRIER, PREPARE, MULTIPLY,
+    DELTA, MLP_DELTA, PARTS, NUM_SPLITS, SCRATCH, SCRATCH_BYTES, COUNTERS, SLOTS, COS, SIN, PAIRS, OTHER_COS, OTHER_SIN,
+    OTHER_PAIRS, TABLE, TABLE_WIDTH, LENGTHS, LOGITS, NUM_THREADS, THREAD_NUMBER, TEAM_SIZE, BARRIER, PREPARE, MULTIPLY,
 ) = range(len(HEADER))  # fmt: skip
 # Whole numbers of a layer, before its four projections (qkv, out, gate_up, down) of `FIELDS` each. The row after the
-# last layer is the output's: its norm and, in the place of qkv, its projection.
+# last layer is the output's: its norm and, in the place of qkv, its projection. "pending": the norm after the branch
+# that the layer before has left to be added.
 LAYER = (
-    "num_heads", "num_kv_heads", "head_dim", "tanh_gelu", "interleaved", "window", "sinks", "attention_norm",
-    "mlp_norm", "q_norm", "k_norm", "attend", "k", "k_numbers", "v", "v_numbers", "k_scale", "v_scale", "num_scales",
-    "block_size", "k_block", "k_slot", "k_head", "v_block", "v_slot", "v_head",
+    "num_heads", "num_kv_heads", "head_dim", "activation", "gated", "parallel", "layer_norm", "interleaved",
+    "rotation", "window", "sinks", "attention_norm", "attention_bias", "mlp_norm", "mlp_bias", "after_attention",
+    "after_mlp", "q_norm", "k_norm", "full_qk", "pending", "attend", "k", "k_numbers", "v", "v_numbers", "k_scale",
+    "v_scale", "num_scales", "block_size", "k_block", "k_slot", "k_head", "v_block", "v_slot", "v_head",
 )  # fmt: skip
 (
-    HEADS, KV_HEADS, HEAD_DIM, TANH_GELU, INTERLEAVED, WINDOW, SINKS, ATTENTION_NORM, MLP_NORM, Q_NORM, K_NORM,
-    ATTEND_HEADS,
-    K, K_NUMBERS, V, V_NUMBERS, K_SCALE, V_SCALE, NUM_SCALES, BLOCK_SIZE, K_BLOCK, K_SLOT, K_HEAD, V_BLOCK, V_SLOT,
-    V_HEAD,
+    HEADS, KV_HEADS, HEAD_DIM, ACTIVATION, GATED, PARALLEL, LAYER_NORM, INTERLEAVED, ROTATION, WINDOW, SINKS,
+    ATTENTION_NORM, ATTENTION_BIAS, MLP_NORM, MLP_BIAS, AFTER_ATTENTION, AFTER_MLP, Q_NORM, K_NORM, FULL_QK, PENDING,
+    ATTEND_HEADS, K, K_NUMBERS, V, V_NUMBERS, K_SCALE, V_SCALE, NUM_SCALES, BLOCK_SIZE, K_BLOCK, K_SLOT, K_HEAD,
+    V_BLOCK, V_SLOT, V_HEAD,
 ) = range(len(LAYER))  # fmt: skip
 LAYER_LENGTH = len(LAYER) + 4 * len(FIELDS)
 # Fractions of a layer.
-OPTIONS = ("eps", "offset", "scale", "softcap")
-EPS, OFFSET, SCALE, SOFTCAP = range(len(OPTIONS))
+OPTIONS = ("eps", "offset", "scale", "softcap", "residual")
+EPS, OFFSET, SCALE, SOFTCAP, RESIDUAL = range(len(OPTIONS))
 
 PHASES = ("project", "attend", "merge", "out", "gate", "down")
 PROJECT, ATTEND, MERGE, OUT, GATE, DOWN = range(len(PHASES))
@@ -93,14 +99,46 @@ def projection_of(layer: int, index: int) -> Any:
 
 
 @serial
-def norm_and_prepare(header: Any, options: Any, norm: int, projection: int, thread: int) -> Any:
-    """norm(x), and it prepared for a projection, in the thread's scratch: their addresses."""
+def norm_row(layer: Any, options: Any, weight: int, bias: int, x_C: Any, y_C: Any) -> None:
+    """One of a layer's norms before a branch; x where there is none."""
+    C = x_C.shape[0]
+    if weight == 0:
+        for c in range(C):
+            y_C[c] = x_C[c]
+    elif layer[LAYER_NORM] != 0:
+        layer_norm(x_C, floats(weight, C), floats(bias, C if bias != 0 else 0), np.float32(options[EPS]), y_C)
+    else:
+        rms_norm(x_C, floats(weight, C), np.float32(options[EPS]), np.float32(options[OFFSET]), y_C)
+
+
+@serial
+def add_pending(options: Any, norm: int, delta_C: Any, begin: int, x_C: Any, y_C: Any) -> None:
+    """y = x + r norm(delta) of the numbers from `begin` on, as many as x has; y may be x."""
+    C = delta_C.shape[0]
+    weight_C, offset, residual = floats(norm, C), np.float32(options[OFFSET]), np.float32(options[RESIDUAL])
+    factor = rms_factor(delta_C, np.float32(options[EPS]))
+    for c in range(x_C.shape[0]):
+        at = begin + c
+        y_C[c] = x_C[c] + residual * (delta_C[at] * factor * (weight_C[at] + offset))
+
+
+@serial
+def norm_and_prepare(
+    header: Any, layer: Any, options: Any, norm: Any, pending: Any, projection: int, thread: int
+) -> Any:
+    """norm(x), and it prepared for a projection, in the thread's scratch: their addresses.
+
+    `norm`: addresses of its weight and bias. `pending`: of the norm after a branch that x lacks still (0: none), and of
+    that branch.
+    """
     M, C = header[ROWS], header[WIDTH]
     place = header[SCRATCH] + thread * header[SCRATCH_BYTES]
-    x_MC, h_MC, weight_C = floats(header[X], M * C), floats(place, M * C), floats(norm, C)
-    eps, offset = np.float32(options[EPS]), np.float32(options[OFFSET])
     for m in range(M):
-        rms_norm(x_MC[m * C : (m + 1) * C], weight_C, eps, offset, h_MC[m * C : (m + 1) * C])
+        x_C, h_C = floats(header[X] + 4 * m * C, C), floats(place + 4 * m * C, C)
+        if pending[0] != 0:
+            add_pending(options, pending[0], floats(pending[1] + 4 * m * C, C), 0, x_C, h_C)
+            x_C = h_C
+        norm_row(layer, options, norm[0], norm[1], x_C, h_C)
     prepared = place + (4 * M * C + 63) // 64 * 64
     call_with(header[PREPARE], (projection, place, M, prepared))
     return place, prepared
@@ -110,8 +148,9 @@ def norm_and_prepare(header: Any, options: Any, norm: int, projection: int, thre
 def project(header: Any, layer: int, options: Any, counter: int, thread: int, team: int, y: int) -> None:
     """y = norm(x) w of the first projection."""
     projection, num_outputs, unit = projection_of(layer, 0)
-    norm = longs(layer, len(LAYER))[ATTENTION_NORM]
-    h, prepared = norm_and_prepare(header, options, norm, projection, thread)
+    fields = longs(layer, len(LAYER))
+    norm, pending = (fields[ATTENTION_NORM], fields[ATTENTION_BIAS]), (fields[PENDING], header[MLP_DELTA])
+    h, prepared = norm_and_prepare(header, fields, options, norm, pending, projection, thread)
     size = share(num_outputs, team, unit)
     begin = claim(counter) * size
     while begin < num_outputs:
@@ -122,56 +161,84 @@ def project(header: Any, layer: int, options: Any, counter: int, thread: int, te
 
 @serial
 def gate(header: Any, layer: int, options: Any, counter: int, thread: int, team: int) -> None:
-    """y = activation(gate) up: SiLU, or GELU by its tanh form, which is x sigmoid(2 u(x))."""
+    """y = activation(gate) up, or activation(up)."""
     projection, outputs, unit = projection_of(layer, 2)
     fields = longs(layer, len(LAYER))
-    tanh_gelu = fields[TANH_GELU] != 0
-    h, prepared = norm_and_prepare(header, options, fields[MLP_NORM], projection, thread)
-    F = outputs // 2
+    gated, kind = fields[GATED] != 0, fields[ACTIVATION]
+    norm, pending = (fields[MLP_NORM], fields[MLP_BIAS]), (fields[AFTER_ATTENTION], header[DELTA])
+    h, prepared = norm_and_prepare(header, fields, options, norm, pending, projection, thread)
+    F = outputs // 2 if gated else outputs
     size = share(F, 2 * team, unit)
     begin = claim(counter) * size
     while begin < F:
         end = min(F, begin + size)
-        for first in (begin, F + begin):
-            last = first + end - begin
-            call_with(header[MULTIPLY], (projection, h, prepared, header[ROWS], first, last, header[GATE_UP], 8 * F))
+        for half in range(2 if gated else 1):
+            first, last, step = half * F + begin, half * F + end, 4 * outputs
+            call_with(header[MULTIPLY], (projection, h, prepared, header[ROWS], first, last, header[GATE_UP], step))
         for m in range(header[ROWS]):
-            row = header[GATE_UP] + 8 * m * F
-            gate_F, up_F = floats(row + 4 * begin, end - begin), floats(row + 4 * (F + begin), end - begin)
-            y_F = floats(header[Y] + 4 * (m * F + begin), end - begin)
-            gate_row(gate_F, up_F, tanh_gelu, y_F)
+            row = header[GATE_UP] + 4 * m * outputs
+            x_F, y_F = floats(row + 4 * begin, end - begin), floats(header[Y] + 4 * (m * F + begin), end - begin)
+            activate(x_F, kind, y_F)
+            if gated:
+                up_F = floats(row + 4 * (F + begin), end - begin)
+                for f in range(end - begin):
+                    y_F[f] *= up_F[f]
         begin = claim(counter) * size
 
 
 @serial
-def add_projection(header: Any, layer: int, index: int, counter: int, thread: int, team: int, inputs: int) -> None:
-    """x += inputs w."""
+def add_projection(
+    header: Any, layer: int, options: Any, index: int, counter: int, thread: int, team: int, inputs: int
+) -> None:
+    """x += r inputs w, or where a norm comes after it, inputs w; and x += r norm(what is pending)."""
     (projection, C, unit), M = projection_of(layer, index), header[ROWS]
+    fields, residual = longs(layer, len(LAYER)), np.float32(options[RESIDUAL])
+    delta, after, pending, left = header[DELTA], fields[AFTER_ATTENTION], fields[PENDING], header[MLP_DELTA]
+    if index == 3:
+        delta, after, pending, left = header[MLP_DELTA], fields[AFTER_MLP], fields[AFTER_ATTENTION], header[DELTA]
     prepared = header[SCRATCH] + thread * header[SCRATCH_BYTES]
     call_with(header[PREPARE], (projection, inputs, M, prepared))
     size = share(C, team, unit)
     begin = claim(counter) * size
     while begin < C:
         end = min(C, begin + size)
-        call_with(header[MULTIPLY], (projection, inputs, prepared, M, begin, end, header[DELTA], 4 * C))
+        call_with(header[MULTIPLY], (projection, inputs, prepared, M, begin, end, delta, 4 * C))
         for m in range(M):
             x_C = floats(header[X] + 4 * (m * C + begin), end - begin)
-            y_C = floats(header[DELTA] + 4 * (m * C + begin), end - begin)
-            for c in range(end - begin):
-                x_C[c] += y_C[c]
+            if pending != 0:
+                add_pending(options, pending, floats(left + 4 * m * C, C), begin, x_C, x_C)
+            if after == 0:
+                y_C = floats(delta + 4 * (m * C + begin), end - begin)
+                for c in range(end - begin):
+                    x_C[c] += residual * y_C[c]
         begin = claim(counter) * size
 
 
 @serial
-def normed_head(layer: Any, options: Any, angles: Any, norm: int, x_D: Any, y_D: Any) -> None:
-    """A head of q or k with its norm and its rotation."""
-    if norm != 0:
-        weight_D = floats(norm, x_D.shape[0])
-        rms_norm(x_D, weight_D, np.float32(options[EPS]), np.float32(options[OFFSET]), y_D)
-    else:
-        for d in range(x_D.shape[0]):
+def normed_head(layer: Any, options: Any, angles: Any, norm: int, heads: Any, x: int, y_D: Any) -> None:
+    """Head x of those of q or k with its norm, or its part of the norm of all, and its rotation."""
+    D = y_D.shape[0]
+    x_D = heads[x * D : (x + 1) * D]
+    if norm == 0:
+        for d in range(D):
             y_D[d] = x_D[d]
+    else:
+        full = layer[FULL_QK] != 0
+        factor = rms_factor(heads if full else x_D, np.float32(options[EPS]))
+        weight_D, offset = floats(norm + (4 * x * D if full else 0), D), np.float32(options[OFFSET])
+        for d in range(D):
+            y_D[d] = x_D[d] * factor * (weight_D[d] + offset)
     turn(y_D, angles[0], angles[1], layer[INTERLEAVED] != 0)
+
+
+@serial
+def angles_of(header: Any, layer: Any, m: int) -> Any:
+    """cos and sin of a request's new token, as the layer turns it; of no pairs where it does not."""
+    other = layer[ROTATION] == 1
+    cos, sin = (header[OTHER_COS], header[OTHER_SIN]) if other else (header[COS], header[SIN])
+    pairs = header[OTHER_PAIRS] if other else header[PAIRS]
+    R = pairs if layer[ROTATION] >= 0 else 0
+    return floats(cos + 4 * m * pairs, R), floats(sin + 4 * m * pairs, R)
 
 
 @serial
@@ -182,9 +249,8 @@ def attend_pools(
 
     Who has the newest key also writes it: no other piece of work reads that slot in this phase.
     """
-    H, num_kv_heads, D, R = layer[HEADS], layer[KV_HEADS], layer[HEAD_DIM], header[PAIRS]
-    group = H // num_kv_heads
-    angles = (floats(header[COS] + 4 * m * R, R), floats(header[SIN] + 4 * m * R, R))
+    H, num_kv_heads, D = layer[HEADS], layer[KV_HEADS], layer[HEAD_DIM]
+    group, angles = H // num_kv_heads, angles_of(header, layer, m)
     qkv = floats(header[QKV] + 4 * m * (H + 2 * num_kv_heads) * D, (H + 2 * num_kv_heads) * D)
     length = words(header[LENGTHS], header[ROWS])[m]
     first_key, first_split = visible(length, layer[WINDOW])
@@ -195,7 +261,7 @@ def attend_pools(
         k, v, k_scales, v_scales = pools
         k_D = np.empty(D, np.float32)
         for x in range(first_head, last_head):
-            normed_head(layer, options, angles, layer[K_NORM], qkv[(H + x) * D : (H + x + 1) * D], k_D)
+            normed_head(layer, options, angles, layer[K_NORM], qkv[H * D : (H + num_kv_heads) * D], x, k_D)
             v_D = qkv[(H + num_kv_heads + x) * D : (H + num_kv_heads + x + 1) * D]
             scale_place = slot * num_kv_heads + x
             write_head(k_D, k, slot * layer[K_SLOT] + x * layer[K_HEAD], k_scales, scale_place)
@@ -203,8 +269,7 @@ def attend_pools(
     first, G = first_head * group, (last_head - first_head) * group
     q_GD = np.empty((G, D), np.float32)
     for g in range(G):
-        x = first + g
-        normed_head(layer, options, angles, layer[Q_NORM], qkv[x * D : (x + 1) * D], q_GD[g])
+        normed_head(layer, options, angles, layer[Q_NORM], qkv[: H * D], first + g, q_GD[g])
     layout = (
         layer[BLOCK_SIZE], num_kv_heads, layer[K_BLOCK], layer[K_SLOT], layer[K_HEAD], layer[V_BLOCK], layer[V_SLOT],
         layer[V_HEAD],
@@ -313,10 +378,11 @@ def merge_step(header: Any, layer: Any, counter: int) -> None:
 
 
 @serial
-def run_phase(header_place: int, index: int, phase: int, thread: int, team: int) -> None:
-    """A thread's part in one phase of one layer."""
+def run_phase(header_place: int, index: int, place: int, thread: int, team: int) -> None:
+    """A thread's part in one phase of one layer: which comes at a place, its branches decide."""
     header = longs(header_place, len(HEADER))
     layer = header[LAYERS] + 8 * index * LAYER_LENGTH
+    phase = OUT + GATE - place if longs(layer, len(LAYER))[PARALLEL] != 0 and OUT <= place <= GATE else place
     options_place = header[OPTIONS_AT] + 8 * index * len(OPTIONS)
     options = doubles(options_place, len(OPTIONS))
     counter = header[COUNTERS] + 8 * (index * len(PHASES) + phase)
@@ -328,11 +394,11 @@ def run_phase(header_place: int, index: int, phase: int, thread: int, team: int)
     elif phase == MERGE:
         merge_step(header, longs(layer, len(LAYER)), counter)
     elif phase == OUT:
-        add_projection(header, layer, 1, counter, thread, team, header[ATTENDED])
+        add_projection(header, layer, options, 1, counter, thread, team, header[ATTENDED])
     elif phase == GATE:
         gate(header, layer, options, counter, thread, team)
     else:
-        add_projection(header, layer, 3, counter, thread, team, header[Y])
+        add_projection(header, layer, options, 3, counter, thread, team, header[Y])
 
 
 @serial

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trine.kernels.cpu import compiled, team
 from trine.kernels.cpu.codes import LanesWeight, to_lanes
-from trine.kernels.cpu.layer import Cache, DecodeLayer
+from trine.kernels.cpu.layer import Cache, DecodeLayer, LayerNorms
 from trine.kernels.cpu.projection import AnyProjection, LanesProjection, Projection, int4_projection
 from trine.kernels.cpu.step import LOOP_ROWS_CODES, DecodeStep, StepInputs, decode_layers
 from trine.kernels.paged_attention.reference import paged_attention_reference
@@ -66,8 +66,7 @@ def make_layer(kind: str, seed: int, blocks: int, width: int = C, feed: int = FE
         "down": (width, feed),
     }
     return {
-        "attention_norm_C": random(width) * 0.1 + 1,
-        "mlp_norm_C": random(width) * 0.1 + 1,
+        "norms": LayerNorms(random(width) * 0.1 + 1, random(width) * 0.1 + 1),
         **{name: quantize(random(n, k) / k**0.5, kind) for name, (n, k) in shapes.items()},
         "cache": Cache(pools[0], pools[1]),
         "num_heads": H,
@@ -126,7 +125,7 @@ def by_float64(
         return F.linear(rounded(inputs), arguments[name].dense().double())
 
     x, k, v = x.double(), arguments["cache"].k.double(), arguments["cache"].v.double()
-    h = rms_norm(x, arguments["attention_norm_C"].double(), 1e-6)
+    h = rms_norm(x, arguments["norms"].attention_C.double(), 1e-6)
     heads = apply("qkv", h).unflatten(1, (-1, D))
     q, new_k, new_v = heads.split([H, K, K], dim=1)
     cos, sin = (tensors[name].double()[None] for name in ("cos_MR", "sin_MR"))
@@ -137,7 +136,7 @@ def by_float64(
         q, k, v, block_table_RM=tensors["block_table_MB"], lengths_R=tensors["lengths_M"], query_starts=starts
     )
     x = x + apply("out", o.flatten(1))
-    h = rms_norm(x, arguments["mlp_norm_C"].double(), 1e-6)
+    h = rms_norm(x, arguments["norms"].mlp_C.double(), 1e-6)
     gate, up = apply("gate_up", h).chunk(2, dim=1)
     return x + apply("down", F.silu(gate) * up)
 
