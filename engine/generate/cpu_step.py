@@ -77,18 +77,18 @@ class CpuDecoder:
         config = self._model.config
         # Rounded as in the model's forward, which wrote the keys that these queries meet.
         places_1R = torch.from_numpy(positions)[None]
-        tables = [
-            tuple(table[0] for table in rotary_tables(rope, config.head_dim, places_1R, self._compute_dtype)[:2])
-            for rope in _rotations(config)
-        ]
-        cos, sin = tables[0] if tables else (None, None)
+        angles: list[tuple[Tensor, Tensor]] = []
+        for rope in _rotations(config):
+            tables = rotary_tables(rope, config.head_dim, places_1R, self._compute_dtype)
+            angles.append((tables[0][0], tables[1][0]))
+        cos, sin = angles[0] if angles else (None, None)
         inputs = StepInputs(
             block_table_MB=torch.from_numpy(table),
             lengths_M=torch.from_numpy(lengths),
             slots_M=torch.from_numpy(slots),
             cos_MR=cos,
             sin_MR=sin,
-            other_angles=tables[1] if len(tables) > 1 else None,
+            other_angles=angles[1] if len(angles) > 1 else None,
         )
         x_RC = self._model.embed(torch.from_numpy(ids)[None], places_1R)[0].float()
         logits_RV = self._step.run(x_RC, inputs)

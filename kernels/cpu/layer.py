@@ -123,8 +123,8 @@ class DecodeLayer:
         if (q_norm is None) != (k_norm is None):
             raise ValueError("q_norm and k_norm go together; give both or neither")
         if num_heads % K or qkv.outputs != (num_heads + 2 * K) * D:
-            rows = (num_heads + 2 * K) * D
-            raise ValueError(f"qkv has {qkv.outputs} rows; expected {rows} for {num_heads} heads")
+            wanted = (num_heads + 2 * K) * D
+            raise ValueError(f"qkv has {qkv.outputs} rows; expected {wanted} for {num_heads} heads")
         if down.outputs != C:
             raise ValueError(f"out and down give {C} and {down.outputs} numbers; expected as many")
         norms.check(C)

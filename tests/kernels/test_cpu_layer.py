@@ -131,10 +131,11 @@ def normed(x: Tensor, norms: LayerNorms, weight: Tensor | None, bias: Tensor | N
 
 def feed_forward(h: Tensor, arguments: dict[str, Any]) -> Tensor:
     first, *up = apply(arguments["gate_up"], h, h.dtype).chunk(2 if arguments["gated"] else 1, dim=-1)
-    known = {
-        "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    }  # fmt: skip
-    first = known[arguments.get("activation", "silu")](first)
+    activation = arguments.get("activation", "silu")
+    if activation.startswith("gelu"):
+        first = F.gelu(first, approximate="tanh" if activation == "gelu_tanh" else "none")
+    else:
+        first = F.silu(first) if activation == "silu" else F.relu(first)
     return apply(arguments["down"], first * up[0] if up else first, h.dtype)
 
 
@@ -157,7 +158,7 @@ def by_torch(x: Tensor, arguments: dict[str, Any], cache: Cache, tensors: dict[s
     cos, sin = tensors["other_angles"] if rotation == 1 else (tensors["cos_MR"], tensors["sin_MR"])
     cos, sin = (x[:, : 0 if rotation is None else None].to(dtype) for x in (cos, sin))
     q = write_kv_reference(
-        qkv, cache.k, cache.v, tensors["slots_M"], cos, sin, *qk, cache.k_scale, cache.v_scale, H,
+        qkv, cache.k, cache.v, tensors["slots_M"], cos, sin, qk[0], qk[1], cache.k_scale, cache.v_scale, H,
         arguments.get("interleaved", False), norms.eps, norms.unit_offset,
     )  # fmt: skip
     known = {name: arguments[name] for name in ("scale", "window", "softcap", "sinks_H") if name in arguments}

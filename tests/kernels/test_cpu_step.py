@@ -74,7 +74,7 @@ def make_layer(kind: str, seed: int, blocks: int, width: int = C, feed: int = FE
     }
 
 
-def make_inputs(lengths: list[int], seed: int = 0) -> tuple[dict[str, Tensor], int]:
+def make_inputs(lengths: list[int], seed: int = 0) -> tuple[dict[str, Any], int]:
     """Tensors of a step for requests of these lengths, in blocks that lie in any order; the number of blocks."""
     counts = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)).to(torch.int32)
