@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from trine.engine.generate.engine import Engine, Output
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.checkpoint import load_model, save_model
@@ -99,6 +100,26 @@ def test_a_completion_that_fails_ends_the_command_with_its_prompt(
     assert err.endswith(
         "trine: prompt 1: the model's logits are not finite; its weights are damaged, or try --dtype float32\n"
     )
+
+
+def test_ctrl_c_ends_a_text_where_it_is(
+    trine: Trine, tiny_checkpoint: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(load_model(tiny_checkpoint), tiny_tokenizer, ["the cat"], GREEDY)[0].text
+    steps, step = [0], Engine.step
+
+    def interrupted(engine: Engine) -> list[Output]:
+        steps[0] += 1
+        if steps[0] > 6:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    status, out, err = trine("generate", tiny_checkpoint, "--prompt", "the cat", *ENGINE_OPTIONS)
+    assert status == 130
+    assert out
+    assert expected.startswith(out)
+    assert "tokens/s" not in err
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
