@@ -3,16 +3,18 @@
     python -m trine.benchmarks.cpu_decode [--llama PYTHON] [--models 34M,350M] [--weights bf16,int8,int4]
         [--rows 1,4,16,64] [--threads N] [--rounds N] [--real-time]
     python -m trine.benchmarks.cpu_decode --weights w4a16,w8a16,w8a8 --rows 1 --threads 1
+    python -m trine.benchmarks.cpu_decode --ways --weights bf16,int8,int4,w4a16,w8a16,w8a8 --rows 2,4,8,16
 
 Every contestant decodes greedily from a context of 128 tokens with random weights of Llama's shape; a step includes the
 embedding, the output projection and the choice of the next token. llama.cpp runs in a process of the Python that is
 named (with llama-cpp-python and gguf), with bf16, q8_0 and q4_0 weights; transformers runs bf16. Weights as quantized
-checkpoints hold them (w4a16, w8a16, w8a8) run beside our own bf16 ones instead. In every round each contestant takes a
-turn of 24 steps, in another order than the round before. Figures are medians over all steps; the ratios are medians
-over rounds of the ratio of the two turns' medians, so that a machine whose speed drifts, or that others use, slows
-both; with one thread they are in its time on a core. `--real-time` (Linux, as root) gives all threads of all
-contestants real-time priority during the turns, for a machine that others use: threads that wait for each other by
-spinning lose most of their time there.
+checkpoints hold them (w4a16, w8a16, w8a8) run beside our own bf16 ones instead. With `--ways` our two ways to compute a
+step run beside each other, all in compiled loops or with the products of more rows: `STEP_ROWS` of
+`kernels/cpu/measured.py`. In every round each contestant takes a turn of 24 steps, in another order than the round
+before. Figures are medians over all steps; the ratios are medians over rounds of the ratio of the two turns' medians,
+so that a machine whose speed drifts, or that others use, slows both; with one thread they are in its time on a core.
+`--real-time` (Linux, as root) gives all threads of all contestants real-time priority during the turns, for a machine
+that others use: threads that wait for each other by spinning lose most of their time there.
 The last line on stdout is one JSON object.
 """
 
@@ -123,6 +125,10 @@ def report(shape: Shape, rows: int, threads: int, seconds: dict[str, list[list[f
 
 def compare(shape: Shape, rows: int, weights: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One kind of weights beside its peer: llama.cpp for one row, transformers for more; bf16 for checkpoints'."""
+    if options.ways:
+        ways = {way: Trine(shape, weights, rows, most).turn for way, most in (("loops", rows), ("products", 0))}
+        yield {"weights": weights, **report(shape, rows, options.threads, race(ways, options.rounds), "products")}
+        return
     ours = Trine(shape, weights, rows)
     turns: dict[str, Turn] = {f"trine {weights}": ours.turn}
     processes = [os.getpid()] if options.real_time else []
@@ -155,6 +161,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default="1,4,16,64")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--ways", action="store_true", help="our loops beside our products instead of others")
     parser.add_argument("--real-time", action="store_true", help="real-time priority during the turns")
     options = parser.parse_args(arguments)
     for name, known in (("models", [shape.name for shape in SHAPES]), ("weights", [*LLAMA_WEIGHTS, *CHECKPOINTS])):

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.kernels.cpu.codes import to_lanes
 from trine.kernels.cpu.layer import Cache, DecodeLayer, LayerNorms
 from trine.kernels.cpu.projection import AnyProjection, LanesProjection, Projection, int4_projection
 from trine.kernels.cpu.step import DecodeStep, StepInputs
+from trine.kernels.quantized.op import Weight, quantized_linear
+from trine.kernels.quantized.packing import pack
+from trine.kernels.quantized.scaled_weight import scaled_weight
 
 CONTEXT, STEPS, BLOCK = 128, 24, 16
 
@@ -48,10 +51,11 @@ CHECKPOINTS = {"w4a16": 4, "w8a16": 8, "w8a8": 8}
 
 class Trine:
     """Compiled steps with weights of "bf16", "int8" (a scale a row) or "int4" (a scale for 32 inputs), or of
-    `CHECKPOINTS` (4 bits in groups of 128, 8 bits with a scale a row).
+    `CHECKPOINTS` (4 bits in groups of 128, 8 bits with a scale a row). `loop_rows`: up to how many rows the loops
+    multiply, or as the table says.
     """
 
-    def __init__(self, shape: Shape, weights: str, rows: int) -> None:
+    def __init__(self, shape: Shape, weights: str, rows: int, loop_rows: int | None = None) -> None:
         self.weights, self.rows, self.head_dim = weights, rows, shape.width // shape.heads
         blocks = (CONTEXT + STEPS - 1) // BLOCK + 1
         self.table = torch.randperm(rows * blocks).to(torch.int32).view(rows, blocks)
@@ -59,6 +63,8 @@ class Trine:
         self.layers = [self._layer(shape, rows * blocks) for _ in range(shape.num_layers)]
         output = self._projection(shape.vocabulary, shape.width, "bf16" if weights in CHECKPOINTS else weights)
         self.step = DecodeStep(self.layers, self._norm(shape.width), output)
+        if loop_rows is not None:
+            self.step.loop_rows = loop_rows
         projections = [output, *(p for layer in self.layers for p in layer.projections)]
         self.bytes = sum(x.nbytes for p in projections for x in _tensors(p))
 
@@ -74,10 +80,16 @@ class Trine:
             groups = weight.view(n, -1, 128 if bits == 4 else k)
             scales = (groups.abs().amax(dim=2) / (2 ** (bits - 1) - 1)).bfloat16()
             codes = (groups / scales.float()[:, :, None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            return LanesProjection(to_lanes(codes.to(torch.int8).view(n, k), scales, None, bits))
+            packed = pack(codes.to(torch.int8).view(n, k), scales, bits=bits)
+            assert packed.lanes is not None
+            return LanesProjection(packed.lanes, product=partial(_product, packed))
         if kind in ("int8", "w8a8"):
             scales = weight.abs().amax(dim=1) / 127
-            return Projection((weight / scales[:, None]).round().to(torch.int8), scales, per_row=kind == "w8a8")
+            codes = (weight / scales[:, None]).round().to(torch.int8)
+            if kind == "int8":
+                return Projection(codes, scales)
+            scaled = scaled_weight(codes, scales)
+            return Projection(scaled.codes, scales, per_row=True, product=partial(_product, scaled))
         groups = weight.view(n, -1, 32)
         scales = groups.abs().amax(dim=2) / 7
         return int4_projection((groups / scales[:, :, None]).round().to(torch.int8).view(n, k), scales)
@@ -112,6 +124,11 @@ class Trine:
             ids = self.step.run(F.embedding(ids, self.embedding).float(), inputs).argmax(dim=-1)
             seconds.append(clock() - begin)
         return seconds
+
+
+def _product(weight: Weight, x_MK: Tensor) -> Tensor:
+    """That of a quantized layer, for more rows than the loops take."""
+    return quantized_linear(x_MK.bfloat16(), weight)
 
 
 def _tensors(projection: AnyProjection) -> list[Tensor]:

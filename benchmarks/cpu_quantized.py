@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trine.benchmarks.timing import Call
 from trine.engine.env import environment
-from trine.kernels.cpu import codes, matvec, table
+from trine.kernels.cpu import codes, matvec, planes, table
 from trine.kernels.cpu.measured import ROWS, SPEEDS
 from trine.kernels.quantized import cpu, op, packing
 from trine.kernels.quantized.cpu_int8 import int8_product, kept_int8
@@ -42,7 +42,7 @@ GROUPS = K // 128
 POOL_BYTES = 256 * 2**20
 ROUNDS, TURN_SECONDS, TURN_CALLS = 3, 0.005, 3
 # Paths that do the work of decoding again for every few rows are left out beyond this many.
-ROW_BY_ROW, MANY = ("loops", "int4pack", "int8pack"), 16
+MANY = 16
 
 
 def pool(make: Callable[[], T], num_bytes: int, *, opaque: bool = False) -> Callable[[], T]:
@@ -79,7 +79,8 @@ class Contestants:
         self.weights = {(bits, layout): packed(bits, layout) for bits in (4, 8) for layout in ("lanes", "rows")}
         self.scales, self.half_scales = torch.rand(N), torch.rand(N).bfloat16()
         self.scaled = pool(lambda: scaled_weight(self.bytes(), self.scales), N * K, opaque=True)
-        self.float8 = pool(lambda: scaled_weight(torch.randn(N, K).to(torch.float8_e4m3fn), self.scales), 2 * N * K)
+        float8 = torch.float8_e4m3fn
+        self.float8 = pool(lambda: scaled_weight(torch.randn(N, K).to(float8), self.scales), 2 * N * K, opaque=True)
 
     def of_kinds(self, rows: int) -> dict[str, dict[str, Call]]:
         """By kind and path, as in the table."""
@@ -135,11 +136,18 @@ class Contestants:
             assert weight is not None
             return codes.slabs_matmul(x, weight)
 
+        def by_planes() -> Tensor:
+            weight = lanes().lanes
+            assert weight is not None
+            return planes.planes_matmul(x, weight)
+
         paths: dict[str, Call] = {
             "loops": by_loops,
             "pieces": lambda: cpu._in_pieces(x, lanes(), None),
             "torch": lambda: cpu._in_pieces(x, rows(), None),
         }
+        if table.cpu_class() != "AMX" and table.multiplies_bytes():
+            paths["planes"] = by_planes
         if x.dtype == torch.bfloat16:
             paths[f"int{bits}pack"] = lambda: cpu._packed_product(x, rows())
             if codes.has_tiles() and table.cpu_class() == "AMX":
@@ -185,15 +193,18 @@ def race(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
     }
 
 
+def _row_by_row(kind: str, path: str) -> bool:
+    """Whether a path does the work of decoding again for every few rows; codes by codes there is nothing to decode."""
+    return path in ("int4pack", "int8pack") or (path == "loops" and kind != "int8 by int8")
+
+
 def measure(contestants: Contestants, rows: int, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Speeds relative to plain bf16: by kind and path, and of the public functions."""
     x = torch.randn(rows, K).bfloat16()
     base = {"base": lambda: F.linear(x, contestants.half())}
     kinds: dict[str, dict[str, float]] = {}
     for kind, paths in contestants.of_kinds(rows).items():
-        few = {
-            path: call for path, call in paths.items() if rows <= MANY or path not in ("loops", "int4pack", "int8pack")
-        }
+        few = {path: call for path, call in paths.items() if rows <= MANY or not _row_by_row(kind, path)}
         kinds[kind] = race({**base, **few}, rounds)
         kinds[kind] |= {path: 0.0 for path in paths if path not in few}
     return kinds, race({**base, **contestants.as_chosen(rows)}, rounds)

@@ -15,7 +15,7 @@ from trine.engine.log import counted, format_bytes
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.paged_cache import bytes_per_block
 from trine.engine.model.transformer import Transformer
-from trine.kernels.cpu.step import LOOP_ROWS
+from trine.kernels.cpu.table import step_rows
 
 # The share of free memory that the cache takes: a host is shared with other programs, a GPU usually is not.
 CPU_SHARE = 0.5
@@ -103,7 +103,8 @@ def fits_decode_steps(model: Transformer, max_running: int) -> bool:
 
 
 def _copied_bytes(model: Transformer, max_running: int) -> int:
-    return 0 if max_running <= LOOP_ROWS else sum(parameter.nbytes for parameter in model.parameters())
+    few = step_rows("bfloat16" if model.dtype == torch.bfloat16 else "float32")
+    return 0 if max_running <= few else sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _estimate_step(

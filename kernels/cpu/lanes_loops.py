@@ -116,17 +116,6 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
-def fetch_ahead(typing: Any, array: Any, place: Any) -> Any:
-    """Have the memory behind array[place] read, AHEAD_BYTES on."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        prefetch(builder, place_of(context, builder, signature.args[0], *arguments))
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), generate
-
-
-@intrinsic
 def load_words(typing: Any, words: Any, place: Any) -> Any:
     """words[place : place + 16] of int32; what lies ahead is asked for."""
 
@@ -224,32 +213,6 @@ def add_scaled(typing: Any, totals: Any, sums: Any, scale: Any) -> Any:
         return totals
 
     return totals(totals, sums, scale), generate
-
-
-@intrinsic
-def load_totals(typing: Any, y: Any, rows: Any, place: Any) -> Any:
-    """y[row, place + lane] as sums, to go on with."""
-    kind = Sums(rows.count, _ways(rows.count))
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        y, rows, place = arguments
-        totals = ir.Constant(context.get_value_type(kind), None)
-        for m, row in enumerate(cgutils.unpack_tuple(builder, rows)):
-            loaded = load_as_floats(context, builder, signature.args[0], y, row, place)
-            totals = builder.insert_value(totals, loaded, m)
-        return totals
-
-    return kind(y, rows, types.int64), generate
-
-
-@intrinsic
-def no_lanes(typing: Any) -> Any:
-    """16 zeros, as sums of one row."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.Constant(context.get_value_type(_LANES), None)
-
-    return _LANES(), generate
 
 
 @intrinsic

@@ -39,9 +39,15 @@ class KeptLinear:
         return dense
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies by weights of fp32 or bf16 in its own layout here."""
+    available = torch.backends.mkldnn.is_available()
+    return available and (dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 def prefers_packed(dtype: torch.dtype) -> bool:
     """Whether oneDNN's layout is the fastest for most numbers of rows up to 64, and can be had."""
-    if not torch.backends.mkldnn.is_available():
+    if not can_pack(dtype):
         return False
     few = [rows for rows in ROWS if rows <= _MOST_ROWS]
     chosen = [choose(_DTYPES[dtype], rows, _PATHS) for rows in few]
@@ -79,6 +85,10 @@ def linear(x_MK: Tensor, kept: KeptLinear, bias_N: Tensor | None = None) -> Tens
         raise ValueError("x or the bias requires a gradient, which a kept weight has not; use torch.no_grad()")
     if not kept.packed:
         return matvec(x_MK, kept.weight, bias_N)
-    bias_N = None if bias_N is None else bias_N.to(x_MK.dtype)
-    y_MN: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK.contiguous(), kept.weight, bias_N, "none", [], "")
+    return packed_product(x_MK, kept.weight, None if bias_N is None else bias_N.to(x_MK.dtype))
+
+
+def packed_product(x_MK: Tensor, packed: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x w^T + bias of a weight in oneDNN's layout, in the dtype that all have."""
+    y_MN: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK.contiguous(), packed, bias_N, "none", [], "")
     return y_MN

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.kernels.cpu.compiled import array, single, use_torch_threads
+from trine.kernels.cpu.compiled import address, array, single, use_torch_threads
+from trine.kernels.cpu.projection import SHORTEST
 from trine.kernels.cpu.table import PLAIN_PATHS, choose
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -69,7 +70,8 @@ def int8_codes_matvec(
         raise ValueError(f"x_scales is {x_scales_M.dtype} {tuple(x_scales_M.shape)}; expected ({len(x_codes_MK)},)")
     if codes_NK.shape[1] > _MAX_CODES:
         raise ValueError(f"rows have {codes_NK.shape[1]} codes; sums of more than {_MAX_CODES} may not fit 32 bits")
-    if _torch_only(x_codes_MK, codes_NK, bias_N) or not _loops("int8 by int8", len(x_codes_MK)):
+    plain = _torch_only(x_codes_MK, codes_NK, bias_N) or codes_NK.shape[1] < SHORTEST
+    if plain or not _loops("int8 by int8", len(x_codes_MK)):
         sums_MN = torch._int_mm(x_codes_MK, codes_NK.t()).float()
         y_MN = sums_MN.mul_(x_scales_M.float()[:, None]).mul_(scales_N.float())
         return y_MN if bias_N is None else y_MN + bias_N.float()
@@ -87,15 +89,29 @@ def compiled_matvec(x_MK: Tensor, weight_NK: Tensor, scales_N: Tensor | None, bi
 
 
 def compiled_codes_matvec(
-    x_codes_MK: Tensor, x_scales_M: Tensor, codes_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None
+    x_codes_MK: Tensor,
+    x_scales_M: Tensor,
+    codes_NK: Tensor,
+    scales_N: Tensor,
+    bias_N: Tensor | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """`int8_codes_matvec` by the loops whatever the table says."""
-    from trine.kernels.cpu.matvec_loops import multiply_int8
+    """`int8_codes_matvec` by the loops whatever the table says, in fp32 or bf16, of at least `SHORTEST` inputs."""
+    from trine.kernels.cpu.tokens_loops import lay_tokens, multiply_tokens
 
     use_torch_threads()
-    y_MN = torch.empty(len(x_codes_MK), len(codes_NK))
-    scales, bias = single(scales_N), single(bias_N)
-    multiply_int8(array(codes_NK), scales, array(x_codes_MK.contiguous()), single(x_scales_M), bias, array(y_MN))
+    (M, K), N = x_codes_MK.shape, len(codes_NK)
+    assert K >= SHORTEST
+    width = -(-K // SHORTEST) * SHORTEST
+    x = x_codes_MK.contiguous()
+    laid = x if width == K else torch.empty(M, width, dtype=torch.int8)
+    x_scales, scales, bias = single(x_scales_M), single(scales_N), single(bias_N)
+    factors, y_MN = torch.empty(M, 2), torch.empty(M, N, dtype=dtype)
+    lay_tokens(x.data_ptr(), M, K, width, x_scales.ctypes.data, laid.data_ptr(), factors.data_ptr())
+    multiply_tokens(
+        codes_NK.data_ptr(), N, K, laid.data_ptr(), width, factors.data_ptr(), M, scales.ctypes.data, address(bias),
+        y_MN.data_ptr(), dtype == torch.bfloat16,
+    )  # fmt: skip
     return y_MN
 
 

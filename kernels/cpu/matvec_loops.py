@@ -8,11 +8,8 @@ import numpy as np
 from numba import prange
 
 from trine.kernels.cpu.compiled import parallel, serial
-from trine.kernels.cpu.lanes_loops import LANES, add_row, fetch_ahead, no_sums, store_totals
-from trine.kernels.cpu.numbers_loops import add_product, dot
-
-# Numbers of int8 between two requests for the memory ahead: a line of the cache.
-LINE = 64
+from trine.kernels.cpu.lanes_loops import LANES, add_row, no_sums, store_totals
+from trine.kernels.cpu.numbers_loops import dot
 
 
 @serial
@@ -61,24 +58,3 @@ def multiply(w_NK: Any, scales_N: Any, x_MK: Any, bias_N: Any, y_MN: Any) -> Non
             multiply_row(w_NK, n, x_MK, (m,), y_MN)
         for row in range(M):
             y_MN[row, n] = finish(y_MN[row, n], n, scales_N, bias_N)
-
-
-@serial
-def dot_int8(row: Any, x: Any) -> Any:
-    """The exact sum of row[j] x[j] of two rows of int8."""
-    total = np.int32(0)
-    for j in range(x.shape[0]):
-        total = add_product(total, row[j], x[j])
-    return total
-
-
-@parallel
-def multiply_int8(w_NK: Any, scales_N: Any, x_MK: Any, x_scales_M: Any, bias_N: Any, y_MN: Any) -> None:
-    """As `multiply` for int8 codes on both sides, each with its scale."""
-    for n in prange(w_NK.shape[0]):
-        row = w_NK[n]
-        for k in range(0, row.shape[0], LINE):
-            fetch_ahead(row, k)
-        for m in range(x_MK.shape[0]):
-            total = np.float32(dot_int8(row, x_MK[m])) * x_scales_M[m]
-            y_MN[m, n] = finish(total, n, scales_N, bias_N)

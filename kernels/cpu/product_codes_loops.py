@@ -17,8 +17,8 @@ import numpy as np
 
 from trine.kernels.cpu.codes_loops import load_scales, multiply_rows
 from trine.kernels.cpu.compiled import callback, serial
-from trine.kernels.cpu.dots_loops import FACTORS, PARTS, add_chunk, row_bytes
-from trine.kernels.cpu.lanes_loops import LANES, load_lanes, load_totals, no_lanes, no_sums, store_lanes
+from trine.kernels.cpu.dots_loops import FACTORS, PARTS, add_chunk, row_bytes, take_zeros
+from trine.kernels.cpu.lanes_loops import LANES, load_lanes
 from trine.kernels.cpu.memory_loops import bytes_at, floats, longs, words
 from trine.kernels.cpu.product_loops import (
     CHUNK,
@@ -34,9 +34,9 @@ from trine.kernels.cpu.product_loops import (
     ZEROS,
 )
 
-# Tiles, far apart, that are read in turns, and words of one that are read at a time: what hides waiting for memory is
-# the prefetcher of the hardware, which follows each of them on its own (as rows in `vector_loops.py`).
-STREAMS, BLOCK_WORDS = 4, 16
+# Tiles that one row meets at once. They are far apart: what hides waiting for memory is the prefetcher of the hardware,
+# which follows each of them on its own (as rows in `vector_loops.py`).
+AT_ONCE = 4
 # Codes of a word, by bits: only how many they are decides what is compiled.
 _EIGHT, _FOUR = (0, 4, 8, 12, 16, 20, 24, 28), (0, 8, 16, 24)
 
@@ -80,37 +80,71 @@ def copy_part(part_ML: Any, first: int, last: int, y_MN: Any) -> None:
 
 
 @serial
-def add_dots(weight: Any, tile: Any, shifts: Any, x: Any, span: Any, rows: Any, y_MN: Any, place: Any) -> None:
-    """Chunks of a tile, from the `span`'s first to its last, added to y[rows, place + lane], which chunk 0 begins.
+def add_tile(weight: Any, tile: Any, shifts: Any, x: Any, rows: Any, totals: Any, y_MN: Any, place: Any) -> None:
+    """y[row, place + lane] of a tile, for all of `rows`; totals: as many times 16 numbers to work in.
 
     x: (address of prepared rows, bytes of one, chunks of one).
     """
     codes, scales, zeros, shape = weight
     chunk_words, per_group = shape[2], shape[3]
     place_of_rows, x_step, C = x
-    chunk = chunk_words * len(shifts)
-    row = place_of_rows + rows[0] * x_step
-    totals = no_sums(rows) if span[0] == 0 else load_totals(y_MN, rows, place)
-    for c in range(span[0], span[1]):
+    chunk, row = chunk_words * len(shifts), place_of_rows + rows[0] * x_step
+    totals[:] = 0
+    for c in range(C):
+        at, factors = row + c * PARTS * chunk, row + C * PARTS * chunk + c * FACTORS
         group = (tile * (C // per_group) + c // per_group) * LANES
-        origin = load_lanes(zeros, group) if zeros.shape[0] > 0 else no_lanes()
-        first = (tile * C + c) * chunk_words * LANES
-        at = row + c * PARTS * chunk
-        factors = row + C * PARTS * chunk + c * FACTORS
-        scale = load_scales(scales, group)
-        totals = add_chunk(totals, codes, first, chunk_words, shifts, at, x_step, factors, origin, scale, rows)
-    store_lanes(totals, y_MN, rows, place)
+        first, own = ((tile * C + c) * chunk_words * LANES,), (load_scales(scales, group),)
+        add_chunk(totals.ctypes.data, codes, first, chunk_words, shifts, at, x_step, factors, own, rows)
+        if zeros.shape[0] > 0:
+            take_zeros(totals.ctypes.data, factors, x_step, (load_lanes(zeros, group),), own, rows)
+    for m in range(len(rows)):
+        copy_lanes(totals, m * LANES, y_MN[rows[m]], place)
 
 
 @serial
-def add_dots_of_rows(weight: Any, tile: Any, shifts: Any, x: Any, span: Any, y_MN: Any, place: Any) -> None:
-    """`add_dots` for all rows, by fours and one by one."""
+def add_four_tiles(weight: Any, tile: Any, apart: Any, shifts: Any, x: Any, m: Any, totals: Any, y_MN: Any) -> None:
+    """y[m] of four tiles, `apart` from each other: what is loaded of x meets all of them."""
+    codes, scales, zeros, shape = weight
+    chunk_words, per_group = shape[2], shape[3]
+    place_of_rows, x_step, C = x
+    chunk, row, G = chunk_words * len(shifts), place_of_rows + m * x_step, C // per_group
+    rows, step = (m,), apart * C * chunk_words * LANES
+    totals[:] = 0
+    for c in range(C):
+        at, factors = row + c * PARTS * chunk, row + C * PARTS * chunk + c * FACTORS
+        group, first, far = (tile * G + c // per_group) * LANES, (tile * C + c) * chunk_words * LANES, apart * G * LANES
+        own = (
+            load_scales(scales, group), load_scales(scales, group + far), load_scales(scales, group + 2 * far),
+            load_scales(scales, group + 3 * far),
+        )  # fmt: skip
+        places = (first, first + step, first + 2 * step, first + 3 * step)
+        add_chunk(totals.ctypes.data, codes, places, chunk_words, shifts, at, x_step, factors, own, rows)
+        if zeros.shape[0] > 0:
+            points = (
+                load_lanes(zeros, group), load_lanes(zeros, group + far), load_lanes(zeros, group + 2 * far),
+                load_lanes(zeros, group + 3 * far),
+            )  # fmt: skip
+            take_zeros(totals.ctypes.data, factors, x_step, points, own, rows)
+    for number in range(AT_ONCE):
+        copy_lanes(totals, number * LANES, y_MN[m], (tile + number * apart) * LANES)
+
+
+@serial
+def copy_lanes(totals: Any, first: Any, y_N: Any, place: Any) -> None:
+    """16 totals, to a place."""
+    for lane in range(LANES):
+        y_N[place + lane] = totals[first + lane]
+
+
+@serial
+def add_rows(weight: Any, tile: Any, shifts: Any, x: Any, totals: Any, y_MN: Any, place: Any) -> None:
+    """`add_tile` for all rows, by fours and one by one."""
     m: Any = np.int64(0)
     while y_MN.shape[0] - m >= 4:
-        add_dots(weight, tile, shifts, x, span, (m, m + 1, m + 2, m + 3), y_MN, place)
+        add_tile(weight, tile, shifts, x, (m, m + 1, m + 2, m + 3), totals, y_MN, place)
         m += 4
     while m < y_MN.shape[0]:
-        add_dots(weight, tile, shifts, x, span, (m,), y_MN, place)
+        add_tile(weight, tile, shifts, x, (m,), totals, y_MN, place)
         m += 1
 
 
@@ -118,24 +152,24 @@ def add_dots_of_rows(weight: Any, tile: Any, shifts: Any, x: Any, span: Any, y_M
 def multiply_dots(
     projection: Any, shifts: Any, prepared: int, num_rows: int, begin: int, end: int, y: int, y_step: int
 ) -> None:
-    """As `multiply_tiles`, by whole numbers; tiles that are far apart in turns."""
+    """As `multiply_tiles`, by whole numbers; of one row, or what fours leave over, four tiles at once."""
     weight, C = lanes_weight(projection, len(shifts))
     N, chunk = projection[OUTPUTS], projection[CHUNK]
     x = (prepared, row_bytes(projection[INPUTS], chunk), C)
     y_MN = floats(y, num_rows * (y_step // 4)).reshape(num_rows, y_step // 4)
-    part_ML = np.empty((num_rows, LANES), np.float32)
+    part_ML, totals = np.empty((num_rows, LANES), np.float32), np.empty(AT_ONCE * LANES, np.float32)
     first, last = begin // LANES, min(end, N) // LANES
-    apart, step = (last - first) // STREAMS, max(1, BLOCK_WORDS * len(shifts) // chunk)
+    apart, whole = (last - first) // AT_ONCE, num_rows // 4 * 4
     for tile in range(first, first + apart):
-        for c in range(0, C, step):
-            span = (c, min(C, c + step))
-            for stream in range(STREAMS):
-                at = tile + stream * apart
-                add_dots_of_rows(weight, at, shifts, x, span, y_MN, at * LANES)
-    for tile in range(first + STREAMS * apart, last):
-        add_dots_of_rows(weight, tile, shifts, x, (0, C), y_MN, tile * LANES)
+        for number in range(AT_ONCE if whole > 0 else 0):
+            at = tile + number * apart
+            add_rows(weight, at, shifts, x, totals, y_MN[:whole], at * LANES)
+        for m in range(whole, num_rows):
+            add_four_tiles(weight, tile, apart, shifts, x, m, totals, y_MN)
+    for tile in range(first + AT_ONCE * apart, last):
+        add_rows(weight, tile, shifts, x, totals, y_MN, tile * LANES)
     if last * LANES < min(end, N):
-        add_dots_of_rows(weight, last, shifts, x, (0, C), part_ML, 0)
+        add_rows(weight, last, shifts, x, totals, part_ML, 0)
         copy_part(part_ML, last * LANES, N, y_MN)
 
 

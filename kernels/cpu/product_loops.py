@@ -18,9 +18,10 @@ import numpy as np
 from trine.kernels.cpu.compiled import callback, serial
 from trine.kernels.cpu.dots_loops import round_rows
 from trine.kernels.cpu.memory_loops import bytes_at, call_with, floats, longs, shorts, words
-from trine.kernels.cpu.numbers_loops import dot
+from trine.kernels.cpu.numbers_loops import add_product, dot
 from trine.kernels.cpu.quantize import LIMIT, SMALLEST_SCALE
 from trine.kernels.cpu.quantize_loops import quantize_row, scale_of
+from trine.kernels.cpu.rounding_loops import round_block
 from trine.kernels.cpu.vector_loops import (
     CODE_BLOCK,
     FLOAT_BLOCK,
@@ -34,6 +35,8 @@ from trine.kernels.cpu.vector_loops import (
     int8_code_rows,
     int8_rows,
     int8_rows_4,
+    int8_token_rows,
+    int8_token_rows_4,
 )
 
 # Kinds of weights. Those of codes are multiplied by inputs of int8, `INT8_TOKENS` with one scale a row. `TILES` and
@@ -77,28 +80,6 @@ def prepared_bytes(kind: int, num_inputs: int) -> Any:
 
 
 @serial
-def round_block(x_S: Any, codes_S: Any) -> Any:
-    """Codes of a block of inputs; its scale."""
-    largest = np.float32(0)
-    for j in range(CODE_BLOCK):
-        largest = max(largest, abs(x_S[j]))
-    scale = largest / np.float32(127) if largest > 0 else np.float32(1)
-    factor = np.float32(1) / scale
-    for j in range(CODE_BLOCK):
-        codes_S[j] = np.int8(np.rint(x_S[j] * factor))
-    return scale
-
-
-@serial
-def sum_fours(codes_S: Any, sums_L: Any) -> None:
-    """The sums of fours of a block's codes."""
-    for j in range(LANES):
-        first, second = np.int32(codes_S[4 * j]), np.int32(codes_S[4 * j + 1])
-        third, fourth = np.int32(codes_S[4 * j + 2]), np.int32(codes_S[4 * j + 3])
-        sums_L[j] = first + second + third + fourth
-
-
-@serial
 def cut(x_K: Any, first: int, begin: int, block_S: Any) -> None:
     """The inputs from `begin` on, of those from `first` on; 0 before and beyond."""
     for j in range(block_S.shape[0]):
@@ -120,12 +101,67 @@ def fill_chunks(x: Any, num_inputs: int, chunk: int, place: int) -> None:
             rows[m * filled + k] = x[m * num_inputs + k] if k < num_inputs else np.float32(0)
 
 
+@serial
+def round_tokens(x: Any, num_inputs: int, place: int) -> None:
+    """Codes of whole rows, in blocks [M, B, 64], and behind all of them the factors of each (`vector_loops.py`)."""
+    M, width = x.shape[0] // num_inputs, (num_inputs + CODE_BLOCK - 1) // CODE_BLOCK * CODE_BLOCK
+    rounded_K = np.empty(num_inputs, np.int8)
+    for m in range(M):
+        x_K = x[m * num_inputs : (m + 1) * num_inputs]
+        scale = scale_of(x_K, LIMIT, SMALLEST_SCALE)
+        quantize_row(x_K, scale, LIMIT, rounded_K)
+        lay_token(rounded_K, bytes_at(place + m * width, width))
+        factors = place + M * width + 8 * m
+        floats(factors, 1)[0] = scale
+        words(factors + 4, 1)[0] = np.int32(-128) * sum_codes(rounded_K)
+
+
+@serial
+def lay_token(codes_K: Any, blocks: Any) -> None:
+    """A row of codes in whole blocks, of which the last ends with the row and begins with zeros."""
+    whole, width = codes_K.shape[0] // CODE_BLOCK * CODE_BLOCK, blocks.shape[0]
+    for k in range(whole):
+        blocks[k] = codes_K[k]
+    for k in range(whole, width):
+        place = k - width + codes_K.shape[0]
+        blocks[k] = codes_K[place] if place >= whole else np.int8(0)
+
+
+@serial
+def sum_codes(codes_K: Any) -> Any:
+    """Their sum in int32."""
+    total = np.int32(0)
+    for k in range(codes_K.shape[0]):
+        total = add_product(total, codes_K[k], np.int8(1))
+    return total
+
+
+@serial
+def sum_tokens(
+    row: int, step: int, num_inputs: int, codes: int, width: int, factors: int, num_rows: int, y: int, y_step: int,
+    apart: int,
+) -> None:  # fmt: skip
+    """`STREAMS` rows of int8, `step` bytes from each other, by inputs as `round_tokens` leaves them.
+
+    Results of a row of inputs lie `apart` numbers from each other, those of the next one `y_step` bytes on.
+    """
+    m = 0
+    while m < num_rows:
+        x, own, to = codes + m * width, factors + 8 * m, y + m * y_step
+        if num_rows - m >= 4:
+            int8_token_rows_4(row, step, num_inputs, x, width, own, to, 4 * apart, y_step)
+            m += 4
+        else:
+            int8_token_rows(row, step, num_inputs, x, width, own, to, 4 * apart, y_step)
+            m += 1
+
+
 @callback("void(int64, int64, int64, int64)")
 def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
     """Blocks of the rows at x (fp32, [M, K]) to `place`: numbers; or codes [M, B, 64], scales [M, B], sums [M, B, 16].
 
     The last block ends with the row (4 bits: is filled up), so that no weight is read beyond its row. Of lanes:
-    whole rows, filled up to chunks, or rounded (`dots_loops.py`).
+    whole rows, filled up to chunks, or rounded (`dots_loops.py`). Of codes with one scale a row: `round_tokens`.
     """
     projection = longs(fields, len(FIELDS))
     kind, K = projection[KIND], projection[INPUTS]
@@ -135,20 +171,20 @@ def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
     if kind == DOTS:
         round_rows(floats(x, num_rows * K), K, projection[CHUNK], projection[BITS], place)
         return
+    if kind == INT8_TOKENS:
+        round_tokens(floats(x, num_rows * K), K, place)
+        return
     if kind < INT4_CODES and K < CODE_BLOCK:
         return  # read as they are
     blocks, size = blocks_of(kind, K)
+    if kind < INT8_CODES and K % size == 0:
+        return  # so are these
     x_MK = floats(x, num_rows * K)
-    codes = bytes_at(place, num_rows * blocks * size)
     scales = floats(place + num_rows * blocks * size, num_rows * blocks)
-    sums = words(place + num_rows * blocks * (size + 4), num_rows * blocks * LANES)
-    part_S, rounded_K = np.empty(size, np.float32), np.empty(K if kind == INT8_TOKENS else 0, np.int8)
-    row_scale = np.float32(0)
+    sums = place + num_rows * blocks * (size + 4)
+    part_S = np.empty(size, np.float32)
     for m in range(num_rows):
         x_K = x_MK[m * K : (m + 1) * K]
-        if kind == INT8_TOKENS:
-            row_scale = scale_of(x_K, LIMIT, SMALLEST_SCALE)
-            quantize_row(x_K, row_scale, LIMIT, rounded_K)
         for b in range(blocks):
             begin = b * size
             first = min(begin, K - size) if kind != INT4_CODES else begin
@@ -156,14 +192,11 @@ def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
             if kind < INT8_CODES:
                 cut(x_K, first, begin, floats(place + 4 * at * size, size))
                 continue
-            codes_S = codes[at * size : (at + 1) * size]
-            if kind == INT8_TOKENS:
-                cut(rounded_K, first, begin, codes_S)
-                scales[at] = row_scale
-            else:
+            source = x + 4 * (m * K + begin)
+            if begin + size > K:
                 cut(x_K, first, begin, part_S)
-                scales[at] = round_block(part_S, codes_S)
-            sum_fours(codes_S, sums[at * LANES : (at + 1) * LANES])
+                source = part_S.ctypes.data
+            scales[at] = round_block(source, place + at * size, sums + 4 * LANES * at)
 
 
 @serial
@@ -191,6 +224,12 @@ def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: 
     apart = (end - begin) // STREAMS
     for n in range(begin, end - apart * (STREAMS - 1)):
         row, place, m = projection[WEIGHT] + n * step, y + 4 * n, 0
+        if kind == INT8_TOKENS:
+            width = blocks * size
+            sum_tokens(
+                row, apart * step, K, prepared, width, prepared + num_rows * width, num_rows, place, y_step, apart
+            )
+            continue
         while m < num_rows:
             to, at = place + m * y_step, m * blocks
             if kind < INT8_CODES:
@@ -236,7 +275,8 @@ def multiply_range(
     elif projection[KIND] < INT4_CODES and projection[INPUTS] < CODE_BLOCK:
         sum_plain(projection, x, num_rows, begin, end, y, y_step)
     else:
-        sum_streams(projection, prepared, num_rows, begin, end, y, y_step)
+        whole = projection[KIND] < INT8_CODES and projection[INPUTS] % FLOAT_BLOCK == 0
+        sum_streams(projection, x if whole else prepared, num_rows, begin, end, y, y_step)
     scaled = projection[KIND] in (INT8, INT8_CODES, INT8_TOKENS)
     for m in range(num_rows):
         y_N = floats(y + m * y_step + 4 * begin, end - begin)

@@ -21,6 +21,8 @@ from trine.kernels.cpu.compiled import address, array, single
 
 # Kinds of numbers, as in `product_loops.py` (which imports Numba). Inputs of a shorter row are not rounded.
 FLOAT32, BFLOAT16, INT8, TILES, DOTS, INT8_CODES, INT8_TOKENS, INT4_CODES = range(8)
+# What `measured.py` calls them.
+NAMES = ("float32", "bfloat16", "int8 by float32", "lanes", "lanes", "int8", "int8 by int8", "int4")
 SHORTEST = 64
 # Of int4: codes of one half of 64 bytes, and codes with one scale.
 CODES_OF_HALF, SCALED = 64, 32
@@ -164,14 +166,21 @@ class LanesProjection:
         """As of `Projection`."""
         from trine.kernels.cpu.product_codes_loops import lanes_address
 
-        weight, bias = self.weight, single(self.bias)
-        keep += (weight, bias)
-        zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
-        return [
-            self.kind, weight.words.data_ptr(), self.outputs, self.inputs, 4 * LANES * weight.words.shape[1],
-            weight.scales.data_ptr(), 0, address(bias), lanes_address(self.kind, weight.bits), zeros,
-            _SCALE_KINDS[weight.scales.dtype], weight.chunk, weight.groups, weight.bits,
-        ]  # fmt: skip
+        return lanes_fields(self.weight, self.bias, keep, self.kind, lanes_address(self.kind, self.weight.bits))
+
+
+def lanes_fields(
+    weight: LanesWeight, bias_N: Tensor | None, keep: list[Any], kind: int = DOTS, multiply: int = 0
+) -> list[int]:
+    """`FIELDS` of `product_loops.py` for such a weight; `multiply`: the address of what multiplies it in a step."""
+    bias = single(bias_N)
+    keep += (weight, bias)
+    zeros = 0 if weight.zeros is None else weight.zeros.data_ptr()
+    return [
+        kind, weight.words.data_ptr(), weight.num_features, weight.width, 4 * LANES * weight.words.shape[1],
+        weight.scales.data_ptr(), 0, address(bias), multiply, zeros, _SCALE_KINDS[weight.scales.dtype], weight.chunk,
+        weight.groups, weight.bits,
+    ]  # fmt: skip
 
 
 AnyProjection = Projection | LanesProjection

@@ -1,7 +1,8 @@
-"""Activations as int8 codes with a scale a row on a CPU, in two passes over each row instead of torch's ten.
+"""Activations as int8 codes or float8 numbers on a CPU, in passes over each row that stays in the cache, instead of
+torch's ten over all of them; and what multiplies a product's sums by its scales.
 
-Formula and bits are those of `quantized/activations.py`. Bytes: M K b read twice, the second time from the cache, and
-M K written.
+Formula and bits are those of `quantized/activations.py`. Bytes: M K b read and M K (float8, as bf16: twice that)
+written.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu.compiled import array, available, use_torch_threads
+from trine.kernels.cpu.compiled import array, available, single, use_torch_threads
 
-# The largest code, and the smallest scale.
-LIMIT, SMALLEST_SCALE = 127.0, 1e-30
+# The largest codes, and the smallest scale.
+LIMIT, FLOAT8_LIMIT, SMALLEST_SCALE = 127.0, 448.0, 1e-30
 
 
 def can_quantize(x: Tensor) -> bool:
-    """Whether `int8_rows` takes x: compiled loops, on a CPU, not traced."""
+    """Whether the functions below take x: compiled loops, on a CPU, not traced."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and available()
 
 
@@ -25,7 +26,32 @@ def int8_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     from trine.kernels.cpu.quantize_loops import quantize_int8
 
     use_torch_threads()
-    rows_MK = (x_MK.float() if x_MK.dtype == torch.float16 else x_MK).contiguous()
+    rows_MK = _rows(x_MK)
     codes_MK, scales_M = torch.empty(x_MK.shape, dtype=torch.int8), torch.empty(len(x_MK))
     quantize_int8(array(rows_MK), LIMIT, SMALLEST_SCALE, array(codes_MK), array(scales_M))
     return codes_MK, scales_M[:, None]
+
+
+def float8_rows(x_MK: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(numbers of float8 e4m3 in bf16 [M, K], scales fp32, one for each `block` of a row) of fp32, bf16 or fp16."""
+    from trine.kernels.cpu.quantize_loops import quantize_e4m3
+
+    use_torch_threads()
+    M, K = x_MK.shape
+    numbers_MK, scales_MB = torch.empty(M, K, dtype=torch.bfloat16), torch.empty(M, -(-K // block))
+    quantize_e4m3(array(_rows(x_MK)), block, FLOAT8_LIMIT, SMALLEST_SCALE, array(numbers_MK), array(scales_MB))
+    return numbers_MK, scales_MB
+
+
+def scaled(sums_MN: Tensor, x_scales_M: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    """sums x_scales scales + bias in fp32, rounded to bf16, which the sums are in; in their place."""
+    from trine.kernels.cpu.quantize_loops import scale_sums
+
+    use_torch_threads()
+    y_MN = array(sums_MN)
+    scale_sums(y_MN, single(x_scales_M), single(scales_N), single(bias_N), y_MN)
+    return sums_MN
+
+
+def _rows(x_MK: Tensor) -> Tensor:
+    return (x_MK.float() if x_MK.dtype == torch.float16 else x_MK).contiguous()

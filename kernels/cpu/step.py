@@ -1,7 +1,7 @@
 """A step of decoding through layers (`layer.py`) on a CPU: one new token for each of some requests.
 
 Between its weights a layer does little work in many small steps: as torch operations they take about as long as the
-weights of a small model take to be read. For few requests (`LOOP_ROWS`) the whole step is one compiled call
+weights of a small model take to be read. For few requests (`table.step_rows`) the whole step is one compiled call
 (`step_loops.py`); for more, products are torch's, on rows of bf16 where weights are, and attention with the write into
 the cache is compiled.
 
@@ -22,14 +22,13 @@ from torch import Tensor
 
 from trine.kernels.cpu.compiled import address, array, single
 from trine.kernels.cpu.layer import DecodeLayer
-from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, AnyProjection, Product, Projection
+from trine.kernels.cpu.linear import can_pack, packed_product
+from trine.kernels.cpu.projection import FLOAT32, NAMES, AnyProjection, Product, Projection
+from trine.kernels.cpu.table import step_rows
 from trine.kernels.cpu.team import run_step
 
 # Keys of a piece of attention: that of `attention_loops.py`, which imports Numba.
 SPLIT = 512
-# Rows up to which the loops are faster than torch's products: they read a weight once from memory and then, for each
-# row, from the fastest cache; codes are read faster.
-LOOP_ROWS, LOOP_ROWS_CODES = 8, 8
 
 
 class StepInputs:
@@ -88,16 +87,14 @@ class BatchProduct:
         weight = projection.weight if isinstance(projection, Projection) and projection.scales is None else None
         weight = projection.dense().to(self.dtype) if weight is None else weight
         self.bias = None if projection.bias is None else projection.bias.to(self.dtype)
-        self.packed = torch.backends.mkldnn.is_available() and (
-            self.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
+        self.packed = can_pack(self.dtype)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16) if self.packed else weight
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         """x w^T + bias in the dtype of the product."""
         x = x_MK.to(self.dtype)
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+            return packed_product(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -138,7 +135,11 @@ class DecodeStep:
         self._final = (final_norm_C, final_bias_C)
         self._products: list[list[Product]] = []
         projections = [p for layer in layers for p in layer.projections] + ([] if output is None else [output])
-        self.loop_rows = LOOP_ROWS_CODES if all(p.kind > BFLOAT16 for p in projections) else LOOP_ROWS
+        numbers: dict[int, int] = {}
+        for p in projections:
+            numbers[p.kind] = numbers.get(p.kind, 0) + p.outputs * p.inputs
+        # Of what most of the weights are.
+        self.loop_rows = step_rows(NAMES[max(numbers, key=lambda kind: numbers[kind])])
         rows = [list(layer.fields) for layer in layers]
         options = [layer.options for layer in layers]
         if output is not None and final_norm_C is not None:

@@ -5,13 +5,15 @@ A kind is what is multiplied by what ("4 bits by bfloat16"); a path is one way t
     loops       this folder's compiled loops
     tiles       compiled loops that multiply in the CPU's matrix tiles (AMX), rows of bf16
     slabs       the same, of some outputs dequantized for all rows into the cache
+    planes      compiled loops that multiply codes as whole numbers by several rows, rounded to as many bits as count
     pieces      some outputs of the weight after the other dequantized into a buffer by compiled loops, then torch
     torch       torch's product: of the plain weight, or of one dequantized by torch piece by piece
     packed      oneDNN's product with a weight in its own layout
     int8pack    torch's product of bf16 rows with int8 weights, one scale a row
     int4pack    torch's product of bf16 rows with 4-bit weights in its own layout
 
-What needs Numba is left out where Numba is missing (`compiled.py` logs why).
+What needs Numba is left out where Numba is missing (`compiled.py` logs why), and what multiplies bytes where a CPU has
+no instruction for that.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from trine.kernels.cpu.codes import has_tiles
 from trine.kernels.cpu.compiled import available
-from trine.kernels.cpu.measured import ROWS, SPEEDS
+from trine.kernels.cpu.measured import ROWS, SPEEDS, STEP_ROWS
 
-COMPILED = ("loops", "tiles", "slabs", "pieces")
+COMPILED = ("loops", "tiles", "slabs", "planes", "pieces")
+# (kind or None for all, path) of what multiplies bytes.
+_OF_BYTES = ((None, "planes"), ("int8 by int8", "loops"))
 # What there is for packed weights of 4 and 8 bits in the layouts "lanes" and "rows" (`quantized/packing.py`), and for
 # plain weights, int8 ones among them.
-LANES_PATHS = ("loops", "tiles", "slabs", "pieces")
+LANES_PATHS = ("loops", "tiles", "slabs", "planes", "pieces")
 ROWS_PATHS = ("torch", "int4pack", "int8pack")
 PLAIN_PATHS = ("loops", "torch", "int8pack")
 KINDS = tuple(dict.fromkeys(kind for kinds in SPEEDS.values() for kind in kinds))
@@ -34,6 +40,7 @@ _REASONS = {
     "loops": "read the weight once, as it is kept",
     "tiles": "decoded once for 64 rows, multiplied in AMX tiles",
     "slabs": "dequantized once for all rows, multiplied in AMX tiles",
+    "planes": "codes by whole numbers, taken apart once for several rows",
     "pieces": "dequantized once for all rows, into the cache",
     "torch": "its product outruns what reading less saves",
     "packed": "oneDNN's own layout saves a copy a call",
@@ -60,22 +67,35 @@ def cpu_class() -> str:
     return "AMX" if has_tiles() else "AVX512"
 
 
+@lru_cache(maxsize=1)
+def multiplies_bytes() -> bool:
+    """Whether this CPU sums four products of bytes in one instruction (vpdpbusd on 512 bits)."""
+    return torch.cpu._is_vnni_supported()
+
+
 def choose(kind: str, rows: int, among: tuple[str, ...] | None = None) -> str:
     """The fastest path for `rows` rows of one of `KINDS`, of those that can be used here (and are in `among`)."""
-    return _fastest(cpu_class(), kind, rows, among, available())
+    return _fastest(cpu_class(), kind, rows, among, available(), multiplies_bytes())
 
 
 @lru_cache(maxsize=4096)
-def _fastest(cpu: str, kind: str, rows: int, among: tuple[str, ...] | None, compiled: bool) -> str:
+def _fastest(cpu: str, kind: str, rows: int, among: tuple[str, ...] | None, compiled: bool, of_bytes: bool) -> str:
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; known are {', '.join(KINDS)}")
     paths = {
         path: speeds
         for path, speeds in SPEEDS[cpu][kind].items()
-        if (among is None or path in among) and (compiled or path not in COMPILED)
+        if (among is None or path in among)
+        and (compiled or path not in COMPILED)
+        and (of_bytes or ((None, path) not in _OF_BYTES and (kind, path) not in _OF_BYTES))
     }
     place = measured_place(rows)
     return max(paths, key=lambda path: paths[path][place])
+
+
+def step_rows(weights: str) -> int:
+    """Up to how many rows a decoding step of weights of a kind (`projection.NAMES`) is faster in compiled loops."""
+    return STEP_ROWS[cpu_class()][weights]
 
 
 def usable(kind: str) -> tuple[str, ...]:

@@ -43,6 +43,12 @@ def load(builder: Any, address: Any, kind: Any) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
 
+def fetch(builder: Any, address: Any) -> None:
+    """Ask for a line of memory; whatever lies there, that does no harm."""
+    place = builder.inttoptr(builder.add(address, _I64(2048)), _I8.as_pointer())
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _I32(0), _I32(3), _I32(1)])
+
+
 def shuffle(builder: Any, vector: Any, lanes: list[int]) -> Any:
     """A vector of some lanes of another."""
     mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
@@ -84,18 +90,44 @@ def add_fours(builder: Any, total: Any, unsigned: Any, signed: Any) -> Any:
     return total
 
 
-def _sums(builder: Any, totals: list[Any], y: Any, y_step: Any) -> None:
-    """Store the sum of every vector, y_step bytes apart; lanes are added in halves, in one order."""
-    for s, total in enumerate(totals):
-        vector = builder.load(total)
-        width = LANES
-        while width > 1:
-            width //= 2
-            low = shuffle(builder, vector, list(range(width)))
-            high = shuffle(builder, vector, list(range(width, 2 * width)))
-            vector = builder.fadd(low, high)
+def fold(builder: Any, vectors: list[Any]) -> Any:
+    """One vector with the sum of each of up to 16 vectors, filled up to a power of two; lanes are added in halves.
+
+    Two vectors are folded together, so that half as many instructions do it, in the order in which one alone is.
+    """
+    zero, width = ir.Constant(vectors[0].type, None), LANES
+    add = builder.add if vectors[0].type == _WORDS else builder.fadd
+    vectors = vectors + [zero] * (_power_of_two(len(vectors)) - len(vectors))
+    while width > 1:
+        width //= 2
+        pairs = list(zip(vectors[::2], vectors[1::2], strict=True)) if len(vectors) > 1 else [(vectors[0], None)]
+        lanes = vectors[0].type.count * (1 if len(vectors) == 1 else 2)
+        low = [lane for begin in range(0, lanes, 2 * width) for lane in range(begin, begin + width)]
+        high = [lane + width for lane in low]
+        vectors = [add(*(_of_both(builder, a, b, part) for part in (low, high))) for a, b in pairs]
+    return vectors[0]
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _of_both(builder: Any, first: Any, second: Any, lanes: list[int]) -> Any:
+    """Lanes of two vectors behind each other, or of one."""
+    mask = ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
+    return builder.shuffle_vector(first, ir.Constant(first.type, ir.Undefined) if second is None else second, mask)
+
+
+def _store_lanes(builder: Any, vector: Any, count: int, y: Any, y_step: Any) -> None:
+    """The first numbers of a vector, y_step bytes apart."""
+    for s in range(count):
         place = builder.add(y, builder.mul(_I64(s), y_step))
-        builder.store(builder.extract_element(vector, _I32(0)), builder.inttoptr(place, _F32.as_pointer()), align=4)
+        builder.store(builder.extract_element(vector, _I32(s)), builder.inttoptr(place, _F32.as_pointer()), align=4)
+
+
+def _sums(builder: Any, totals: list[Any], y: Any, y_step: Any) -> None:
+    """Store the sum of every vector, y_step bytes apart."""
+    _store_lanes(builder, fold(builder, [builder.load(total) for total in totals]), len(totals), y, y_step)
 
 
 def _begin(builder: Any, row: Any, step: Any) -> tuple[list[Any], list[Any]]:
@@ -146,6 +178,8 @@ def _float_rows(kind: Any, count: int) -> Any:
                     x_offset = builder.add(builder.mul(loop.index, _I64(4 * FLOAT_BLOCK)), _I64(4 * half))
                     inputs = [load(builder, builder.add(place, x_offset), _FLOATS) for place in places]
                     for s, address in enumerate(rows):
+                        if half == 0:
+                            fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
                         weights = floats_of(builder, builder.add(address, offset), kind)
                         for m in range(count):
                             total = builder.load(totals[m][s])
@@ -179,6 +213,7 @@ def int8_code_rows(
             inputs, scale, fours = _code_block(builder, loop.index, codes, scales, sums)
             start = builder.sub(ir.Constant(_WORDS, None), builder.shl(fours, ir.Constant(_WORDS, [7] * LANES)))
             for address, total in zip(rows, totals, strict=True):
+                fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
                 weights = load(builder, builder.add(address, offset), _CODES)
                 unsigned = builder.xor(weights, ir.Constant(_CODES, [-128] * CODE_BLOCK))
                 exact = builder.sitofp(add_fours(builder, start, unsigned, inputs), _FLOATS)
@@ -187,6 +222,58 @@ def int8_code_rows(
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 8), generate
+
+
+def _token_rows(count: int) -> Any:
+    """The intrinsic for rows of int8 and `count` inputs of int8, each with one scale for all of it.
+
+    (row, step between rows in bytes, inputs' length, codes [B, 64], factors, y, step of y): factors are the scale of an
+    input (fp32) and -128 times the sum of its codes (int32); inputs follow each other after `x_step` bytes, their
+    factors after 8, their results after `y_next`.
+    """
+
+    def declare(
+        typing: Any, row: Any, step: Any, num_inputs: Any, codes: Any, x_step: Any, factors: Any, y: Any, y_step: Any,
+        y_next: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            row, step, num_inputs, codes, x_step, factors, y, y_step, y_next = arguments
+            rows = [builder.add(row, builder.mul(_I64(s), step)) for s in range(STREAMS)]
+            places = [builder.add(codes, builder.mul(_I64(m), x_step)) for m in range(count)]
+            totals = []
+            for m in range(count):
+                start = load(builder, builder.add(factors, _I64(8 * m + 4)), _I32)
+                first = builder.insert_element(ir.Constant(_WORDS, None), start, _I32(0))
+                totals.append([cgutils.alloca_once_value(builder, first) for _ in rows])
+            blocks = builder.sdiv(builder.add(num_inputs, _I64(CODE_BLOCK - 1)), _I64(CODE_BLOCK))
+            with cgutils.for_range(builder, blocks) as loop:
+                offset = _block_of_row(builder, loop.index, CODE_BLOCK, num_inputs)
+                x_offset = builder.mul(loop.index, _I64(CODE_BLOCK))
+                inputs = [load(builder, builder.add(place, x_offset), _CODES) for place in places]
+                for s, address in enumerate(rows):
+                    fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
+                    weights = load(builder, builder.add(address, offset), _CODES)
+                    unsigned = builder.xor(weights, ir.Constant(_CODES, [-128] * CODE_BLOCK))
+                    for m in range(count):
+                        total = add_fours(builder, builder.load(totals[m][s]), unsigned, inputs[m])
+                        builder.store(total, totals[m][s])
+            for m in range(count):
+                exact = fold(builder, [builder.load(total) for total in totals[m]])
+                scale = load(builder, builder.add(factors, _I64(8 * m)), _F32)
+                lanes = exact.type.count
+                numbers = builder.fmul(
+                    builder.sitofp(exact, ir.VectorType(_F32, lanes)),
+                    shuffle(builder, splat(builder, scale), [0] * lanes),
+                )
+                _store_lanes(builder, numbers, STREAMS, builder.add(y, builder.mul(_I64(m), y_next)), y_step)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 9), generate
+
+    return intrinsic(declare)
+
+
+int8_token_rows, int8_token_rows_4 = _token_rows(1), _token_rows(4)
 
 
 def _code_block(builder: Any, index: Any, codes: Any, scales: Any, sums: Any) -> tuple[Any, Any, Any]:
@@ -225,6 +312,7 @@ def int4_code_rows(
             x_scales = load(builder, builder.add(scales, builder.mul(first, _I64(4))), pair)
             x_scales = shuffle(builder, x_scales, [0, 0, 1, 1])
             for address, scale_row, total in zip(rows, scale_rows, totals, strict=True):
+                fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
                 packed = load(builder, builder.add(address, offset), _CODES)
                 stored = load(builder, builder.add(scale_row, scale_offset), ir.VectorType(_F16, 4))
                 factors = builder.fmul(builder.fpext(stored, four), x_scales)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trine.kernels.cpu.quantize import LIMIT, SMALLEST_SCALE
+from trine.kernels.cpu.quantize import FLOAT8_LIMIT, LIMIT, SMALLEST_SCALE
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
 from trine.kernels.target import Target, target_of
 from trine.kernels.tuning import Config, Shape, Tunable
@@ -34,7 +34,7 @@ BLOCK = 128
 # The longest row that fits a program's registers.
 MAX_WIDTH = 65536
 # The largest code of each kind.
-LIMITS = {torch.int8: LIMIT, torch.float8_e4m3fn: 448.0}
+LIMITS = {torch.int8: LIMIT, torch.float8_e4m3fn: FLOAT8_LIMIT}
 
 
 @dataclass(frozen=True)

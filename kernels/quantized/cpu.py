@@ -3,12 +3,14 @@
 4 and 8 bits: few rows by compiled loops, or without Numba by torch's kernels for packed weights (int4pack; int8pack,
 for symmetric weights with one scale a row), which take bf16 rows and scales in bf16, so that there a weight is rounded
 once more than the dequantized one, by as much. Many rows are multiplied piece by piece: some outputs of the weight are
-dequantized into a buffer, where torch's product reads them, or of bf16 the CPU's matrix tiles (slabs). Rows in fp16 are
+dequantized into a buffer, where torch's product reads them, or of bf16 the CPU's matrix tiles (slabs); a CPU without
+tiles that multiplies bytes takes the codes as they are (planes). Rows in fp16 are
 multiplied in fp32: torch's product of fp16 is 10 times slower than that where a CPU has no instructions for it.
 
-int8 codes: an exact integer product (`cpu_int8.py`), then the scales; from some rows on both at once in matrix tiles
-(`kernels/cpu/byte_tiles.py`). float8 codes: kept as bf16, which holds them exactly; a float8 product is 20 times slower
-than one in bf16 on a CPU.
+int8 codes: exact integer sums, scaled before they leave the cache, by compiled loops (`kernels/cpu/matvec.py`) or, from
+some rows on, in matrix tiles (`kernels/cpu/byte_tiles.py`); elsewhere torch's integer product (`cpu_int8.py`), then the
+scales. float8 codes: kept as bf16, which holds them exactly; a float8 product is 20 times slower than one in bf16 on a
+CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from torch import Tensor
 
 from trine.kernels.cpu import byte_tiles
 from trine.kernels.cpu.codes import codes_matvec, dequantize_lanes, lanes_pieces, slabs_matmul, tiles_matmul
+from trine.kernels.cpu.linear import packed_product
+from trine.kernels.cpu.matvec import compiled_codes_matvec
+from trine.kernels.cpu.planes import planes_matmul
+from trine.kernels.cpu.projection import SHORTEST
+from trine.kernels.cpu.quantize import can_quantize, scaled
 from trine.kernels.cpu.table import LANES_PATHS, ROWS_PATHS, choose
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import int8_product
@@ -86,7 +93,8 @@ def _from_codes(x_MK: Tensor, weight: PackedWeight, bias_N: Tensor | None) -> Te
     kind = f"{weight.bits} bits by {'bfloat16' if half else 'float32'}"
     if weight.lanes is not None:
         path = choose(kind, len(x_MK), LANES_PATHS)
-        multiply = {"loops": codes_matvec, "tiles": tiles_matmul, "slabs": slabs_matmul}.get(path)
+        known = {"loops": codes_matvec, "planes": planes_matmul, "tiles": tiles_matmul, "slabs": slabs_matmul}
+        multiply = known.get(path)
         return None if multiply is None else multiply(x_MK, weight.lanes, bias_N)
     if choose(kind, len(x_MK), ROWS_PATHS) == "torch" or not half:
         return None
@@ -159,27 +167,47 @@ def scaled_rows(
 ) -> Tensor:
     """The product of codes with its scales and bias, in fp32, for a result in `dtype`; `last`: it may be in that."""
     codes_NK, scales, num_features = weight.codes, weight.scales, weight.num_features
-    plain = weight.kind == torch.int8 and not weight.packed
-    if plain and len(x_codes_MK) >= byte_tiles.FEWEST_ROWS and byte_tiles.fits(codes_NK):
-        stored = torch.bfloat16 if last and dtype == torch.bfloat16 else torch.float32
-        return byte_tiles.multiply_rows(x_codes_MK, x_scales, codes_NK, scales, bias_N, stored)
+    stored = torch.bfloat16 if last and dtype == torch.bfloat16 else torch.float32
     if weight.kind == torch.int8:
+        if not weight.packed and len(x_codes_MK) >= byte_tiles.FEWEST_ROWS and byte_tiles.fits(codes_NK):
+            return byte_tiles.multiply_rows(x_codes_MK, x_scales, codes_NK, scales, bias_N, stored)
+        if not weight.packed and _by_loops(x_codes_MK, codes_NK):
+            x_scales_M = x_scales.flatten().expand(len(x_codes_MK))
+            return compiled_codes_matvec(x_codes_MK, x_scales_M, codes_NK, scales.expand(num_features), bias_N, stored)
         sums_MN = int8_product(x_codes_MK, codes_NK, num_features, packed=weight.packed)
         y_MN = sums_MN.mul_(x_scales.view(-1, 1)).mul_(scales)
     elif not weight.blocked:
-        y_MN = _float8_product(to_bfloat16(x_codes_MK), codes_NK, dtype).mul_(x_scales.view(-1, 1)).mul_(scales)
+        if weight.packed and dtype == torch.bfloat16:
+            sums_MN = packed_product(_numbers(x_codes_MK), codes_NK, None)
+        else:
+            sums_MN = _float8_product(_numbers(x_codes_MK), codes_NK.to_dense() if weight.packed else codes_NK, dtype)
+        if stored == torch.bfloat16 and can_quantize(sums_MN):
+            return scaled(sums_MN, x_scales.flatten().expand(len(sums_MN)), scales.expand(num_features), bias_N)
+        y_MN = sums_MN.float().mul_(x_scales.view(-1, 1)).mul_(scales)
     else:
-        x_MK = to_bfloat16(x_codes_MK)
+        x_MK = _numbers(x_codes_MK)
         y_MN = torch.zeros(len(x_MK), num_features)
         for block, first in enumerate(range(0, weight.width, BLOCK)):
             part = slice(first, first + BLOCK)
-            sums_MN = _float8_product(x_MK[:, part], codes_NK[:, part], dtype)
+            sums_MN = _float8_product(x_MK[:, part], codes_NK[:, part], dtype).float()
             spread_N = scales[:, block].repeat_interleave(BLOCK)[:num_features]
             y_MN += sums_MN.mul_(x_scales[:, block, None]).mul_(spread_N)
     return y_MN if bias_N is None else y_MN + bias_N.float()
 
 
+def _by_loops(x_MK: Tensor, codes_NK: Tensor) -> bool:
+    """Whether compiled loops multiply codes by codes."""
+    (M, K), traced = x_MK.shape, torch.compiler.is_compiling()
+    usable = K >= SHORTEST and 0 not in (M, len(codes_NK)) and not traced
+    return usable and choose("int8 by int8", M, ("loops", "torch")) == "loops"
+
+
+def _numbers(x_codes_MK: Tensor) -> Tensor:
+    """float8 codes as bf16 numbers, if they are not (`quantize.float8_rows`)."""
+    return x_codes_MK if x_codes_MK.dtype == torch.bfloat16 else to_bfloat16(x_codes_MK)
+
+
 def _float8_product(x_MK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of codes as bf16 numbers, in fp32; for results in bf16 they come rounded to it."""
+    """Sums of codes as bf16 numbers, in fp32; for results in bf16 in that."""
     work = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return F.linear(x_MK.to(work), w_NK.to(work)).float()
+    return F.linear(x_MK.to(work), w_NK.to(work))

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu.quantize import can_quantize, int8_rows
+from trine.kernels.cpu.quantize import can_quantize, float8_rows, int8_rows
 from trine.kernels.mlp.activation import ACTIVATIONS
 from trine.kernels.mlp.op import CLAMPED, GATED_ACTIVATIONS
 from trine.kernels.operation import run
 from trine.kernels.quantized import registered
 from trine.kernels.quantized.activations import (
+    BLOCK,
     LIMITS,
     MAX_WIDTH,
     QuantizedRows,
@@ -235,13 +236,22 @@ def _product(
     _check(x, up, {"bias": up_bias} if gate is None else {"gate_bias": gate_bias, "up_bias": up_bias})
     if isinstance(up, ScaledWeight):
         assert gate is None or isinstance(gate, ScaledWeight)
-        rows = x if isinstance(x, QuantizedRows) else quantize_rows(x, up.kind, blocks=up.blocked)
+        rows = x if isinstance(x, QuantizedRows) else _rows_for(x, up)
         y = _scaled(rows, gate, up, gate_bias, up_bias, activation, limit, fast)
         return y.view(*rows.codes.shape[:-1], up.num_features)
     assert isinstance(x, Tensor)
     assert gate is None or isinstance(gate, PackedWeight)
     y = _weight_only(_flat(x), gate, up, gate_bias, up_bias, activation, limit)
     return y.view(*x.shape[:-1], up.num_features)
+
+
+def _rows_for(x: Tensor, weight: ScaledWeight) -> QuantizedRows:
+    """x quantized for a weight; on a CPU float8 codes as bf16 numbers, in which they are multiplied there."""
+    if weight.kind == torch.int8 or uses_triton(x) or not can_quantize(x):
+        return quantize_rows(x, weight.kind, blocks=weight.blocked)
+    _check_quantize(x, weight.kind, weight.blocked, None)
+    numbers_MK, scales_MB = float8_rows(_flat(x), BLOCK if weight.blocked else weight.width)
+    return QuantizedRows(numbers_MK.view(x.shape), scales_MB.view(*x.shape[:-1], scales_MB.shape[1]), x.dtype)
 
 
 def _weight_only(

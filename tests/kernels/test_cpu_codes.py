@@ -21,6 +21,7 @@ from trine.kernels.cpu.codes import (
     tiles_matmul,
     to_lanes,
 )
+from trine.kernels.cpu.planes import planes_matmul
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason=compiled.why_not() or "")
 
@@ -94,6 +95,54 @@ def test_products_are_as_exact_as_torchs(
             assert found.dtype == dtype
             error, allowed = (float((y.double() - exact).abs().max()) for y in (found, eager))
             assert error <= 2 * allowed + torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "k", "groups"), SHAPES)
+def test_products_of_planes_round_inputs_as_little_as_their_dtype(
+    n: int, k: int, groups: int, dtype: torch.dtype, zeros: bool, bits: int
+) -> None:
+    """Rows that fill no block of planes, outputs that fill no pair of tiles; inputs of very different size."""
+    parts = make(n, k, groups, bits, zeros)
+    weight, exact_weight = to_lanes(*parts, bits), dequantized(*parts)
+    sizes = torch.logspace(-3, 0, 15)[:, None]
+    # Codes and zero points are multiplied apart.
+    weights_N = exact_weight.abs().sum(dim=1) + (parts[1].double().sum(dim=1) * (k / groups) * 128 if zeros else 0)
+    x_all = (torch.randn(15, k, generator=torch.Generator().manual_seed(7)) * sizes).to(dtype)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(8))
+    for rows in (1, 2, 4, 15):
+        x = x_all[:rows]
+        for b in (None, bias):
+            exact = x.double() @ exact_weight.t() + (0 if b is None else b.double())
+            found = planes_matmul(x, weight, b)
+            assert found.dtype == dtype
+            step = (2**-15 if dtype == torch.bfloat16 else 2**-22) * x.double().abs().amax(dim=1)[:, None]
+            rounding = torch.finfo(dtype).eps / 2 * exact.abs() + step * weights_N
+            assert ((found.double() - exact).abs() <= rounding).all()
+
+
+def test_planes_keep_what_is_no_number_in_its_row() -> None:
+    weight, _ = lanes(8, True)
+    x = torch.randn(9, 192, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[1, 50], x[6, 3] = float("nan"), float("inf")
+    found = planes_matmul(x, weight)
+    assert found.isnan().all(dim=1).nonzero().flatten().tolist() == [1, 6]
+    assert found.isfinite().all(dim=1).sum() == 7
+    assert torch.equal(planes_matmul(x[2:3], weight), found[2:3])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_planes_take_rows_by_as_many_as_the_cache_holds(bits: int, threads: None) -> None:
+    """K so large that the second cache holds two blocks of it; the same bits whatever the number of threads."""
+    weight = to_lanes(*make(48, 32768, 1, bits, False, torch.bfloat16), bits)
+    x = torch.randn(18, 32768, generator=torch.Generator().manual_seed(7)).bfloat16()
+    found, exact = planes_matmul(x, weight), x.double() @ dequantize_lanes(weight, torch.float32).double().t()
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4 * float(exact.abs().max()))
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        assert torch.equal(planes_matmul(x, weight), found)
 
 
 @pytest.mark.skipif(not has_tiles(), reason="this CPU has no matrix tiles (AMX)")
@@ -209,4 +258,5 @@ def test_what_is_no_number_stays_in_its_row() -> None:
 def test_nothing_gives_nothing(rows: int, n: int) -> None:
     weight = to_lanes(torch.zeros(n, 64, dtype=torch.int8), torch.ones(n, 2), None, 4)
     assert codes_matvec(torch.ones(rows, 64), weight).shape == (rows, n)
+    assert planes_matmul(torch.ones(rows, 64), weight).shape == (rows, n)
     assert dequantize_lanes(weight, torch.float32).shape == (n, 64)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trine.kernels.cpu import compiled, matvec, table
 from trine.kernels.cpu.matvec import compiled_codes_matvec, compiled_matvec, int8_codes_matvec, int8_matvec
+from trine.kernels.cpu.projection import SHORTEST
 
 SIZES = [(1, 1), (5, 31), (37, 123), (64, 256), (3, 4097)]
 needs_numba = pytest.mark.skipif(not compiled.available(), reason=compiled.why_not() or "")
@@ -68,17 +69,22 @@ def test_int8_weights_are_scaled_after_the_sum(dtype: torch.dtype, n: int, k: in
 
 
 @needs_numba
-@pytest.mark.parametrize(("n", "k"), SIZES)
-def test_products_of_codes_are_exact(n: int, k: int) -> None:
-    x, w = codes(3, k, seed=1), codes(n, k)
+@pytest.mark.parametrize("rows", [1, 3, 7, 70])
+@pytest.mark.parametrize(("n", "k"), [(1, 64), (5, 31), (37, 123), (64, 256), (101, 200), (3, 4097)])
+def test_products_of_codes_are_exact(n: int, k: int, rows: int) -> None:
+    """Fewer outputs than are taken at once, and some left over; rows that are no whole blocks, or shorter than one."""
+    x, w = codes(rows, k, seed=1), codes(n, k)
     x[0], w[0] = -128, -128
-    ones = torch.ones(n)
-    sums = compiled_codes_matvec(x, torch.ones(3), w, ones, None)
-    assert torch.equal(sums.double(), (x.long() @ w.long().t()).float().double())
-    scales, x_scales, bias = make(n, seed=3).abs(), make(3, seed=4).abs(), make(n, seed=5)
+    exact = x.long() @ w.long().t()
+    scales, x_scales, bias = make(n, seed=3).abs(), make(rows, seed=4).abs(), make(n, seed=5)
+    if k >= SHORTEST:
+        sums = compiled_codes_matvec(x, torch.ones(rows), w, torch.ones(n), None)
+        assert torch.equal(sums, exact.float())
+        half = compiled_codes_matvec(x, x_scales, w, scales, bias, torch.bfloat16)
+        assert torch.equal(half, compiled_codes_matvec(x, x_scales, w, scales, bias).bfloat16())
     found = int8_codes_matvec(x, x_scales, w, scales, bias)
-    exact = (x.double() @ w.double().t()) * x_scales.double()[:, None] * scales.double() + bias.double()
-    torch.testing.assert_close(found.double(), exact, rtol=3e-7, atol=1e-6)
+    wanted = exact.double() * x_scales.double()[:, None] * scales.double() + bias.double()
+    torch.testing.assert_close(found.double(), wanted, rtol=3e-7, atol=1e-6)
 
 
 @needs_numba

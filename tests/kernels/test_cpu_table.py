@@ -8,6 +8,7 @@ import pytest
 
 from trine.kernels.cpu import table
 from trine.kernels.cpu.measured import MEASURED_ON, ROWS, SPEEDS
+from trine.kernels.cpu.projection import NAMES
 
 CLASSES = pytest.mark.parametrize("name", list(SPEEDS))
 
@@ -15,6 +16,7 @@ CLASSES = pytest.mark.parametrize("name", list(SPEEDS))
 @pytest.fixture
 def numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "available", lambda: True)
+    monkeypatch.setattr(table, "multiplies_bytes", lambda: True)
 
 
 @CLASSES
@@ -26,6 +28,7 @@ def test_every_class_measured_every_kind_at_every_number_of_rows(name: str) -> N
         assert all(len(speeds) == len(ROWS) for speeds in paths.values()), kind
         for path in ("tiles", "slabs"):
             assert (path in paths) == (name == "AMX" and kind.endswith("bits by bfloat16"))
+        assert ("planes" in paths) == (name == "AVX512" and "bits" in kind)
     assert list(ROWS) == sorted(ROWS)
 
 
@@ -50,6 +53,24 @@ def test_without_numba_nothing_compiled_is_chosen(name: str, monkeypatch: pytest
     assert not chosen & set(table.COMPILED)
     for bits in (4, 8):
         assert table.choose(f"{bits} bits by bfloat16", 1, table.ROWS_PATHS) == f"int{bits}pack"
+
+
+@pytest.mark.usefixtures("numba")
+def test_without_the_instruction_for_bytes_nothing_is_chosen_that_lives_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(table, "cpu_class", lambda: "AVX512")
+    assert {table.choose(kind, 16) for kind in table.KINDS} & {"planes"}
+    assert table.choose("int8 by int8", 16, ("loops", "torch")) == "loops"
+    monkeypatch.setattr(table, "multiplies_bytes", lambda: False)
+    assert "planes" not in {table.choose(kind, rows) for kind in table.KINDS for rows in ROWS}
+    assert {table.choose("int8 by int8", rows, ("loops", "torch")) for rows in ROWS} == {"torch"}
+
+
+@CLASSES
+def test_steps_know_their_rows_by_what_most_weights_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "cpu_class", lambda: name)
+    assert all(table.step_rows(kind) >= 1 for kind in NAMES)
 
 
 @CLASSES

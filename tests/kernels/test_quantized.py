@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu import byte_tiles, table
+from trine.kernels.cpu import byte_tiles, linear, table
 from trine.kernels.cpu.codes import has_tiles
 from trine.kernels.cpu.compiled import available, why_not
+from trine.kernels.cpu.quantize import float8_rows
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.quantized import cpu, packing
 from trine.kernels.quantized.activations import QUANTIZE, QuantizedRows, quantize_reference
@@ -104,7 +105,7 @@ def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("path", ["loops", "tiles", "slabs", "pieces", "packed", "torch"])
+@pytest.mark.parametrize("path", ["loops", "tiles", "slabs", "planes", "pieces", "packed", "torch"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("n", "k", "groups"), [(32, 256, 2), (48, 128, 1), (19, 150, 1), (16, 320, 10)])
@@ -229,9 +230,11 @@ def test_scaled_weight_keeps_its_codes() -> None:
         weight = float8(140, 300, form)
         assert weight.to("cpu") is weight  # to make it anew would take seconds of loading a model
         again = scaled_weight(weight.plain_codes(), weight.scales)
-        assert torch.equal(again.codes, weight.codes)
         assert torch.equal(again.scales, weight.scales)
-        assert weight.plain_codes().float().equal(weight.codes.float())
+        given = make(140, 300).mul(40).clamp(-448, 448).to(FLOAT8).float()
+        assert again.plain_codes().dtype == FLOAT8
+        assert again.plain_codes().float().equal(given)
+        assert weight.plain_codes().float().equal(given)
     values = codes(70, 2100, 1, 8)[0]
     assert torch.equal(scaled_weight(values, torch.ones(70)).plain_codes(), values)
 
@@ -346,6 +349,38 @@ def test_compiled_codes_have_the_same_bits(shape: tuple[int, ...], dtype: torch.
     assert torch.equal(found.codes, expected.codes)
     torch.testing.assert_close(found.scales, expected.scales, rtol=0, atol=0, equal_nan=True)
     assert found.dtype == dtype
+
+
+@pytest.mark.skipif(not available(), reason=why_not() or "")
+@DTYPES
+@pytest.mark.parametrize("block", [128, 301])
+def test_compiled_float8_numbers_are_those_of_the_codes(block: int, dtype: torch.dtype) -> None:
+    """Of all sizes from what rounds to zero to the largest, and ties between two codes."""
+    x = make(5, 301, dtype=dtype) * torch.logspace(-7, 3, 301).to(dtype)
+    x[1], x[2, 300], x[3, 0] = 0, float("nan"), float("-inf")
+    x[4] = torch.arange(301) / 64 + 0.5  # in units of its scale, which 448 / 64 makes 2^-6, whole and half quanta
+    x[4, ::128] = 448 / 64
+    numbers, scales = float8_rows(x, block)
+    expected = quantize_reference(x, FLOAT8, blocks=block == 128)
+    assert numbers.dtype == torch.bfloat16
+    torch.testing.assert_close(numbers.float(), expected.codes.float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(scales, expected.scales, rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("form", ["features", "all"])
+def test_float8_codes_may_lie_in_either_layout(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not linear.can_pack(torch.bfloat16):
+        pytest.skip("oneDNN has no products of bf16 here")
+    x, bias, found = make(5, 300, dtype=dtype), make(140, seed=1), []
+    for packed in (False, True):
+        monkeypatch.setattr(linear, "prefers_packed", lambda dtype, packed=packed: packed)
+        weight = float8(140, 300, form)
+        assert weight.packed == packed
+        exact = quantize_rows(x, FLOAT8).dequantize(torch.float64) @ weight.dequantize(torch.float64).t()
+        close(quantized_linear(x, weight, bias), exact + bias.double(), dtype)
+        found.append(weight.plain_codes())
+    assert torch.equal(found[0].float(), found[1].float())
 
 
 def test_codes_behind_rms_norm() -> None:

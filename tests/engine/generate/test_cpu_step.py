@@ -23,7 +23,7 @@ from trine.engine.model.transformer import Transformer
 from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.cpu.compiled import available
-from trine.kernels.cpu.step import LOOP_ROWS
+from trine.kernels.cpu.table import step_rows
 from trine.kernels.quantized.cpu import dequantize_rows
 from trine.kernels.quantized.packing import PackedWeight
 
@@ -272,13 +272,13 @@ def test_without_room_for_a_copy_of_the_weights_the_model_decodes(
     tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Few rows need no copy."""
-    model = make_model()
+    model, few = make_model(), step_rows("float32")
     size = sum(parameter.nbytes for parameter in model.parameters())
     monkeypatch.setattr("trine.engine.generate.memory._estimate_step", lambda *_: 0)
     monkeypatch.setattr("trine.engine.generate.memory.available_memory", lambda: 2 * size - 1)
-    engine = Engine(model, tiny_tokenizer, EngineConfig(max_running=LOOP_ROWS + 1))
+    engine = Engine(model, tiny_tokenizer, EngineConfig(max_running=few + 1))
     assert engine.num_decode_steps == 0
     assert "no room for the copy" in capsys.readouterr().err
-    assert Engine(model, tiny_tokenizer, EngineConfig(max_running=LOOP_ROWS)).num_decode_steps == available()
+    assert Engine(model, tiny_tokenizer, EngineConfig(max_running=few)).num_decode_steps == available()
     monkeypatch.setattr("trine.engine.generate.memory.available_memory", lambda: 2 * size)
-    assert Engine(model, tiny_tokenizer, EngineConfig(max_running=LOOP_ROWS + 1)).num_decode_steps == available()
+    assert Engine(model, tiny_tokenizer, EngineConfig(max_running=few + 1)).num_decode_steps == available()
