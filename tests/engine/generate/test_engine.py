@@ -16,6 +16,7 @@ import torch
 from trine.engine.errors import ContextLengthError, QueueFullError, UsageError
 from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest, Output
 from trine.engine.generate.logprobs import TokenLogprobs
+from trine.engine.generate.offline import complete
 from trine.engine.generate.plain import generate
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
@@ -450,6 +451,20 @@ def test_the_cache_is_taken_from_what_is_free_and_said(
     small = Engine(model, tiny_tokenizer, EngineConfig(max_running=4, decode_steps=False))
     assert small.stats().kv_blocks_total == 10
     assert "50% of the" in capsys.readouterr().err
+
+
+def test_a_cache_for_texts_of_a_length_holds_no_more(model: Transformer, tiny_tokenizer: Tokenizer) -> None:
+    """What is longer than all of it is refused; what is not runs, alone if it must."""
+    engine = Engine(model, tiny_tokenizer, EngineConfig(max_running=2, longest=17))
+    assert engine.stats().kv_blocks_total == 2 * 2
+    params = SamplingParams(temperature=0, max_tokens=33, ignore_eos=True)
+    prompts = [[5] * 30, [7] * 30]
+    expected = [one.token_ids for one in generate(model, tiny_tokenizer, prompts, params)]
+    assert [one.token_ids for one in complete(engine, prompts, params)] == expected
+    with pytest.raises(ContextLengthError, match=r"62 tokens .* do not fit in the key/value cache of 32 tokens"):
+        Engine(model, tiny_tokenizer, EngineConfig(max_running=1, longest=17)).add(
+            GenerationRequest(id="long", prompt_ids=tuple(prompts[0]), params=params)
+        )
 
 
 # --- longrope ---------------------------------------------------------------------------------------------------------
