@@ -1,8 +1,9 @@
 """Decoding steps on a CPU by `trine.kernels.cpu.step`: a few compiled calls instead of thousands of small operations.
 
 It computes layers of attention and a feed-forward layer, with norms before, after or around them, or side by side, so
-it is used where a model has nothing but what is known here (no mixtures of experts), and where its logits were seen to
-equal those of the model's own forward on a short text: any doubt leaves the forward in place. The weights of q, k, v
+it is used where a model has nothing but what is known here, and where its logits were seen to equal those of the
+model's own forward on a short text: any doubt leaves the forward in place. A mixture of experts is the model's own,
+called between compiled parts. The weights of q, k, v
 and of gate, up come to lie side by side in memory, which the model's layers then share (`cpu_weights.py`). Products of
 more than a few rows are those of the quantized layers; of all other weights they keep a copy in a layout of their own.
 
@@ -23,7 +24,9 @@ from trine.engine.log import say_once
 from trine.engine.model.blocks import MLP, Attention, Block
 from trine.engine.model.config import ModelConfig, RopeConfig
 from trine.engine.model.layers import LayerNorm, Linear, RMSNorm
+from trine.engine.model.moe import ExpertLinear, Experts, MixtureOfExperts
 from trine.engine.model.paged_cache import PagedCache, PagedStep
+from trine.engine.model.quantized.experts import QuantizedExpertLinear, QuantizedExperts
 from trine.engine.model.quantized.layers import QuantizedLinear, QuantizedMLP
 from trine.engine.model.quantized.table import QuantizedEmbedding
 from trine.engine.model.rotary import rotary_tables
@@ -38,7 +41,7 @@ _KNOWN = {
     "family", "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
     "max_positions", "norm", "norm_eps", "placement", "embedding_norm", "positions", "position_offset", "rope",
     "rope_interleaved", "window_rope", "unrotated_layers", "qkv_bias", "o_bias", "qk_norm", "window", "full_layers",
-    "attention_scale", "attention_softcap", "attention_sinks", "mlp", "activation", "mlp_bias", "tie_embeddings",
+    "attention_scale", "attention_softcap", "attention_sinks", "mlp", "moe", "activation", "mlp_bias", "tie_embeddings",
     "head_bias", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap", "dropout", "init_std",
     "bos_token_id", "eos_token_ids", "pad_token_id",
 }  # fmt: skip
@@ -141,7 +144,10 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
         return f"the cache holds {cache.dtype}"
     if not available():
         return why_not()
-    known = {Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm, LayerNorm}
+    known = {
+        Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm, LayerNorm, MixtureOfExperts, Experts,
+        ExpertLinear, QuantizedExperts, QuantizedExpertLinear,
+    }  # fmt: skip
     parts = [part for block in model.layers for part in block.modules()]
     other = [part for part in parts if type(part) not in known]
     if other:
@@ -164,12 +170,14 @@ def _default(field: Any) -> Any:
 def _groups(block: Any) -> list[list[nn.Module]]:
     """The linear layers of a block, those with one input together: as `DecodeLayer` takes them."""
     attention, mlp = block.self_attn, block.mlp
-    return [
+    of_attention: list[list[nn.Module]] = [
         [attention.q_proj, attention.k_proj, attention.v_proj],
         [attention.o_proj],
-        [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj],
-        [mlp.down_proj],
     ]
+    if isinstance(mlp, MixtureOfExperts):
+        return of_attention
+    first = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
+    return [*of_attention, first, [mlp.down_proj]]
 
 
 def _all_groups(model: Transformer) -> list[list[nn.Module]]:
@@ -231,7 +239,8 @@ def _rotations(config: ModelConfig) -> list[RopeConfig]:
 def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: torch.dtype) -> DecodeLayer:
     attention = block.self_attn
     layer = attention.layer
-    qkv, out, gate_up, down = (joined(layers, compute_dtype) for layers in _groups(block))
+    qkv, out, *dense = (joined(layers, compute_dtype) for layers in _groups(block))
+    gate_up, down = dense or (None, None)
     scales = (cache.k_scale_LPSK, cache.v_scale_LPSK)
     return DecodeLayer(
         norms=_norms(block, config),
@@ -239,6 +248,7 @@ def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: to
         out=out,
         gate_up=gate_up,
         down=down,
+        feed_forward=None if dense else lambda h_MC: block.mlp(h_MC.to(compute_dtype)[None])[0],
         cache=Cache(
             cache.k_LPSKD[layer], cache.v_LPSKD[layer], *(None if scale is None else scale[layer] for scale in scales)
         ),

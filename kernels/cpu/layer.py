@@ -4,7 +4,8 @@
     x += r after(down(activation(gate(norm(x))) up(norm(x))))
 
 or both branches on the same x (parallel). Norms are RMSNorm or LayerNorm; each may be missing; r is a factor. Without a
-gate, activation(up(norm(x))).
+gate, activation(up(norm(x))). The second branch may be any function of norm(x), which is then called between compiled
+parts (a mixture of experts).
 
 All is fp32 but weights (`projection.py`) and the cache (fp32, bf16, or int8 with a scale a slot and head).
 
@@ -13,6 +14,7 @@ Shapes: C model width, H query heads, K key/value heads, D head dimension, F fee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ from trine.kernels.cpu.codes import LANES
 from trine.kernels.cpu.compiled import address, available, single, why_not
 from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, INT8, AnyProjection, LanesProjection
 
+# The second branch of a layer: rows [M, C] in fp32 to as many of any dtype.
+FeedForward = Callable[[Tensor], Tensor]
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 _CACHE_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
@@ -89,10 +93,11 @@ class DecodeLayer:
         norms: LayerNorms,
         qkv: AnyProjection,
         out: AnyProjection,
-        gate_up: AnyProjection,
-        down: AnyProjection,
         cache: Cache,
         num_heads: int,
+        gate_up: AnyProjection | None = None,
+        down: AnyProjection | None = None,
+        feed_forward: FeedForward | None = None,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         activation: str = "silu",
@@ -108,6 +113,7 @@ class DecodeLayer:
     ) -> None:
         """`qkv`, `gate_up`: joined rows, in this order (without a gate, up alone).
 
+        Either `gate_up` and `down`, or `feed_forward` in their place, which gets rows [M, C] in fp32 and gives as many.
         `q_norm`, `k_norm`: RMSNorm's weights [D] of each head, or [H D] and [K D] of all heads together. `rotation`:
         which of the step's angles turn q and k; None turns neither. Other options as of `paged_attention` and
         `write_kv`. Raises ValueError for what does not fit, RuntimeError where Numba is not available.
@@ -115,7 +121,13 @@ class DecodeLayer:
         if not available():
             raise RuntimeError(f"compiled layers cannot be used here: {why_not()}")
         K, D = _check_cache(cache)
-        C, feed = out.outputs, gate_up.outputs // (2 if gated else 1)
+        C, feed = out.outputs, 0
+        if gate_up is not None and down is not None and feed_forward is None:
+            feed = gate_up.outputs // (2 if gated else 1)
+        elif feed_forward is None or gate_up is not None or down is not None:
+            raise ValueError("a layer has gate_up and down, or feed_forward; give the former both, or the latter alone")
+        elif parallel:
+            raise ValueError("feed_forward does not go with parallel branches")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; supported are {', '.join(ACTIVATIONS)}")
         if window is not None and window < 0:
@@ -125,7 +137,7 @@ class DecodeLayer:
         if num_heads % K or qkv.outputs != (num_heads + 2 * K) * D:
             wanted = (num_heads + 2 * K) * D
             raise ValueError(f"qkv has {qkv.outputs} rows; expected {wanted} for {num_heads} heads")
-        if down.outputs != C:
+        if down is not None and down.outputs != C:
             raise ValueError(f"out and down give {C} and {down.outputs} numbers; expected as many")
         norms.check(C)
         if parallel and (norms.after_attention_C is not None or norms.after_mlp_C is not None):
@@ -144,11 +156,12 @@ class DecodeLayer:
         self.num_heads, self.feed, self.activation, self.gated = num_heads, feed, activation, gated
         self.norms, self.parallel, self.residual_scale = norms, parallel, residual_scale
         self.rotation = rotation
-        self.projections = (qkv, out, gate_up, down)
-        for name, projection, inputs in (
-            ("qkv", qkv, C), ("out", out, num_heads * D), ("gate_up", gate_up, C), ("down", down, feed),
-        ):  # fmt: skip
-            projection.check(name, inputs)
+        self.feed_forward = feed_forward
+        named = (("qkv", qkv, C), ("out", out, num_heads * D), ("gate_up", gate_up, C), ("down", down, feed))
+        self.projections = [projection for _, projection, _ in named if projection is not None]
+        for name, projection, inputs in named:
+            if projection is not None:
+                projection.check(name, inputs)
         from trine.kernels.cpu.step_loops import attend_address
 
         self.keep: list[Any] = []
@@ -162,7 +175,8 @@ class DecodeLayer:
         pools, layout = pool_arguments(cache.k, cache.v, cache.k_scale, cache.v_scale)
         sinks = single(sinks_H)
         self.keep += (*rows, *pools, sinks)
-        self.after_mlp = address(rows[5])
+        # What the layer leaves to be added to x by the one that follows.
+        self.pending = 0 if feed_forward is not None else address(rows[5])
         k, v, k_scale, v_scale = pools
         self.fields = [
             num_heads, K, D, ACTIVATIONS[activation], gated, parallel, norms.layer, interleaved,

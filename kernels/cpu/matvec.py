@@ -37,6 +37,12 @@ def matvec(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
     return compiled_matvec(x_MK, weight_NK, None, bias_N)
 
 
+def by_loops(x_MK: Tensor, *weights_NK: Tensor) -> bool:
+    """Whether `matvec` takes compiled loops for such rows with each of these weights, all of one dtype."""
+    alike = all(weight.dtype == x_MK.dtype and not _torch_only(x_MK, weight, None) for weight in weights_NK)
+    return alike and x_MK.dtype in _FLOATS and len(x_MK) > 0 and _loops(_name(x_MK), len(x_MK))
+
+
 def int8_matvec(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """(x codes^T) scales + bias in the dtype of x: weights of int8 with one scale a row, x in fp32 or bf16.
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.compiled import address, array, single
-from trine.kernels.cpu.layer import DecodeLayer
+from trine.kernels.cpu.layer import DecodeLayer, FeedForward
 from trine.kernels.cpu.linear import can_pack, packed_product
 from trine.kernels.cpu.projection import FLOAT32, NAMES, AnyProjection, Product, Projection
 from trine.kernels.cpu.table import step_rows
@@ -154,7 +154,8 @@ class DecodeStep:
             last[len(loops.LAYER) : len(loops.LAYER) + len(fields)] = fields
             rows, options = [*rows, last], [*options, options[0]]
         for row, before in zip(rows[1:], layers, strict=False):
-            row[loops.PENDING] = before.after_mlp
+            row[loops.PENDING] = before.pending
+        rows = [row + [0] * (loops.LAYER_LENGTH - len(row)) for row in rows]
         self._table, self._options = np.array(rows, np.int64), np.array(options, np.float64)
         self._counters = np.zeros((len(rows), len(loops.PHASES)), np.int64)
         self._header = np.zeros(len(loops.HEADER), np.int64)
@@ -169,17 +170,49 @@ class DecodeStep:
         x or the angles do not fit. That slots and tables lie within the pools is not checked here:
         `kernels/kv_write/op.py` and `kernels/paged_attention/op.py` have functions that do.
         """
+        from trine.kernels.cpu import step_loops as loops
+
         self._prepare(x_MC, inputs)
         if inputs.num_rows > self.loop_rows:
             return self._run_batch(x_MC)
-        run_step(self._header)
+        first = 0
+        for i, layer in enumerate(self.layers):
+            if layer.feed_forward is not None:
+                self._run_loops(first, i)
+                self._run_loops(i, i + 1, loops.OUT)
+                self._add_feed_forward(x_MC, layer, layer.feed_forward)
+                first = i + 1
+        self._run_loops(first, len(self._table))
         if self.output is not None:
             return torch.from_numpy(self._buffers["logits"])
         last = self.layers[-1]
-        if last.norms.after_mlp_C is not None:  # which no layer has added
-            delta_MC = torch.from_numpy(self._buffers["mlp_delta"])[: x_MC.numel()].view(x_MC.shape)
-            x_MC += last.residual_scale * last.norms.apply(delta_MC, last.norms.after_mlp_C)
+        if last.pending:  # which no layer has added
+            x_MC += last.residual_scale * last.norms.apply(self._buffer("mlp_delta", x_MC), last.norms.after_mlp_C)
         return x_MC
+
+    def _run_loops(self, first: int, end: int, last_phase: int | None = None) -> None:
+        """Layers `first` to `end`, all phases or up to one, in loops."""
+        from trine.kernels.cpu import step_loops as loops
+
+        if first == end:
+            return
+        header = self._header
+        header[loops.FIRST_LAYER], header[loops.NUM_LAYERS] = first, end - first
+        header[loops.FIRST_PHASE] = loops.PROJECT
+        header[loops.LAST_PHASE] = loops.DOWN if last_phase is None else last_phase
+        run_step(header)
+
+    def _buffer(self, name: str, x_MC: Tensor) -> Tensor:
+        """The beginning of a buffer as rows like those of x."""
+        return torch.from_numpy(self._buffers[name])[: x_MC.numel()].view(x_MC.shape)
+
+    def _add_feed_forward(self, x_MC: Tensor, layer: DecodeLayer, feed_forward: FeedForward) -> None:
+        """x += r after(feed_forward(norm(x))), x being what its layer's loops left."""
+        norms, scale = layer.norms, layer.residual_scale
+        if norms.after_attention_C is not None:
+            x_MC += scale * norms.apply(self._buffer("delta", x_MC), norms.after_attention_C)
+        branch_MC = feed_forward(norms.apply(x_MC, norms.mlp_C, norms.mlp_bias_C)).float()
+        x_MC.add_(norms.apply(branch_MC, norms.after_mlp_C), alpha=scale)
 
     def _run_batch(self, x_MC: Tensor) -> Tensor:
         """The step with torch's products, and compiled attention between them."""
@@ -201,8 +234,11 @@ class DecodeStep:
             branch_MC = norms.apply(products[1](o[: M * inputs].view(M, inputs)).float(), norms.after_attention_C)
             attended_MC = x_MC.add(branch_MC, alpha=scale)
             h_MC = norms.apply(x_MC if layer.parallel else attended_MC, norms.mlp_C, norms.mlp_bias_C)
-            branch_MC = norms.apply(products[3](_feed_forward(layer, products[2](h_MC))).float(), norms.after_mlp_C)
-            torch.add(attended_MC, branch_MC, alpha=scale, out=x_MC)
+            if layer.feed_forward is None:
+                branch_MC = products[3](_feed_forward(layer, products[2](h_MC)))
+            else:
+                branch_MC = layer.feed_forward(h_MC)
+            torch.add(attended_MC, norms.apply(branch_MC.float(), norms.after_mlp_C), alpha=scale, out=x_MC)
         if self._final[0] is None:
             return x_MC
         return self._products[-1][0](self.layers[0].norms.apply(x_MC, *self._final)).float()
@@ -229,8 +265,6 @@ class DecodeStep:
         header[loops.OTHER_COS], header[loops.OTHER_SIN] = map(address, inputs.angles[1])
         header[loops.PAIRS], header[loops.OTHER_PAIRS] = inputs.num_pairs
         header[loops.NUM_SPLITS] = num_splits
-        header[loops.FIRST_LAYER], header[loops.NUM_LAYERS] = 0, len(self._table)
-        header[loops.FIRST_PHASE], header[loops.LAST_PHASE] = loops.PROJECT, loops.DOWN
 
     def _make_buffers(self, num_rows: int, num_splits: int, num_threads: int) -> None:
         """Memory that lives from step to step; it grows with the rows, the splits of keys and the threads."""
@@ -246,7 +280,7 @@ class DecodeStep:
         sizes = {
             "qkv": num_rows * max(layer.projections[0].outputs for layer in self.layers),
             "o": num_rows * heads,
-            "gate_up": num_rows * max(layer.projections[2].outputs for layer in self.layers),
+            "gate_up": num_rows * max(layer.feed * (2 if layer.gated else 1) for layer in self.layers),
             "y": num_rows * max(layer.feed for layer in self.layers),
             "delta": num_rows * self.width,
             "mlp_delta": num_rows * self.width,

@@ -30,12 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trine.kernels.cpu.matvec import by_loops, matvec
 from trine.kernels.mlp.op import CLAMPED, GATED_ACTIVATIONS, gated_mlp, gated_mlp_reference
 from trine.kernels.moe.combine import combine_in_slot_order
 from trine.kernels.moe.groups import Groups, group_by_expert, meta_groups
 from trine.kernels.moe.layer import launch_layer, launch_layer_backward
 from trine.kernels.moe.matmul import check_kernel_dtype, expert_rows, fake_gradients, in_grouped_order, unbound
 from trine.kernels.operation import run
+from trine.kernels.quantized.reference import apply
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import uses_triton
 
@@ -166,7 +168,10 @@ def _by_loop(
     activation: str,
     limit: float | None,
 ) -> Tensor:
-    """One feed-forward layer after the other on the tokens it has, then the weighted sum in the order of the slots."""
+    """One feed-forward layer after the other on the tokens it has, then the weighted sum in the order of the slots.
+
+    Where an expert has few, and no gradient is wanted, by loops that read its weights once.
+    """
     gates, ups, downs, *biases = (unbound(tensor, groups.num_experts) for tensor in experts)
     parts = []
     for expert, pairs in expert_rows(groups):
@@ -175,8 +180,13 @@ def _by_loop(
         assert up is not None
         assert down is not None
         gate_bias, up_bias, down_bias = (bias[expert] for bias in biases)
+        rows = x_NC.index_select(0, pairs // groups.num_slots)
+        if by_loops(rows, gate, up, down):
+            h_PF = apply(matvec(rows, gate, gate_bias), matvec(rows, up, up_bias), activation, limit)
+            parts.append(matvec(h_PF, down, down_bias))
+            continue
         part = gated_mlp(
-            x_NC.index_select(0, pairs // groups.num_slots),
+            rows,
             gate,
             up,
             down,

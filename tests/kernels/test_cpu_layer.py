@@ -179,6 +179,13 @@ def copied(cache: Cache, dtype: torch.dtype) -> Cache:
     return Cache(k, v, *scales)
 
 
+def with_call(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same layer, its feed-forward part a function of torch."""
+    return arguments | {
+        "gate_up": None, "down": None, "feed_forward": lambda h_MC: feed_forward(h_MC, arguments),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "cache", "options"),
@@ -196,6 +203,8 @@ def copied(cache: Cache, dtype: torch.dtype) -> Cache:
         (torch.float32, torch.float32, {"placement": "parallel", "norm": "layer", "gated": False, "bias": True}),
         (torch.float32, torch.float32, {"placement": "parallel", "norm": "layer without biases", "activation": "relu"}),
         (torch.float32, torch.float32, {"norm": "layer", "gated": False, "rotation": None, "activation": "gelu"}),
+        (torch.float32, torch.float32, {"called": True, "residual_scale": 0.5}),
+        (torch.bfloat16, torch.float32, {"called": True, "placement": "both"}),
         (torch.int8, torch.bfloat16, {"norm": "layer", "residual_scale": 0.5, "activation": "gelu", "bias": True}),
     ],
 )
@@ -203,9 +212,12 @@ def test_steps_through_layers_equal_those_of_torch(
     dtype: torch.dtype, cache: torch.dtype, options: Any, batched: bool
 ) -> None:
     """Whole steps in loops, and those for more rows, whose products are torch's, in bf16 unless weights are fp32."""
-    arguments = [make(dtype, cache, seed=10 * i, **options) for i in range(2)]
+    options = dict(options)
+    calls = options.pop("called", False)
+    arguments = [make(dtype, cache, seed=10 * i, **options) for i in range(3 if calls else 2)]
     caches = {work: [copied(a["cache"], work) for a in arguments] for work in (torch.float64, torch.float32)}
-    whole = DecodeStep([DecodeLayer(**a) for a in arguments])
+    layers = [DecodeLayer(**(with_call(a) if calls and i != 1 else a)) for i, a in enumerate(arguments)]
+    whole = DecodeStep(layers)
     whole.loop_rows = 0 if batched else 8
     for step in range(3):
         x = torch.randn(2, C, generator=torch.Generator().manual_seed(step))
@@ -259,6 +271,8 @@ WIDE = Projection(torch.ones(C, C))
         ({"k_norm": torch.ones(3), "q_norm": torch.ones(D)}, r"k_norm has shape \(3,\); expected \(16,\)"),
         ({"sinks_H": torch.ones(3)}, r"sinks has shape \(3,\); expected \(4,\)"),
         ({"window": -1}, "window is -1"),
+        ({"down": None}, "a layer has gate_up and down, or feed_forward"),
+        ({"feed_forward": torch.relu}, "a layer has gate_up and down, or feed_forward"),
         ({"q_norm": torch.ones(H * D), "k_norm": torch.ones(D)}, r"k_norm has shape \(16,\); expected \(32,\)"),
         ({"norms": LayerNorms(torch.ones(3), torch.ones(C))}, r"a norm has shape \(3,\); expected \(48,\)"),
         ({"norms": LayerNorms(torch.ones(C), attention_bias_C=torch.ones(C))}, "a norm's bias goes with its weight"),

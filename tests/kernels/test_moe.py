@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trine.kernels.cpu import matvec
+from trine.kernels.cpu.compiled import available, why_not
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.moe.combine import combine
 from trine.kernels.moe.configs import (
@@ -69,6 +71,31 @@ def test_moe_mlp_is_its_reference_in_float64(activation: str) -> None:
     torch.testing.assert_close(mine, theirs)
     with torch.no_grad():
         torch.testing.assert_close(call(moe_mlp, tensors, ids, activation), expected)
+
+
+@pytest.mark.skipif(not available(), reason=why_not() or "")
+@pytest.mark.parametrize("activation", GATED_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_take_compiled_loops(dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gradient, and only then."""
+    monkeypatch.setattr(matvec, "choose", lambda kind, rows, among: "loops")
+    calls: list[int] = []
+    original = matvec.compiled_matvec
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        calls.append(len(x))
+        return original(x, *rest)
+
+    monkeypatch.setattr(matvec, "compiled_matvec", counted)
+    tensors, ids = layer(dtype, dtype, n=3, c=40, f=33), choose(3, 2, 4)
+    tensors = [tensor / 4 if tensor.dim() == 3 else tensor for tensor in tensors]
+    expected = call(moe_mlp_reference, [tensor.double() for tensor in tensors], ids, activation)
+    with torch.no_grad():
+        found = call(moe_mlp, tensors, ids, activation)
+    assert sum(calls) == 3 * 3 * 2  # products of each pair
+    assert float((found.double() - expected).abs().max()) <= 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+    call(moe_mlp, [tensor.requires_grad_() for tensor in tensors], ids, activation)
+    assert sum(calls) == 3 * 3 * 2
 
 
 def test_the_reference_by_hand() -> None:

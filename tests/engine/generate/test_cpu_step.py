@@ -94,6 +94,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "phi": {"norm": "layer", "placement": "parallel", "mlp": "plain", "activation": "gelu_tanh", "head_bias": True},
     "cohere": {"norm": "layer_unbiased", "placement": "parallel", "logit_scale": 0.5, "rope_interleaved": True},
+    "experts": {"moe": MoeConfig(num_experts=4, top_k=2, ffn_width=40, dense_layers=(0,))},
+    "experts, one shared": {"moe": MoeConfig(num_experts=4, top_k=2, ffn_width=40, shared_width=24), "qk_norm": "head"},
     "yarn": {"rope": RopeConfig(kind="yarn", factor=4.0, original_max_positions=16, attention_factor=1.3)},
 }
 
@@ -202,7 +204,6 @@ def test_codes_of_joined_layers_are_held_once(name: str) -> None:
         ({"qkv_clip": 2.0}, "qkv_clip"),
         ({"embedding_width": 16}, "embedding_width"),
         ({"logit_scale": 2.0, "head_bias": True}, "a bias beside scaled logits"),
-        ({"moe": MoeConfig(num_experts=2, top_k=1, ffn_width=8)}, "moe"),
         (
             {"rope": RopeConfig(kind="longrope", short_factors=(1.0,) * 8, long_factors=(2.0,) * 8)},
             "rotation changes at 8192 tokens",
