@@ -18,6 +18,7 @@ from trine.engine.inspect.text import read_text
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import config_from_hf
+from trine.engine.model.quantized.cache_scheme import CacheScheme, read_cache
 from trine.engine.model.quantized.plan import linear_rules, notes
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.transformer import Transformer
@@ -138,6 +139,15 @@ def _quantization(folder: Path, hf: dict[str, Any], opened: Opened) -> Quantizat
         schemes=dict(schemes.most_common()),
         plain=sum(name not in opened.quantized for name in linear),
         notes=notes(opened.quantized),
+        cache=_cache(read_cache(form.cache, opened.model.config.head_dim)[0]),
+    )
+
+
+def _cache(scheme: CacheScheme | None) -> str | None:
+    if scheme is None:
+        return None
+    return f"{scheme.kind}, " + (
+        "scales measured ahead" if scheme.group_size is None else "scales found as it is filled"
     )
 
 

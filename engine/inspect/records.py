@@ -60,7 +60,8 @@ class Weights:
 class Quantization:
     """How weights are stored as codes: format, the method that found them where that is known, layers by scheme.
 
-    `plain`: linear layers that stayed as they were. `notes`: what becomes other than the file says when it is loaded.
+    `plain`: linear layers that stayed as they were. `cache`: what keys and values are to be kept in, where the folder
+    says so. `notes`: what becomes other than the file says when it is loaded.
     """
 
     format: str
@@ -68,6 +69,7 @@ class Quantization:
     schemes: dict[str, int]
     plain: int
     notes: list[str]
+    cache: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -102,6 +102,8 @@ def _quantization(one: Quantization) -> Iterator[str]:
         yield f"{number:,} x {scheme}"
     if one.plain:
         yield f"{one.plain:,} x as they were"
+    if one.cache is not None:
+        yield f"asks for a key/value cache in {one.cache}"
     yield from one.notes
 
 

@@ -52,11 +52,12 @@ def test_a_quantized_folder_names_its_codes(
 ) -> None:
     model, folder = llama
     out = tmp_path / "codes"
-    settings = Settings(scheme_name="any", scheme=scheme, method_name="rtn", method=METHODS["rtn"])
+    settings = Settings(scheme_name="any", scheme=scheme, method_name="rtn", method=METHODS["rtn"], cache="int8")
     quantize_checkpoint(folder, out, settings)
     found = inspect(out)
     assert found.problems == []
     assert found.quantization is not None
+    assert found.quantization.cache == "int8, its scales found as it is filled"
     assert found.parameters is not None
     assert found.memory is not None
     assert (found.quantization.format, found.quantization.method) == ("compressed-tensors", "rtn")
