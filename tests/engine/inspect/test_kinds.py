@@ -57,7 +57,7 @@ def test_a_quantized_folder_names_its_codes(
     found = inspect(out)
     assert found.problems == []
     assert found.quantization is not None
-    assert found.quantization.cache == "int8, its scales found as it is filled"
+    assert found.quantization.cache == "int8, scales found as it is filled"
     assert found.parameters is not None
     assert found.memory is not None
     assert (found.quantization.format, found.quantization.method) == ("compressed-tensors", "rtn")
