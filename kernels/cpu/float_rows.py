@@ -1,13 +1,16 @@
-"""Few rows times a weight of float8 (e4m3) or MXFP4 (e2m1) codes on a CPU: y = x w^T, the codes read once.
+"""Rows times a weight of float8 (e4m3) or MXFP4 (e2m1) codes on a CPU: y = x w^T.
 
-Compiled loops (`float_rows_loops.py`) where the CPU has vectors of 512 bits. Decoding the codes to numbers and
-multiplying those takes as long for one row as for a few, and overtakes the loops between 16 and 32 rows.
+Few rows by compiled loops that read the codes once (`float_rows_loops.py`), where the CPU has vectors of 512 bits. More
+rows by numbers that the codes are decoded to before, some outputs at a time so that the cache holds them: that takes as
+long for one row as for many, and overtakes the loops behind 8 rows (of experts, whose numbers are scaled in fp32 before
+they are multiplied, behind 16).
 
 Shapes: M rows, K inputs, N outputs. Bytes: N K b for codes of b bytes, and the scales.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -15,15 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.compiled import array, available, use_torch_threads
+from trine.kernels.cpu.float8 import has_nan
 
-MOST_ROWS = 16
+MOST_ROWS, MOST_EXPERT_ROWS = 8, 16
+# Numbers of a weight that are decoded at a time: 2 MiB of bf16.
+_PIECE_NUMBERS = 2**20
 # Inputs that are read together: of MXFP4 those that share a scale.
 BLOCK = 32
 
 
-def multiplies(num_rows: int, width: int) -> bool:
+def multiplies(num_rows: int, width: int, most: int = MOST_ROWS) -> bool:
     """Whether the loops take these rows here."""
-    return 0 < num_rows <= MOST_ROWS and width >= BLOCK and not torch.compiler.is_compiling() and _has_loops()
+    return 0 < num_rows <= most and width >= BLOCK and not torch.compiler.is_compiling() and _has_loops()
 
 
 @lru_cache(maxsize=1)
@@ -33,6 +39,32 @@ def _has_loops() -> bool:
     from trine.kernels.cpu.float_rows_loops import has_instructions
 
     return has_instructions()
+
+
+def keeps_codes(codes_NK: Tensor) -> bool:
+    """Whether a float8 weight [N, K] of a CPU can be kept as codes: the loops take it, and no code is NaN."""
+    return codes_NK.shape[1] >= BLOCK and len(codes_NK) > 0 and _has_loops() and not has_nan(codes_NK.view(torch.int8))
+
+
+def e4m3_pieces(codes_NK: Tensor, scales: Tensor | None = None, spread: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """Some outputs after the other as bf16 numbers [n, K], in a buffer that the next piece overwrites.
+
+    With scales of blocks (`spread` 128) times those, rounded once.
+    """
+    from trine.kernels.cpu.float_rows_loops import decode_e4m3
+
+    N, K = codes_NK.shape
+    step, codes = max(1, _PIECE_NUMBERS // K), codes_NK.view(torch.uint8)
+    buffer, of_blocks = (
+        torch.empty(min(step, N), K, dtype=torch.bfloat16),
+        torch.empty(0, 0) if scales is None else scales,
+    )
+    use_torch_threads()
+    for first in range(0, N, step):
+        outputs = slice(first, min(first + step, N))
+        piece = buffer[: outputs.stop - first]
+        decode_e4m3(array(codes[outputs]), array(of_blocks), first, spread, array(piece))
+        yield outputs, piece
 
 
 def e4m3_matvec(x_MK: Tensor, codes_NK: Tensor, scales: Tensor, spread: int) -> Tensor:

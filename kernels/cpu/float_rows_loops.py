@@ -24,6 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from trine.kernels.cpu.compiled import parallel, serial
+from trine.kernels.cpu.lanes_loops import narrow
 from trine.kernels.cpu.vector_loops import LANES, load, multiply_add, shuffle, splat
 
 # Inputs of a block (of e2m1 those that share a scale), rows of the weight that are read at once, outputs of a piece of
@@ -135,6 +136,37 @@ def _sum(builder: Any, vector: Any) -> Any:
 
 e4m3_rows, e4m3_rows_4 = _rows(1, of_e2m1=False), _rows(4, of_e2m1=False)
 e2m1_rows, e2m1_rows_4 = _rows(1, of_e2m1=True), _rows(4, of_e2m1=True)
+
+
+@intrinsic
+def decode_lanes(typing: Any, codes: Any, scale: Any, numbers: Any) -> Any:
+    """The numbers of 16 codes of e4m3 at an address over 2^8, times a scale, rounded to bf16 to another address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        codes, scale, numbers = arguments
+        scaled = builder.fmul(_from_e4m3(builder, codes), splat(builder, scale))
+        builder.store(narrow(builder, types.uint16, scaled), builder.inttoptr(numbers, _SHORTS.as_pointer())).align = 2
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), generate
+
+
+@parallel
+def decode_e4m3(codes_NK: Any, scales: Any, first: int, block: int, numbers_NK: Any) -> None:
+    """Numbers in bf16 of codes in uint8, none of which is NaN; times scales of blocks, of which n belongs to line
+    (first + n) / block, where there are any. K is 16 at least.
+
+    The last 16 of a row may overlap those before, which another scale may belong to: so the last block comes first.
+    """
+    N, K = codes_NK.shape
+    size = block if scales.shape[0] > 0 else K
+    for n in prange(N):
+        codes, numbers = codes_NK.ctypes.data + n * K, numbers_NK.ctypes.data + 2 * n * K
+        for b in range((K + size - 1) // size - 1, -1, -1):
+            scale = _HALF_SCALE * (scales[(first + n) // size, b] if scales.shape[0] > 0 else np.float32(1))
+            for begin in range(b * size, min(K, (b + 1) * size), LANES):
+                at = min(begin, K - LANES)
+                decode_lanes(codes + at, scale, numbers + 2 * at)
 
 
 @serial

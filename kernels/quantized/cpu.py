@@ -9,8 +9,8 @@ multiplied in fp32: torch's product of fp16 is 10 times slower than that where a
 
 int8 codes: exact integer sums, scaled before they leave the cache, by compiled loops (`kernels/cpu/matvec.py`) or, from
 some rows on, in matrix tiles (`kernels/cpu/byte_tiles.py`); elsewhere torch's integer product (`cpu_int8.py`), then the
-scales. float8 codes: kept as bf16, which holds them exactly; a float8 product is 20 times slower than one in bf16 on a
-CPU.
+scales. float8 codes: few rows by loops that decode them in registers, more by bf16 numbers, which hold them exactly
+(`kernels/cpu/float_rows.py`); where there are no such loops the numbers are what is kept.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trine.kernels.cpu import byte_tiles
+from trine.kernels.cpu import byte_tiles, float_rows
 from trine.kernels.cpu.codes import codes_matvec, dequantize_lanes, lanes_pieces, slabs_matmul, tiles_matmul
-from trine.kernels.cpu.linear import packed_product
+from trine.kernels.cpu.float8 import to_bfloat16
 from trine.kernels.cpu.matvec import compiled_codes_matvec
 from trine.kernels.cpu.planes import planes_matmul
 from trine.kernels.cpu.projection import SHORTEST
@@ -32,7 +32,6 @@ from trine.kernels.cpu.quantize import can_quantize, scaled
 from trine.kernels.cpu.table import LANES_PATHS, ROWS_PATHS, choose
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import int8_product
-from trine.kernels.quantized.float8 import to_bfloat16
 from trine.kernels.quantized.packing import PackedWeight, unpack
 from trine.kernels.quantized.scaled_weight import ScaledWeight
 
@@ -176,23 +175,52 @@ def scaled_rows(
             return compiled_codes_matvec(x_codes_MK, x_scales_M, codes_NK, scales.expand(num_features), bias_N, stored)
         sums_MN = int8_product(x_codes_MK, codes_NK, num_features, packed=weight.packed)
         y_MN = sums_MN.mul_(x_scales.view(-1, 1)).mul_(scales)
-    elif not weight.blocked:
-        if weight.packed and dtype == torch.bfloat16:
-            sums_MN = packed_product(_numbers(x_codes_MK), codes_NK, None)
-        else:
-            sums_MN = _float8_product(_numbers(x_codes_MK), codes_NK.to_dense() if weight.packed else codes_NK, dtype)
-        if stored == torch.bfloat16 and can_quantize(sums_MN):
-            return scaled(sums_MN, x_scales.flatten().expand(len(sums_MN)), scales.expand(num_features), bias_N)
-        y_MN = sums_MN.float().mul_(x_scales.view(-1, 1)).mul_(scales)
     else:
-        x_MK = _numbers(x_codes_MK)
-        y_MN = torch.zeros(len(x_MK), num_features)
-        for block, first in enumerate(range(0, weight.width, BLOCK)):
-            part = slice(first, first + BLOCK)
-            sums_MN = _float8_product(x_MK[:, part], codes_NK[:, part], dtype).float()
-            spread_N = scales[:, block].repeat_interleave(BLOCK)[:num_features]
-            y_MN += sums_MN.mul_(x_scales[:, block, None]).mul_(spread_N)
+        y_MN = _float8_rows(_numbers(x_codes_MK), x_scales, weight, dtype)
+        half = y_MN.dtype == torch.bfloat16
+        if half and stored == torch.bfloat16 and not weight.blocked and can_quantize(y_MN):
+            return scaled(y_MN, x_scales.flatten().expand(len(y_MN)), scales.expand(num_features), bias_N)
+        y_MN = y_MN.float()
+        if not weight.blocked:
+            y_MN = y_MN.mul_(x_scales.view(-1, 1)).mul_(scales)
     return y_MN if bias_N is None else y_MN + bias_N.float()
+
+
+def _float8_rows(x_MK: Tensor, x_scales: Tensor, weight: ScaledWeight, dtype: torch.dtype) -> Tensor:
+    """Sums of codes as bf16 numbers, of blocks with their scales. For results in bf16, sums may be in that.
+
+    Those of many rows by blocks then take numbers that were multiplied by their scales and rounded to bf16.
+    """
+    codes_NK, scales, num_features = weight.codes, weight.scales, weight.num_features
+    coded = codes_NK.dtype == torch.float8_e4m3fn
+    spread_MK = x_scales.repeat_interleave(BLOCK, 1)[:, : weight.width] if weight.blocked else None
+    if coded and float_rows.multiplies(len(x_MK), weight.width):
+        if spread_MK is None:
+            return float_rows.e4m3_matvec(x_MK, codes_NK, torch.ones(num_features, 1), 1)
+        return float_rows.e4m3_matvec(x_MK.float() * spread_MK, codes_NK, scales, BLOCK)
+    work = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if not coded or torch.compiler.is_compiling():
+        w_NK = to_bfloat16(codes_NK) if coded else codes_NK
+        return _by_blocks(x_MK, x_scales, w_NK, scales) if weight.blocked else F.linear(x_MK.to(work), w_NK.to(work))
+    if spread_MK is not None and work == torch.float32:
+        pieces = float_rows.e4m3_pieces(codes_NK)
+        return torch.cat([_by_blocks(x_MK, x_scales, w_nK, scales, rows.start) for rows, w_nK in pieces], dim=1)
+    y_MN = torch.empty(len(x_MK), num_features, dtype=work)
+    rows_MK = (x_MK if spread_MK is None else x_MK * spread_MK).to(work)
+    of_blocks = () if spread_MK is None else (scales, BLOCK)
+    for outputs, w_nK in float_rows.e4m3_pieces(codes_NK, *of_blocks):
+        y_MN[:, outputs] = F.linear(rows_MK, w_nK.to(work))
+    return y_MN
+
+
+def _by_blocks(x_MK: Tensor, x_scales: Tensor, w_nK: Tensor, scales: Tensor, begin: int = 0) -> Tensor:
+    """The products of blocks of 128 inputs, each times its scales, in fp32; `begin`: the first output."""
+    y_Mn, lines_n = torch.zeros(len(x_MK), len(w_nK)), torch.arange(begin, begin + len(w_nK)) // BLOCK
+    for block, first in enumerate(range(0, x_MK.shape[1], BLOCK)):
+        part = slice(first, first + BLOCK)
+        sums_Mn = F.linear(x_MK[:, part].float(), w_nK[:, part].float())
+        y_Mn += sums_Mn.mul_(x_scales[:, block, None]).mul_(scales[lines_n, block])
+    return y_Mn
 
 
 def _by_loops(x_MK: Tensor, codes_NK: Tensor) -> bool:
@@ -205,9 +233,3 @@ def _by_loops(x_MK: Tensor, codes_NK: Tensor) -> bool:
 def _numbers(x_codes_MK: Tensor) -> Tensor:
     """float8 codes as bf16 numbers, if they are not (`quantize.float8_rows`)."""
     return x_codes_MK if x_codes_MK.dtype == torch.bfloat16 else to_bfloat16(x_codes_MK)
-
-
-def _float8_product(x_MK: Tensor, w_NK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of codes as bf16 numbers, in fp32; for results in bf16 in that."""
-    work = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return F.linear(x_MK.to(work), w_NK.to(work))

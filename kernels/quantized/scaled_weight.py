@@ -4,9 +4,9 @@
     one for all            [1]                             w[n, k] = q[n, k] s[0]
     one for each block     [ceil(N / 128), ceil(K / 128)]  w[n, k] = q[n, k] s[n // 128, k // 128]    (float8 only)
 
-Codes lie as [N, K], which is how tensor cores want both operands, and a CPU's compiled loops. On a CPU float8 codes are
-kept as bf16 numbers, in oneDNN's layout where that is faster (`kernels/cpu/linear.py`) and no block has a scale of its
-own, and int8 codes without Numba in the layout of the product that multiplies them (`cpu_int8.py`).
+Codes lie as [N, K], which is how tensor cores want both operands, and a CPU's compiled loops. Where a CPU has no loops
+for float8, or a code is NaN, they are kept as bf16 numbers (`kernels/cpu/float_rows.py`), and int8 codes without Numba
+in the layout of the product that multiplies them (`cpu_int8.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from trine.kernels.cpu.compiled import available
-from trine.kernels.cpu.linear import keep_linear
+from trine.kernels.cpu.float8 import to_bfloat16
+from trine.kernels.cpu.float_rows import keeps_codes
 from trine.kernels.launch import ceil_div
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import kept_int8, plain_int8
-from trine.kernels.quantized.float8 import to_bfloat16
 from trine.kernels.quantized.reference import block_scales
 from trine.kernels.target import on_device, uses_triton
 
@@ -59,9 +59,7 @@ class ScaledWeight:
 
     def plain_codes(self) -> Tensor:
         """The codes [N, K] in `kind`, as `scaled_weight` got them."""
-        if self.packed and self.kind == torch.int8:
-            return plain_int8(self.codes, self.num_features, self.width)
-        return (self.codes.to_dense() if self.packed else self.codes).to(self.kind)
+        return plain_int8(self.codes, self.num_features, self.width) if self.packed else self.codes.to(self.kind)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """w_NK in `dtype`: q s in fp32 (float64 in float64), then rounded."""
@@ -125,9 +123,6 @@ def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
         kept = codes_NK.contiguous()
     elif codes_NK.dtype == torch.int8:
         kept, packed = (_aligned(codes_NK), False) if available() else kept_int8(codes_NK)
-    elif blocked:
-        kept = to_bfloat16(codes_NK)
     else:
-        numbers = keep_linear(to_bfloat16(codes_NK))
-        kept, packed = numbers.weight, numbers.packed
+        kept = codes_NK.contiguous() if keeps_codes(codes_NK) else to_bfloat16(codes_NK)
     return ScaledWeight(kept, scales, codes_NK.dtype, num_features, width, packed)

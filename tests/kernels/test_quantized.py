@@ -8,16 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.cpu import byte_tiles, linear, table
+from trine.kernels.cpu import byte_tiles, float_rows, table
 from trine.kernels.cpu.codes import has_tiles
 from trine.kernels.cpu.compiled import available, why_not
+from trine.kernels.cpu.float8 import to_bfloat16
 from trine.kernels.cpu.quantize import float8_rows
 from trine.kernels.mlp.op import GATED_ACTIVATIONS
 from trine.kernels.quantized import cpu, packing
+from trine.kernels.quantized import scaled_weight as scaled_weights
 from trine.kernels.quantized.activations import QUANTIZE, QuantizedRows, quantize_reference
 from trine.kernels.quantized.decode import DEQUANTIZE, dequantize
 from trine.kernels.quantized.epilogue import COMBINE
-from trine.kernels.quantized.float8 import to_bfloat16
 from trine.kernels.quantized.op import quantize_rows, quantized_gated, quantized_linear, rms_norm_quantize
 from trine.kernels.quantized.packing import pack, unpack
 from trine.kernels.quantized.reference import dequantize_reference, product_reference
@@ -368,19 +369,32 @@ def test_compiled_float8_numbers_are_those_of_the_codes(block: int, dtype: torch
 
 
 @DTYPES
-@pytest.mark.parametrize("form", ["features", "all"])
-def test_float8_codes_may_lie_in_either_layout(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not linear.can_pack(torch.bfloat16):
-        pytest.skip("oneDNN has no products of bf16 here")
-    x, bias, found = make(5, 300, dtype=dtype), make(140, seed=1), []
-    for packed in (False, True):
-        monkeypatch.setattr(linear, "prefers_packed", lambda dtype, packed=packed: packed)
-        weight = float8(140, 300, form)
-        assert weight.packed == packed
-        exact = quantize_rows(x, FLOAT8).dequantize(torch.float64) @ weight.dequantize(torch.float64).t()
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("width", [300, 133])  # a last block of blocks, and one of less than a vector
+@pytest.mark.parametrize("form", ["features", "all", "blocks"])
+def test_float8_weights_are_kept_as_codes_or_as_numbers(
+    form: str, width: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, bias, found = make(rows, width, dtype=dtype), make(140, seed=1), []
+    for coded in {float_rows.keeps_codes(float8(140, width, form).plain_codes()), False}:
+        monkeypatch.setattr(scaled_weights, "keeps_codes", lambda codes, coded=coded: coded)
+        weight = float8(140, width, form)
+        assert weight.codes.dtype == (FLOAT8 if coded else torch.bfloat16)
+        given = quantize_rows(x, FLOAT8, blocks=form == "blocks")
+        exact = given.dequantize(torch.float64) @ weight.dequantize(torch.float64).t()
         close(quantized_linear(x, weight, bias), exact + bias.double(), dtype)
         found.append(weight.plain_codes())
-    assert torch.equal(found[0].float(), found[1].float())
+    assert torch.equal(found[0].float(), found[-1].float())
+
+
+def test_a_float8_code_of_nan_stays_one() -> None:
+    values = float8(140, 300, "features").plain_codes().clone()
+    values.view(torch.uint8)[7, 3] = 0xFF
+    weight = scaled_weight(values, torch.ones(140))
+    for rows in (2, 40):
+        y = quantized_linear(make(rows, 300), weight)
+        assert y[:, 7].isnan().all()
+        assert y.isnan().sum() == rows
 
 
 def test_codes_behind_rms_norm() -> None:

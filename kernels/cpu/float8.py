@@ -19,11 +19,11 @@ def to_bfloat16(codes: Tensor) -> Tensor:
     bits = codes.view(torch.int8)
     short = bits.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(_SIGN_AND_CODE)
     numbers = short.view(torch.bfloat16).mul_(2.0**120)
-    if torch.compiler.is_compiling() or _has_nan(bits):
+    if torch.compiler.is_compiling() or has_nan(bits):
         numbers.masked_fill_(numbers.abs() == _AS_NAN, torch.nan)
     return numbers
 
 
-def _has_nan(bits: Tensor) -> bool:
+def has_nan(bits: Tensor) -> bool:
     """Whether a code is 0x7f or 0xff, the largest as signed and as unsigned: to look costs less than to mask always."""
     return bits.numel() > 0 and (int(bits.max()) == 0x7F or int(bits.view(torch.uint8).max()) == 0xFF)
