@@ -1,8 +1,10 @@
 """Products of rows with plain and quantized weights on a CPU: the table that chooses their path, measured anew.
 
     python -m trine.benchmarks.cpu_quantized [--threads N] [--class AMX|AVX512] [--quick]
+    python -m trine.benchmarks.cpu_quantized --chosen [--shape 3072x1024] [--rows 64,128,256,512]
 
-Every path of every kind (`kernels/cpu/table.py`), then the public functions as they choose. Contestants run in turns,
+Every path of every kind (`kernels/cpu/table.py`), then the public functions as they choose (`--chosen`: these alone,
+beside bf16 in oneDNN's layout). Contestants run in turns,
 on weights that rotate through 256 MiB; a turn's figure is its fastest call, with one thread in time on the core, for a
 busy machine takes a core away for longer than a call lasts; speeds are medians of each round's ratio to a bf16 product
 by `torch.nn.functional.linear`. `--class` names the measurements: a CPU with tiles stands for one without under
@@ -37,8 +39,8 @@ from trine.kernels.quantized.packing import PackedWeight, pack
 from trine.kernels.quantized.scaled_weight import scaled_weight
 
 T = TypeVar("T")
-N = K = 2048
-GROUPS = K // 128
+SHAPE = (2048, 2048)
+GROUP = 128
 POOL_BYTES = 256 * 2**20
 ROUNDS, TURN_SECONDS, TURN_CALLS = 3, 0.005, 3
 # Paths that do the work of decoding again for every few rows are left out beyond this many.
@@ -53,9 +55,10 @@ def pool(make: Callable[[], T], num_bytes: int, *, opaque: bool = False) -> Call
     return lambda: next(turn)
 
 
-def packed(bits: int, layout: str) -> Callable[[], PackedWeight]:
+def packed(bits: int, layout: str, shape: tuple[int, int]) -> Callable[[], PackedWeight]:
     """4 bits in groups of 128, 8 bits with a scale a row, in a layout of CPUs."""
-    groups, limit = (GROUPS, 8) if bits == 4 else (1, 128)
+    N, K = shape
+    groups, limit = (K // GROUP, 8) if bits == 4 else (1, 128)
 
     def make() -> PackedWeight:
         values = torch.randint(-limit, limit, (N, K), dtype=torch.int8)
@@ -68,7 +71,8 @@ def packed(bits: int, layout: str) -> Callable[[], PackedWeight]:
 class Contestants:
     """The weights, and what is timed for a number of rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, int] = SHAPE) -> None:
+        self.shape, (N, K) = shape, shape
         oned = torch.ops.mkldnn._reorder_linear_weight
         self.half = pool(lambda: torch.randn(N, K).bfloat16(), 2 * N * K)
         self.single = pool(lambda: torch.randn(N, K), 4 * N * K)
@@ -76,7 +80,7 @@ class Contestants:
         self.half_packed = pool(lambda: oned(self.half(), 1), 2 * N * K, opaque=True)
         self.single_packed = pool(lambda: oned(self.single(), 1), 4 * N * K, opaque=True)
         self.bytes_packed = pool(lambda: kept_int8(self.bytes())[0], N * K, opaque=True)
-        self.weights = {(bits, layout): packed(bits, layout) for bits in (4, 8) for layout in ("lanes", "rows")}
+        self.weights = {(bits, layout): packed(bits, layout, shape) for bits in (4, 8) for layout in ("lanes", "rows")}
         self.scales, self.half_scales = torch.rand(N), torch.rand(N).bfloat16()
         self.scaled = pool(lambda: scaled_weight(self.bytes(), self.scales), N * K, opaque=True)
         float8 = torch.float8_e4m3fn
@@ -84,9 +88,17 @@ class Contestants:
 
     def of_kinds(self, rows: int) -> dict[str, dict[str, Call]]:
         """By kind and path, as in the table."""
+        N, K = self.shape
         single, x_scales = torch.randn(rows, K), torch.rand(rows)
         half, x_codes = single.bfloat16(), torch.randint(-127, 128, (rows, K), dtype=torch.int8)
         multiply = torch.ops.mkldnn._linear_pointwise
+
+        def by_tokens(x_MK: Tensor) -> Tensor:
+            return matvec.compiled_codes_matvec(x_MK, x_scales, self.bytes(), self.scales, None, torch.bfloat16)
+
+        def scaled(sums_MN: Tensor) -> Tensor:
+            return sums_MN.mul_(x_scales[:, None]).mul_(self.scales).bfloat16()
+
         found: dict[str, dict[str, Call]] = {
             "bfloat16": {
                 "torch": lambda: F.linear(half, self.half()),
@@ -108,9 +120,9 @@ class Contestants:
                 "loops": lambda: matvec.compiled_matvec(single, self.bytes(), self.scales, None),
             },
             "int8 by int8": {
-                "torch": lambda: int8_product(x_codes, self.bytes(), N, packed=False),
-                "packed": lambda: int8_product(x_codes, self.bytes_packed(), N, packed=True),
-                "loops": lambda: matvec.compiled_codes_matvec(x_codes, x_scales, self.bytes(), self.scales, None),
+                "torch": lambda: scaled(int8_product(x_codes, self.bytes(), N, packed=False)),
+                "packed": lambda: scaled(int8_product(x_codes, self.bytes_packed(), N, packed=True)),
+                "loops": lambda: by_tokens(x_codes),
             },
         }  # fmt: skip
         for bits in (4, 8):
@@ -156,7 +168,7 @@ class Contestants:
 
     def as_chosen(self, rows: int) -> dict[str, Call]:
         """The public functions, for bf16 rows."""
-        x = torch.randn(rows, K).bfloat16()
+        x, multiply = torch.randn(rows, self.shape[1]).bfloat16(), torch.ops.mkldnn._linear_pointwise
         linear = {
             "W4A16, groups of 128": self.weights[4, "lanes"],
             "W8A16": self.weights[8, "lanes"],
@@ -164,7 +176,8 @@ class Contestants:
             "FP8": self.float8,
         }
         calls: dict[str, Call] = {name: partial(_linear, x, weight) for name, weight in linear.items()}
-        return {"bf16": lambda: matvec.matvec(x, self.half()), **calls}
+        kept = {"bf16 packed": lambda: multiply(x, self.half_packed(), None, "none", [], "")}
+        return {"bf16": lambda: matvec.matvec(x, self.half()), **kept, **calls}
 
 
 def _linear(x: Tensor, weight: Callable[[], Any]) -> Tensor:
@@ -198,12 +211,14 @@ def _row_by_row(kind: str, path: str) -> bool:
     return path in ("int4pack", "int8pack") or (path == "loops" and kind != "int8 by int8")
 
 
-def measure(contestants: Contestants, rows: int, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Speeds relative to plain bf16: by kind and path, and of the public functions."""
-    x = torch.randn(rows, K).bfloat16()
+def measure(
+    contestants: Contestants, rows: int, rounds: int, chosen: bool
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Speeds relative to plain bf16: by kind and path (not if only what is chosen), and of the public functions."""
+    x = torch.randn(rows, contestants.shape[1]).bfloat16()
     base = {"base": lambda: F.linear(x, contestants.half())}
     kinds: dict[str, dict[str, float]] = {}
-    for kind, paths in contestants.of_kinds(rows).items():
+    for kind, paths in ({} if chosen else contestants.of_kinds(rows)).items():
         few = {path: call for path, call in paths.items() if rows <= MANY or not _row_by_row(kind, path)}
         kinds[kind] = race({**base, **few}, rounds)
         kinds[kind] |= {path: 0.0 for path in paths if path not in few}
@@ -219,22 +234,42 @@ def lines(kinds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, d
     }
 
 
+def _numbers(separator: str, count: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """A parser of positive whole numbers."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        parts = text.split(separator)
+        numbers = tuple(int(part) for part in parts if part.isdecimal())
+        fit = count is None or (len(numbers) == count and not any(number % GROUP for number in numbers))
+        if len(numbers) < len(parts) or min(numbers) < 1 or not fit:
+            wanted = f"{count} multiples of {GROUP}" if count else "positive whole numbers"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} with {separator!r} between")
+        return numbers
+
+    return parse
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description="Products with plain and quantized weights on a CPU, path by path.")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--class", dest="name", choices=tuple(SPEEDS), default=table.cpu_class())
     parser.add_argument("--quick", action="store_true", help="1 and 16 rows, 2 rounds")
+    parser.add_argument("--chosen", action="store_true", help="the public functions alone")
+    parser.add_argument("--shape", type=_numbers("x", 2), default=SHAPE, help="outputs x inputs, multiples of 128")
+    parser.add_argument("--rows", type=_numbers(","), help="with --chosen: numbers of rows instead of the table's")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    number_of_rows, rounds = ((1, 16), 2) if options.quick else (ROWS, ROUNDS)
-    contestants = Contestants()
+    if options.rows and not options.chosen:
+        parser.error("--rows goes with --chosen: the table has numbers of rows of its own")
+    number_of_rows, rounds = ((1, 16), 2) if options.quick else (options.rows or ROWS, ROUNDS)
+    contestants = Contestants(options.shape)
     kinds, chosen = {}, {}
     with torch.inference_mode(), patch.object(table, "cpu_class", lambda: options.name):
         for rows in number_of_rows:
-            kinds[rows], chosen[rows] = measure(contestants, rows, rounds)
+            kinds[rows], chosen[rows] = measure(contestants, rows, rounds, options.chosen)
             for kind, speeds in kinds[rows].items():
                 best = max(speeds, key=lambda path: speeds[path])
                 others = "  ".join(f"{path} {speed:.2f}" for path, speed in speeds.items())
@@ -244,7 +279,7 @@ def main(arguments: Sequence[str]) -> None:
         "environment": environment(),
         "threads": torch.get_num_threads(),
         "class": options.name,
-        "shape": [N, K],
+        "shape": options.shape,
         "rows": number_of_rows,
         "speeds": lines(kinds),
         "chosen": chosen,

@@ -15,29 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.kernels.cpu.codes import LANES, LanesWeight
-from trine.kernels.cpu.compiled import single, use_torch_threads
+from trine.kernels.cpu.compiled import use_torch_threads
 from trine.kernels.cpu.projection import lanes_fields
-
-# Planes of a block, and bytes of their factors for a chunk, as in `planes_loops.py` (which imports Numba).
-PLANES, FACTORS = 8, 64
 
 
 def planes_matmul(x_MK: Tensor, weight: LanesWeight, bias_N: Tensor | None = None) -> Tensor:
     """x w^T + bias in the dtype of x (fp32, bf16 or fp16). Shapes are not checked."""
-    from trine.kernels.cpu.planes_loops import lay_planes, multiply_planes
+    from trine.kernels.cpu.planes_loops import multiply_planes
 
     use_torch_threads()
-    half, M = x_MK.dtype == torch.bfloat16, len(x_MK)
-    parts = 2 if half else 4
-    chunks, blocks = -(-weight.width // weight.chunk), -(-M // (PLANES // parts))
-    planes = torch.empty(blocks * chunks * weight.chunk * PLANES, dtype=torch.int8)
-    factors = torch.zeros(blocks * chunks * FACTORS, dtype=torch.int8)
-    lay_planes(single(x_MK), weight.chunk, weight.bits, parts, planes.data_ptr(), factors.data_ptr())
-    outputs = len(weight.words) * LANES
-    y_MX = torch.empty(M, outputs, dtype=x_MK.dtype if half else torch.float32)
+    half, outputs = x_MK.dtype == torch.bfloat16, len(weight.words) * LANES
+    x = x_MK.contiguous() if half else x_MK.float().contiguous()
+    y_MX = torch.empty(len(x), outputs, dtype=x.dtype)
     bias = torch.zeros(outputs) if bias_N is None else F.pad(bias_N.float(), (0, outputs - len(bias_N)))
     keep: list[Any] = []
     fields, shifts = np.array(lanes_fields(weight, bias, keep), np.int64), weight.arguments[1]
-    places = (planes.data_ptr(), factors.data_ptr())
-    multiply_planes(fields.ctypes.data, shifts, *places, parts // 2, M, y_MX.data_ptr(), half)
+    pairs = 1 if half else 2
+    multiply_planes(fields.ctypes.data, shifts, weight.bits, pairs, x.data_ptr(), len(x), y_MX.data_ptr(), half)
     return y_MX[:, : weight.num_features].to(x_MK.dtype)

@@ -31,7 +31,8 @@ from numba.extending import intrinsic
 from trine.kernels.cpu.codes_loops import load_scales
 from trine.kernels.cpu.compiled import parallel, serial
 from trine.kernels.cpu.lanes_loops import LANES, load_lanes, multiply_add, narrow, place_of, prefetch, same
-from trine.kernels.cpu.memory_loops import floats, longs, words
+from trine.kernels.cpu.memory_loops import floats, longs, shorts, words
+from trine.kernels.cpu.numbers_loops import widen
 from trine.kernels.cpu.product_codes_loops import lanes_weight
 from trine.kernels.cpu.product_loops import BIAS, CHUNK, FIELDS, GROUPS, INPUTS, OUTPUTS
 from trine.kernels.cpu.rounding_loops import chunk_of_row, scale_of_chunk, split_in_2, split_in_4
@@ -48,29 +49,37 @@ _BYTE, _INT, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.F
 _WORDS, _FLOATS, _CODES = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES), ir.VectorType(_BYTE, 4 * LANES)
 
 
-@parallel
-def lay_planes(x_MK: Any, chunk: int, bits: int, parts: int, planes: int, factors: int) -> None:
-    """Planes and factors of rows in fp32 to two addresses, where there are zeros."""
-    M, K = x_MK.shape
-    C, rows = (K + chunk - 1) // chunk, PLANES // parts
-    for m in prange(M):
-        block, first = m // rows, m % rows * parts
-        part_K = np.empty(chunk, np.float32)
-        for c in range(C):
-            source = chunk_of_row(x_MK[m], c * chunk, part_K)
-            scale, factor = scale_of_chunk(source, chunk, 127 << 7 * (parts - 1))
-            place = planes + (block * C + c) * PLANES * chunk + 4 * first
-            own = factors + (block * C + c) * FACTORS
-            codes = own + 4 * PLANES + 4 * first
-            if parts == 2:
-                split_in_2(source, chunk, factor, bits, place, 4 * PLANES, UNSIGNED, codes)
-            else:
-                split_in_4(source, chunk, factor, bits, place, 4 * PLANES, UNSIGNED, codes)
-            for pair in range(parts // 2):
-                at, sums = own + 2 * first + 4 * pair, words(codes + 8 * pair, 2)
-                of_pair = scale * np.float32(1 << 7 * (parts - 2 - 2 * pair))
-                floats(at, 1)[0] = of_pair
-                floats(at + 2 * PLANES, 1)[0] = of_pair * np.float32(128 * sums[0] + sums[1])
+@serial
+def lay_planes(row_K: Any, chunk: int, bits: int, pairs: int, first: int, planes: int, factors: int) -> None:
+    """A row in fp32 as planes of a block, from the one numbered `first` on, and their factors, to two addresses."""
+    part_K = np.empty(chunk, np.float32)
+    for c in range((row_K.shape[0] + chunk - 1) // chunk):
+        source = chunk_of_row(row_K, c * chunk, part_K)
+        scale, factor = scale_of_chunk(source, chunk, 127 << 7 * (2 * pairs - 1))
+        place, own = planes + c * PLANES * chunk + 4 * first, factors + c * FACTORS
+        codes = own + 4 * PLANES + 4 * first
+        if pairs == 1:
+            split_in_2(source, chunk, factor, bits, place, 4 * PLANES, UNSIGNED, codes)
+        else:
+            split_in_4(source, chunk, factor, bits, place, 4 * PLANES, UNSIGNED, codes)
+        for pair in range(pairs):
+            at, sums = own + 2 * first + 4 * pair, words(codes + 8 * pair, 2)
+            of_pair = scale * np.float32(1 << 14 * (pairs - 1 - pair))
+            floats(at, 1)[0] = of_pair
+            floats(at + 2 * PLANES, 1)[0] = of_pair * np.float32(128 * sums[0] + sums[1])
+
+
+@serial
+def row_at(x: int, m: int, num_inputs: int, half: bool) -> Any:
+    """A row of x, in bf16 (`half`) or fp32, in fp32."""
+    row_K = np.empty(num_inputs, np.float32)
+    if half:
+        x_K = shorts(x + 2 * m * num_inputs, num_inputs)
+        for k in range(num_inputs):
+            row_K[k] = widen(x_K[k])
+    else:
+        row_K[:] = floats(x + 4 * m * num_inputs, num_inputs)
+    return row_K
 
 
 def _slots(builder: Any, word: Any, four: bool) -> list[Any]:
@@ -201,52 +210,59 @@ def write_lanes(typing: Any, totals: Any, pairs: Any, bias: Any, half: Any, y: A
 
 
 @serial
-def place_of_sums(sums: Any, c: int) -> Any:
-    """The address of both tiles' sums of a chunk."""
-    return sums.ctypes.data + 4 * c * TILES * LANES
+def multiply_unit(
+    fields: int, shifts: Any, unit: Any, planes: int, factors: int, pairs: int, num_rows: int, y: int, half: bool
+) -> None:
+    """y of two tiles of outputs, for rows that are laid as planes."""
+    projection = longs(fields, len(FIELDS))
+    (codes, scales, zeros, shape), C = lanes_weight(projection, len(shifts))
+    num_tiles, G, chunk = (projection[OUTPUTS] + LANES - 1) // LANES, projection[GROUPS], projection[CHUNK]
+    first, second, step = TILES * unit, min(TILES * unit + 1, num_tiles - 1), shape[2] * LANES
+    rows = PAIRS // pairs
+    # One row of a pair more, which is read (and not used) behind the last.
+    sums, totals = np.empty(C * TILES * LANES, np.int32), np.empty((PAIRS + 1) * TILES * LANES, np.float32)
+    for block in range((num_rows + rows - 1) // rows):
+        totals[:] = 0
+        for c in range(C):
+            group = c // (C // G) * LANES
+            left, right = first * G * LANES + group, second * G * LANES + group
+            both = (load_scales(scales, left), load_scales(scales, right))
+            at = ((first * C + c) * step, (second * C + c) * step)
+            own, of_chunk = factors + (block * C + c) * FACTORS, sums.ctypes.data + 4 * c * TILES * LANES
+            if block == 0:
+                sum_of_chunk(codes, at[0], shape[2], shifts, of_chunk)
+                sum_of_chunk(codes, at[1], shape[2], shifts, of_chunk + 4 * LANES)
+            place = planes + (block * C + c) * PLANES * chunk
+            add_planes(
+                codes, at[0], at[1], shape[2], shifts, place, own, of_chunk, both, totals.ctypes.data
+            )  # fmt: skip
+            if zeros.shape[0] > 0:
+                take_zeros(own, (load_lanes(zeros, left), load_lanes(zeros, right)), both, totals.ctypes.data)
+        for row in range(min(rows, num_rows - block * rows)):
+            for tile in range(second - first + 1):
+                n = (first + tile) * LANES
+                of_row = totals.ctypes.data + 4 * LANES * (row * pairs * TILES + tile)
+                to = y + (2 if half else 4) * ((block * rows + row) * num_tiles * LANES + n)
+                write_lanes(of_row, pairs, projection[BIAS] + 4 * n, half, to)
 
 
 @parallel
-def multiply_planes(
-    fields: int, shifts: Any, planes: int, factors: int, pairs: int, num_rows: int, y: int, half: bool
-) -> None:
-    """y = x w^T + bias in bf16 (`half`) or fp32, as many outputs as fill tiles; all by address.
+def multiply_planes(fields: int, shifts: Any, bits: int, pairs: int, x: int, num_rows: int, y: int, half: bool) -> None:
+    """y = x w^T + bias, both in bf16 (`half`) or fp32, with as many outputs as fill tiles, as the bias has.
 
-    x as `lay_planes` leaves it, in as many pairs of planes a row; the bias fills tiles as well.
+    All by address; `pairs` of planes for each row. Rows are taken by as many as stay in the cache.
     """
     projection = longs(fields, len(FIELDS))
-    N, chunk, G = projection[OUTPUTS], projection[CHUNK], projection[GROUPS]
-    C = (projection[INPUTS] + chunk - 1) // chunk
-    num_tiles, rows = (N + LANES - 1) // LANES, PAIRS // pairs
-    num_blocks, at_once = (num_rows + rows - 1) // rows, max(1, CACHED_BYTES // (PLANES * C * chunk))
-    for begin in range(0, num_blocks, at_once):
+    N, K, chunk = projection[OUTPUTS], projection[INPUTS], projection[CHUNK]
+    num_tiles, C, rows = (N + LANES - 1) // LANES, (K + chunk - 1) // chunk, PAIRS // pairs
+    at_once = max(1, CACHED_BYTES // (PLANES * C * chunk))
+    blocks = max(1, min(at_once, (num_rows + rows - 1) // rows))
+    planes, factors = np.empty(blocks * C * PLANES * chunk, np.int8), np.zeros(blocks * C * FACTORS, np.int8)
+    for begin in range(0, num_rows, blocks * rows):
+        count = min(num_rows - begin, blocks * rows)
+        for m in prange(count):
+            to, own = planes.ctypes.data + m // rows * C * PLANES * chunk, factors.ctypes.data + m // rows * C * FACTORS
+            lay_planes(row_at(x, begin + m, K, half), chunk, bits, pairs, m % rows * 2 * pairs, to, own)
         for unit in prange((num_tiles + TILES - 1) // TILES):
-            weight, _ = lanes_weight(longs(fields, len(FIELDS)), len(shifts))
-            codes, scales, zeros, shape = weight
-            first, second = TILES * unit, min(TILES * unit + 1, num_tiles - 1)
-            step = shape[2] * LANES
-            sums, totals = np.empty(C * TILES * LANES, np.int32), np.empty((PAIRS + 1) * TILES * LANES, np.float32)
-            for block in range(begin, min(num_blocks, begin + at_once)):
-                totals[:] = 0
-                for c in range(C):
-                    group = c // (C // G) * LANES
-                    left, right = first * G * LANES + group, second * G * LANES + group
-                    both = (load_scales(scales, left), load_scales(scales, right))
-                    of_block = factors + (block * C + c) * FACTORS
-                    at = ((first * C + c) * step, (second * C + c) * step)
-                    if block == begin:
-                        sum_of_chunk(codes, at[0], shape[2], shifts, place_of_sums(sums, c))
-                        sum_of_chunk(codes, at[1], shape[2], shifts, place_of_sums(sums, c) + 4 * LANES)
-                    add_planes(
-                        codes, at[0], at[1], shape[2], shifts, planes + (block * C + c) * PLANES * chunk, of_block,
-                        place_of_sums(sums, c), both, totals.ctypes.data,
-                    )  # fmt: skip
-                    if zeros.shape[0] > 0:
-                        origins = (load_lanes(zeros, left), load_lanes(zeros, right))
-                        take_zeros(of_block, origins, both, totals.ctypes.data)
-                for row in range(min(rows, num_rows - block * rows)):
-                    for tile in range(second - first + 1):
-                        n = (first + tile) * LANES
-                        place = totals.ctypes.data + 4 * LANES * (row * pairs * TILES + tile)
-                        number = (block * rows + row) * num_tiles * LANES + n
-                        write_lanes(place, pairs, projection[BIAS] + 4 * n, half, y + (2 if half else 4) * number)
+            to = y + (2 if half else 4) * begin * num_tiles * LANES
+            multiply_unit(fields, shifts, unit, planes.ctypes.data, factors.ctypes.data, pairs, count, to, half)

@@ -23,6 +23,7 @@ from trine.kernels.cpu.quantize import LIMIT, SMALLEST_SCALE
 from trine.kernels.cpu.quantize_loops import quantize_row, scale_of
 from trine.kernels.cpu.rounding_loops import round_block
 from trine.kernels.cpu.vector_loops import (
+    AHEAD_BYTES,
     CODE_BLOCK,
     FLOAT_BLOCK,
     LANES,
@@ -139,7 +140,7 @@ def sum_codes(codes_K: Any) -> Any:
 @serial
 def sum_tokens(
     row: int, step: int, num_inputs: int, codes: int, width: int, factors: int, num_rows: int, y: int, y_step: int,
-    apart: int,
+    apart: int, ahead: int,
 ) -> None:  # fmt: skip
     """`STREAMS` rows of int8, `step` bytes from each other, by inputs as `round_tokens` leaves them.
 
@@ -149,10 +150,12 @@ def sum_tokens(
     while m < num_rows:
         x, own, to = codes + m * width, factors + 8 * m, y + m * y_step
         if num_rows - m >= 4:
-            int8_token_rows_4(row, step, num_inputs, x, width, own, to, 4 * apart, y_step)
+            # What the first rows have asked for is there for the others, while it is in the first cache.
+            beyond = ahead if m == 0 or num_rows <= 16 else 0
+            int8_token_rows_4(row, step, num_inputs, x, width, own, to, 4 * apart, y_step, beyond)
             m += 4
         else:
-            int8_token_rows(row, step, num_inputs, x, width, own, to, 4 * apart, y_step)
+            int8_token_rows(row, step, num_inputs, x, width, own, to, 4 * apart, y_step, ahead)
             m += 1
 
 
@@ -227,7 +230,17 @@ def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: 
         if kind == INT8_TOKENS:
             width = blocks * size
             sum_tokens(
-                row, apart * step, K, prepared, width, prepared + num_rows * width, num_rows, place, y_step, apart
+                row,
+                apart * step,
+                K,
+                prepared,
+                width,
+                prepared + num_rows * width,
+                num_rows,
+                place,
+                y_step,
+                apart,
+                AHEAD_BYTES,
             )
             continue
         while m < num_rows:

@@ -45,7 +45,7 @@ def multiply_tokens(
         begin = piece * OUTPUTS
         count = min(OUTPUTS, num_outputs - begin)
         apart = min(1, count // STREAMS)  # fewer rows than are taken at once: one of them as often
-        sums = np.empty(ROWS * OUTPUTS, np.float32)
+        sums, ahead = np.empty(ROWS * OUTPUTS, np.float32), STREAMS * num_inputs
         scales_n = floats(scales + 4 * begin, count)
         bias_n = floats(bias + 4 * begin, count if bias != 0 else 0)
         for first in range(0, num_rows, ROWS):
@@ -54,7 +54,9 @@ def multiply_tokens(
                 n = min(group, count - STREAMS) if apart else group
                 row, place = w + (begin + n) * num_inputs, sums.ctypes.data + 4 * n
                 codes, own = x + first * width, factors + 8 * first
-                sum_tokens(row, apart * num_inputs, num_inputs, codes, width, own, rows, place, 4 * OUTPUTS, apart)
+                sum_tokens(
+                    row, apart * num_inputs, num_inputs, codes, width, own, rows, place, 4 * OUTPUTS, apart, ahead
+                )
             for m in range(rows):
                 sums_n = sums[m * OUTPUTS : m * OUTPUTS + count]
                 for n in range(count):

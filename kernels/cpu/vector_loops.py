@@ -30,6 +30,8 @@ from numba.extending import intrinsic
 FLOAT_BLOCK = 32
 CODE_BLOCK = 64
 STREAMS = 6
+# How far ahead of a row memory is asked for: beyond the page that the hardware's prefetcher stays in.
+AHEAD_BYTES = 2048
 LANES = 16
 
 _I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
@@ -43,9 +45,9 @@ def load(builder: Any, address: Any, kind: Any) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
 
-def fetch(builder: Any, address: Any) -> None:
-    """Ask for a line of memory; whatever lies there, that does no harm."""
-    place = builder.inttoptr(builder.add(address, _I64(2048)), _I8.as_pointer())
+def fetch(builder: Any, address: Any, ahead: Any) -> None:
+    """Ask for the line of memory so many bytes behind an address; whatever lies there, that does no harm."""
+    place = builder.inttoptr(builder.add(address, ahead), _I8.as_pointer())
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _I32(0), _I32(3), _I32(1)])
 
 
@@ -179,7 +181,7 @@ def _float_rows(kind: Any, count: int) -> Any:
                     inputs = [load(builder, builder.add(place, x_offset), _FLOATS) for place in places]
                     for s, address in enumerate(rows):
                         if half == 0:
-                            fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
+                            fetch(builder, builder.add(address, offset), _I64(AHEAD_BYTES))
                         weights = floats_of(builder, builder.add(address, offset), kind)
                         for m in range(count):
                             total = builder.load(totals[m][s])
@@ -213,7 +215,7 @@ def int8_code_rows(
             inputs, scale, fours = _code_block(builder, loop.index, codes, scales, sums)
             start = builder.sub(ir.Constant(_WORDS, None), builder.shl(fours, ir.Constant(_WORDS, [7] * LANES)))
             for address, total in zip(rows, totals, strict=True):
-                fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
+                fetch(builder, builder.add(address, offset), _I64(AHEAD_BYTES))
                 weights = load(builder, builder.add(address, offset), _CODES)
                 unsigned = builder.xor(weights, ir.Constant(_CODES, [-128] * CODE_BLOCK))
                 exact = builder.sitofp(add_fours(builder, start, unsigned, inputs), _FLOATS)
@@ -229,15 +231,15 @@ def _token_rows(count: int) -> Any:
 
     (row, step between rows in bytes, inputs' length, codes [B, 64], factors, y, step of y): factors are the scale of an
     input (fp32) and -128 times the sum of its codes (int32); inputs follow each other after `x_step` bytes, their
-    factors after 8, their results after `y_next`.
+    factors after 8, their results after `y_next`. What lies `ahead` bytes behind (0: nothing) is asked for.
     """
 
     def declare(
         typing: Any, row: Any, step: Any, num_inputs: Any, codes: Any, x_step: Any, factors: Any, y: Any, y_step: Any,
-        y_next: Any,
+        y_next: Any, ahead: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            row, step, num_inputs, codes, x_step, factors, y, y_step, y_next = arguments
+            row, step, num_inputs, codes, x_step, factors, y, y_step, y_next, ahead = arguments
             rows = [builder.add(row, builder.mul(_I64(s), step)) for s in range(STREAMS)]
             places = [builder.add(codes, builder.mul(_I64(m), x_step)) for m in range(count)]
             totals = []
@@ -250,8 +252,10 @@ def _token_rows(count: int) -> Any:
                 offset = _block_of_row(builder, loop.index, CODE_BLOCK, num_inputs)
                 x_offset = builder.mul(loop.index, _I64(CODE_BLOCK))
                 inputs = [load(builder, builder.add(place, x_offset), _CODES) for place in places]
+                with builder.if_then(builder.icmp_signed("!=", ahead, _I64(0))):
+                    for address in rows:
+                        fetch(builder, builder.add(address, offset), ahead)
                 for s, address in enumerate(rows):
-                    fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
                     weights = load(builder, builder.add(address, offset), _CODES)
                     unsigned = builder.xor(weights, ir.Constant(_CODES, [-128] * CODE_BLOCK))
                     for m in range(count):
@@ -268,7 +272,7 @@ def _token_rows(count: int) -> Any:
                 _store_lanes(builder, numbers, STREAMS, builder.add(y, builder.mul(_I64(m), y_next)), y_step)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 9), generate
+        return types.void(*(types.int64,) * 10), generate
 
     return intrinsic(declare)
 
@@ -312,7 +316,7 @@ def int4_code_rows(
             x_scales = load(builder, builder.add(scales, builder.mul(first, _I64(4))), pair)
             x_scales = shuffle(builder, x_scales, [0, 0, 1, 1])
             for address, scale_row, total in zip(rows, scale_rows, totals, strict=True):
-                fetch(builder, builder.add(address, builder.add(offset, builder.mul(step, _I64(0)))))
+                fetch(builder, builder.add(address, offset), _I64(AHEAD_BYTES))
                 packed = load(builder, builder.add(address, offset), _CODES)
                 stored = load(builder, builder.add(scale_row, scale_offset), ir.VectorType(_F16, 4))
                 factors = builder.fmul(builder.fpext(stored, four), x_scales)
