@@ -38,7 +38,9 @@ def why_not_joined(layers: Sequence[nn.Module]) -> str | None:
     for weight in weights:
         if isinstance(weight, PackedWeight) and weight.lanes is None:
             return f"the model has weights in the layout {weight.layout}"
-        if isinstance(weight, ScaledWeight) and (weight.kind != torch.int8 or weight.packed or weight.width < SHORTEST):
+        if isinstance(weight, ScaledWeight) and (weight.codes.dtype != weight.kind or weight.packed or weight.blocked):
+            return f"the model has weights in {weight.kind}" + (" with scales of blocks" if weight.blocked else "")
+        if isinstance(weight, ScaledWeight) and weight.width < SHORTEST:
             return f"the model has weights in {weight.kind} [{weight.num_features}, {weight.width}]"
     packed, scaled = _kinds(weights)
     alike = len(weights) == 1 or (can_join_packed(packed) if packed else can_join_scaled(scaled))
@@ -63,7 +65,8 @@ def joined(layers: Sequence[nn.Module], dtype: torch.dtype) -> AnyProjection:
         assert whole.lanes is not None
         return LanesProjection(whole.lanes, bias, _product(whole, bias, dtype))
     scales = whole.scales.expand(whole.num_features)
-    return Projection(whole.codes, scales, bias, per_row=True, product=_product(whole, bias, dtype))
+    per_row = whole.kind == torch.int8
+    return Projection(whole.codes, scales, bias, per_row=per_row, product=_product(whole, bias, dtype))
 
 
 def _join(layers: Sequence[nn.Module]) -> Weight:

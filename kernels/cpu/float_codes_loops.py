@@ -43,7 +43,8 @@ def _number(builder: Any, code: Any, *, fraction: int, sign: int, bias: int, lea
     return builder.bitcast(builder.or_(bits, signs), floats)
 
 
-def _e4m3(builder: Any, code: Any) -> Any:
+def e4m3(builder: Any, code: Any) -> Any:
+    """The numbers in fp32 of codes in int32, one or a vector."""
     return _number(builder, code, fraction=3, sign=7, bias=120, least=2.0**-9)
 
 
@@ -51,7 +52,7 @@ def _e2m1(builder: Any, code: Any) -> Any:
     return _number(builder, code, fraction=1, sign=3, bias=126, least=0.5)
 
 
-def _wide(builder: Any, address: Any) -> Any:
+def wide(builder: Any, address: Any) -> Any:
     """16 bytes in int32."""
     return builder.zext(load(builder, address, ir.VectorType(_I8, LANES)), ir.VectorType(_I32, LANES))
 
@@ -65,7 +66,7 @@ def from_e4m3(typing: Any, code: Any) -> Any:
     """The number of a code in uint8, which is not NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _e4m3(builder, builder.zext(arguments[0], _I32))
+        return e4m3(builder, builder.zext(arguments[0], _I32))
 
     return types.float32(types.uint8), generate
 
@@ -76,7 +77,7 @@ def lanes_e4m3(typing: Any, codes: Any, scale: Any, w: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, scale, w = arguments
-        _keep(builder, builder.fmul(_e4m3(builder, _wide(builder, codes)), splat(builder, scale)), w)
+        _keep(builder, builder.fmul(e4m3(builder, wide(builder, codes)), splat(builder, scale)), w)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64), generate
@@ -88,7 +89,7 @@ def group_e2m1(typing: Any, codes: Any, scale: Any, w: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, scale, w = arguments
-        both = _wide(builder, codes)
+        both = wide(builder, codes)
         low = _e2m1(builder, both)
         high = _e2m1(builder, builder.lshr(both, ir.Constant(both.type, [4] * LANES)))
         for half in range(2):

@@ -1,6 +1,7 @@
 """Few rows times a weight of float8 (e4m3) or MXFP4 (e2m1) codes, which are decoded in registers. Imports Numba.
 
-As in `vector_loops.py`, rows of the weight are read in `STREAMS` far apart at once, for one input or for four.
+As in `vector_loops.py`, rows of the weight are read in `STREAMS` far apart at once, for one input or for four. Steps
+multiply by e4m3 in the same way (`product_loops.py`), on CPUs without these instructions in more of them.
 
 e4m3: a code's seven bits, moved to where fp16 has exponent and fraction, are its number over 2^8, subnormal codes
 included; the CPU widens 16 of them in one instruction. Scales of blocks go into the inputs of 128 outputs, others to
@@ -24,12 +25,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from trine.kernels.cpu.compiled import parallel, serial
+from trine.kernels.cpu.float_codes_loops import e4m3, wide
 from trine.kernels.cpu.lanes_loops import narrow
-from trine.kernels.cpu.vector_loops import LANES, load, multiply_add, shuffle, splat
+from trine.kernels.cpu.vector_loops import LANES, STREAMS, load, multiply_add, shuffle, splat
 
-# Inputs of a block (of e2m1 those that share a scale), rows of the weight that are read at once, outputs of a piece of
-# work (of e4m3 those that share scales of blocks).
-BLOCK, STREAMS, PIECE = 32, 4, 128
+# Inputs of a block (of e2m1 those that share a scale), and outputs of a piece of work (of e4m3 those that share scales
+# of blocks).
+BLOCK, PIECE = 32, 128
 _HALF_SCALE = np.float32(2.0**8)
 _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -46,8 +48,12 @@ def has_instructions() -> bool:
 
 def _from_e4m3(builder: Any, address: Any) -> Any:
     """The numbers of 16 codes over 2^8."""
-    wide = builder.sext(load(builder, address, _BYTES), _SHORTS)  # the sign stands twice once they are moved
-    bits = builder.and_(builder.shl(wide, ir.Constant(_SHORTS, [7] * LANES)), ir.Constant(_SHORTS, [~0x4000] * LANES))
+    if not has_instructions():
+        return builder.fmul(
+            e4m3(builder, wide(builder, address)), ir.Constant(_FLOATS, [1 / float(_HALF_SCALE)] * LANES)
+        )
+    moved = builder.sext(load(builder, address, _BYTES), _SHORTS)  # the sign stands twice once they are moved
+    bits = builder.and_(builder.shl(moved, ir.Constant(_SHORTS, [7] * LANES)), ir.Constant(_SHORTS, [~0x4000] * LANES))
     return builder.fpext(builder.bitcast(bits, _HALVES), _FLOATS)
 
 

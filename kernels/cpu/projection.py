@@ -20,9 +20,9 @@ from trine.kernels.cpu.codes import LANES, LanesWeight, dequantize_lanes
 from trine.kernels.cpu.compiled import address, array, single
 
 # Kinds of numbers, as in `product_loops.py` (which imports Numba). Inputs of a shorter row are not rounded.
-FLOAT32, BFLOAT16, INT8, TILES, DOTS, INT8_CODES, INT8_TOKENS, INT4_CODES = range(8)
-# What `measured.py` calls them.
-NAMES = ("float32", "bfloat16", "int8 by float32", "lanes", "lanes", "int8", "int8 by int8", "int4")
+FLOAT32, BFLOAT16, INT8, FLOAT8, TILES, DOTS, INT8_CODES, INT8_TOKENS, INT4_CODES = range(9)
+# What `measured.py` calls them; float8 is read as fast as int8.
+NAMES = ("float32", "bfloat16", "int8 by float32", "int8 by float32", "lanes", "lanes", "int8", "int8 by int8", "int4")
 SHORTEST = 64
 # Of int4: codes of one half of 64 bytes, and codes with one scale.
 CODES_OF_HALF, SCALED = 64, 32
@@ -39,8 +39,9 @@ class Projection:
     int8 codes have one scale a row. int4 codes, made by `int4_projection`, have one for every 32 inputs. `round_inputs`
     (always for int4): inputs are rounded to int8 with a scale for every 64 of them, which is about as large an error as
     that of the weight's own rounding to 8 bits, and a third of the arithmetic. `per_row`: with one scale for each row
-    of inputs, as `quantized/activations.py` rounds them (int8 only, of at least 64 inputs). `product`: of more rows
-    than loops take; without one, a copy of the weight is made for it.
+    of inputs, as `quantized/activations.py` rounds them (int8 only, of at least 64 inputs). float8 (e4m3) codes, none
+    of which is NaN, have one scale a row, and inputs become float8 numbers so. `product`: of more rows than loops take;
+    without one, a copy of the weight is made for it.
     """
 
     weight: Tensor
@@ -68,6 +69,8 @@ class Projection:
             return INT8_TOKENS
         if self.num_inputs is not None:
             return INT4_CODES
+        if self.weight.dtype == torch.float8_e4m3fn:
+            return FLOAT8
         if self.weight.dtype == torch.int8:
             return INT8_CODES if self.round_inputs and self.inputs >= SHORTEST else INT8
         return FLOAT32 if self.weight.dtype == torch.float32 else BFLOAT16
@@ -86,14 +89,17 @@ class Projection:
 
     def check(self, name: str, inputs: int | None = None) -> None:
         """Raise ValueError for what the loops do not take."""
-        weight, quantized = self.weight, self.weight.dtype in (torch.int8, torch.uint8)
-        known = (torch.float32, torch.bfloat16, torch.int8 if self.num_inputs is None else torch.uint8)
+        weight, quantized = self.weight, self.weight.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn)
+        known = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8]
+        known = known if self.num_inputs is None else [torch.uint8]
         if weight.dim() != 2 or weight.dtype not in known:
             raise ValueError(
-                f"{name} is {weight.dtype} {tuple(weight.shape)}; expected [N, K] in fp32, bf16 or int8,"
-                " or what int4_projection makes"
+                f"{name} is {weight.dtype} {tuple(weight.shape)}; expected [N, K] in fp32, bf16, int8 or"
+                " float8_e4m3fn, or what int4_projection makes"
             )
         _check_inputs(name, self.inputs, inputs)
+        if weight.dtype == torch.float8_e4m3fn and self.inputs < SHORTEST:
+            raise ValueError(f"{name} is {weight.dtype} {tuple(weight.shape)}; it takes at least {SHORTEST} inputs")
         if self.per_row and (weight.dtype != torch.int8 or self.inputs < SHORTEST):
             raise ValueError(
                 f"{name} is {weight.dtype} {tuple(weight.shape)}; inputs are rounded row by row for int8 of at least"
@@ -103,18 +109,19 @@ class Projection:
             raise ValueError(f"scales are {'missing for' if quantized else 'given with'} {name} of {weight.dtype}")
         if self.scales is not None and weight.dtype == torch.uint8 and self.scales.dtype != torch.float16:
             raise ValueError(f"scales of {name} are {self.scales.dtype}; int4_projection makes fp16")
-        sizes = {"bias": self.bias, "scales": self.scales if weight.dtype == torch.int8 else None}
+        sizes = {"bias": self.bias, "scales": None if weight.dtype == torch.uint8 else self.scales}
         for part, x in sizes.items():
             if x is not None and tuple(x.shape) != (len(weight),):
                 raise ValueError(f"{part} of {name} have shape {tuple(x.shape)}; expected ({len(weight)},)")
 
     def fields(self, keep: list[Any]) -> list[int]:
         """`FIELDS` of `product_loops.py`; the memory that they point to is put into `keep`."""
-        weight = array(self.weight.contiguous())
+        stored = self.weight.contiguous()
+        weight = array(stored.view(torch.uint8) if self.kind == FLOAT8 else stored)
         if self.scales is not None and self.scales.dtype == torch.float16:
             scales = self.scales.contiguous().numpy()
         else:
-            scales = single(self.scales)
+            scales = single(None if self.scales is None else self.scales * (2.0**8 if self.kind == FLOAT8 else 1.0))
         bias = single(self.bias)
         keep += (weight, scales, bias)
         scales_step = scales.strides[0] if scales.size else 0

@@ -33,6 +33,9 @@ def quantize(weight: Tensor, kind: str) -> AnyProjection:
         scales = groups.abs().amax(dim=2) / 7
         codes = (groups / scales[:, :, None].clamp(min=1e-9)).round().clamp(-8, 7).to(torch.int8).flatten(1)
         return int4_projection(codes, scales)
+    if kind == "float8":
+        scales = weight.abs().amax(dim=1) / 448
+        return Projection((weight / scales[:, None]).to(torch.float8_e4m3fn), scales)
     if kind.startswith("int8"):
         scales = weight.abs().amax(dim=1) / 127
         codes = (weight / scales[:, None]).round().to(torch.int8)
@@ -111,6 +114,12 @@ def by_rows(x: Tensor) -> Tensor:
     return (x / scale).round() * scale
 
 
+def by_float8(x: Tensor) -> Tensor:
+    """Numbers rounded to float8 with a scale for each row."""
+    scale = x.abs().amax(dim=-1, keepdim=True).float() / 448
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).double()
+
+
 def as_given(x: Tensor) -> Tensor:
     return x
 
@@ -161,6 +170,8 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
         ("int4", 2, 1e-5),
         ("int4", 5, 1e-5),
         ("int8 by rows", 3, 1e-5),
+        ("float8", 2, 1e-5),
+        ("float8", 6, 1e-5),
         ("int8 by rows", 7, 1e-5),
         ("lanes dots 4 32 bfloat16", 1, 1e-6),
         ("lanes floats 4 32 float16 zeros", 3, 1e-6),
@@ -180,7 +191,7 @@ def test_a_layer_equals_float64_at_any_number_of_rows(kind: str, rows: int, allo
     tensors, blocks = make_inputs([1 + 7 * row % 30 for row in range(rows)])
     arguments = make_layer(kind, 0, blocks)
     x = torch.randn(rows, C, generator=torch.Generator().manual_seed(1))
-    rounding = {"int8": by_64, "int4": by_64, "int8 by rows": by_rows}.get(kind, as_given)
+    rounding = {"int8": by_64, "int4": by_64, "int8 by rows": by_rows, "float8": by_float8}.get(kind, as_given)
     exact = by_float64(x, arguments, tensors, rounding if rows <= LOOP_ROWS else as_given)
     step = DecodeStep([DecodeLayer(**arguments)])
     step.loop_rows = LOOP_ROWS
@@ -245,7 +256,7 @@ def test_the_constants_of_python_are_those_of_the_loops() -> None:
 
     assert step.SPLIT == attention_loops.SPLIT
     assert projection.SHORTEST == vector_loops.CODE_BLOCK == projection.CODES_OF_HALF
-    kinds = ("FLOAT32", "BFLOAT16", "INT8", "TILES", "DOTS", "INT8_CODES", "INT8_TOKENS", "INT4_CODES")
+    kinds = ("FLOAT32", "BFLOAT16", "INT8", "FLOAT8", "TILES", "DOTS", "INT8_CODES", "INT8_TOKENS", "INT4_CODES")
     assert [getattr(projection, kind) for kind in kinds] == [getattr(product_loops, kind) for kind in kinds]
     scales = [projection._SCALE_KINDS[dtype] for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     assert scales == [codes_loops.FLOAT32, codes_loops.BFLOAT16, codes_loops.FLOAT16]

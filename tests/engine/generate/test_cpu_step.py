@@ -160,6 +160,7 @@ QUANTIZED = {
     "w4a16, channel": make_scheme("w4a16", group_size="channel"),
     "w8a16": make_scheme("w8a16"),
     "w8a8": make_scheme("w8a8"),
+    "fp8": make_scheme("fp8"),
 }
 
 
