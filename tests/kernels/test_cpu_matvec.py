@@ -101,6 +101,19 @@ def test_bits_repeat_whatever_the_number_of_threads(dtype: torch.dtype, threads:
 
 
 @needs_numba
+def test_codes_by_codes_have_the_same_bits_alone_and_with_more_threads(threads: None) -> None:
+    """More outputs than a thread takes at once, rows that are taken by fours and alone."""
+    x, w, scales, bias = codes(70, 200, seed=1), codes(101, 200), torch.rand(101), make(101)
+    x_scales, results = torch.rand(70), []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        results.append(compiled_codes_matvec(x, x_scales, w, scales, bias))
+    assert torch.equal(results[0], results[1])
+    alone = compiled_codes_matvec(x[69:], x_scales[69:], w, scales, bias)
+    assert torch.equal(alone, results[0][69:])
+
+
+@needs_numba
 def test_what_is_no_number_stays_so() -> None:
     w, x = make(9, 100, dtype=torch.bfloat16), make(1, 100, seed=1)
     w[2, 50], w[3, 7], w[4, 99] = float("nan"), float("inf"), 0.0
