@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+SECONDS_BETWEEN_LINES = 2.0
 _said: set[str] = set()
 T = TypeVar("T")
 
@@ -73,7 +74,10 @@ def printable(text: str) -> str:
 
 
 def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
-    """Yield `items` while showing a bar (terminal) or a line every tenth (file), with the time left."""
+    """Yield `items` while showing a bar (terminal) or lines (file), with the time left.
+
+    Lines come at every tenth, but none within `SECONDS_BETWEEN_LINES` of the start or of another: short work has none.
+    """
     if is_terminal():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,10 +87,10 @@ def progress(items: Iterable[T], *, total: int, what: str) -> Iterator[T]:
             yield from bar.track(items, total=total, description=what)
         return
     shown, started = 0, time.monotonic()
+    told = started
     for done, item in enumerate(items, start=1):
         yield item
-        tenth = 10 * done // max(total, 1)
-        if tenth > shown:
-            shown = tenth
-            left = (time.monotonic() - started) * (total - done) / done
-            say(f"{what}: {done}/{total}, {format_duration(left)} left")
+        tenth, now = 10 * done // max(total, 1), time.monotonic()
+        if tenth > shown and now - told >= SECONDS_BETWEEN_LINES:
+            shown, told = tenth, now
+            say(f"{what}: {done}/{total}, {format_duration((now - started) * (total - done) / done)} left")

@@ -42,7 +42,7 @@ def test_result_says_how_it_was_measured(
         "without a beginning-of-text token",
     ):
         assert fact in out
-    assert "evaluating: 1/" in err
+    assert "evaluating" not in err  # too short for lines of progress
 
 
 def test_json_is_one_object_with_everything(

@@ -22,7 +22,7 @@ def test_the_result_is_checked_generates_and_is_evaluated(trine: Trine, tiny_che
     status, printed, said = trine("quantize", tiny_checkpoint, *options)
     assert status == 0
     assert "w4a16 (pack-quantized, 4-bit int in groups of 32) by rtn-mse" in printed
-    assert "quantizing: 14/14, 0.0 s left" in said
+    assert "quantizing" not in said  # too short for lines of progress
     assert json.loads((out / NAME).read_text())["method"] == "rtn-mse"
     status, printed, _ = trine(
         "generate", out, "--prompt", "def add", "--temperature", "0", "--max-tokens", "4", "--json"
