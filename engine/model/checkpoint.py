@@ -31,7 +31,7 @@ from trine.engine.model.quantized.coded import CodedLinear
 from trine.engine.model.quantized.expert_codes import NUMBERS, ExpertCodes, as_numbers, expert_codes, settle_experts
 from trine.engine.model.quantized.experts import install_experts
 from trine.engine.model.quantized.format import Layout
-from trine.engine.model.quantized.layers import install, is_quantized, replace_linear
+from trine.engine.model.quantized.layers import install, is_quantized, product_dtype, replace_linear
 from trine.engine.model.quantized.plan import (
     EMBEDDING,
     QuantizedRule,
@@ -185,16 +185,18 @@ def load_model(
     dequantize: bool = False,
     keep_codes: bool = False,
 ) -> Transformer:
-    """A model in evaluation mode, its weights in `dtype` (None: as stored, the widest where files mix).
+    """A model in evaluation mode, its weights in `dtype` (None: as stored, the widest where files mix; but float32 for
+    float64 beside codes that are multiplied).
 
     Quantized weights keep their codes, and the model then takes no gradients; with `dequantize` they become numbers in
     `dtype`. Codes that no kernel multiplies become numbers too. With `keep_codes`, for training an adapter, those of
     linear layers stay codes, decoded at every use (`quantized/coded.py`), and experts become numbers, through which
-    gradients pass. Raises `CheckpointError` naming the file, key or shape that is wrong.
+    gradients pass. Raises `CheckpointError` naming the file, key or shape that is wrong, `UsageError` for float64 where
+    codes are multiplied.
     """
     with open_checkpoint(folder) as opened:
         model, stored = opened.model, opened.stored
-        dtype, device = dtype or opened.dtype, torch.device(device)
+        device = torch.device(device)
         quantized, experts = opened.quantized, opened.experts
         if keep_codes and experts:
             say(f"{NUMBERS}: gradients pass through them ({len(experts)} layers)")
@@ -203,6 +205,8 @@ def load_model(
         coded = {rule.stored for rule in plain if keep_codes and rule.ours != (EMBEDDING,)}
         kept = {name: one for name, one in quantized.items() if one.scheme is not None or name in coded}
         kept, experts = ({}, ()) if dequantize else (kept, experts)
+        multiplied = bool(experts) or any(one.scheme is not None for one in kept.values())
+        dtype = product_dtype(dtype, opened.dtype) if multiplied else dtype or opened.dtype
         told = {name: one for name, one in quantized.items() if name not in kept or one.scheme is not None}
         for line in [*(() if dequantize else notes(told)), *filter(None, [opened.cache_note])]:
             say(line)

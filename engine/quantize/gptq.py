@@ -18,6 +18,9 @@ was always zero says nothing: its column is rounded to nearest and changes no ot
 
 Rows are independent of each other, so weights that share their input can be given one below the other.
 
+Where ranges are searched for, all scales of row n are then multiplied by w_n H w_n^T / w_n H w'_n^T, so that its output
+is no smaller than it was (`rtn.py` says why).
+
 Source: Frantar et al., GPTQ, arXiv:2210.17323, algorithm 1; static order as in llm-compressor's "weight" ordering.
 """
 
@@ -29,7 +32,7 @@ from torch import Tensor
 from trine.engine.errors import TrineError
 from trine.engine.model.quantized.scheme import BLOCK, Scheme
 from trine.engine.model.quantized.tensor import QuantizedTensor, to_groups
-from trine.engine.quantize.rtn import Search, find_parameters, quantized_tensor, round_to_codes
+from trine.engine.quantize.rtn import Search, find_parameters, product_of, quantized_tensor, round_to_codes
 from trine.engine.quantize.statistics import InputStatistics
 
 # Columns of one block of updates.
@@ -65,7 +68,8 @@ def quantize_gptq(
     u_KK = inverse_factor(hessian_KK[order_K][:, order_K])
 
     groups = to_groups(w_NK.to(dtype), scheme)
-    scales, zeros = find_parameters(groups, scheme, scale_dtype, search, statistics, num_features)
+    product = None if search is None else product_of(search, scheme, statistics, num_features, dtype)
+    scales, zeros = find_parameters(groups, scheme, scale_dtype, product)
     size = BLOCK if scheme.strategy == "block" else scheme.group_size or width
     group_K = (order_K // size).tolist()
     scales_GN, zeros_GN = (_for_rows(one, scheme, num_features) for one in (scales, zeros))
@@ -83,7 +87,12 @@ def quantize_gptq(
             w_KN[k + 1 : block.stop].addr_(u[i, i + 1 :], error_N, alpha=-1)
         w_KN[block.stop :].addmm_(u_KK[block, block.stop :].t(), errors, alpha=-1)
     codes_NK = codes_KN[order_K.argsort()].t().to(scheme.code_dtype).contiguous()
-    return quantized_tensor(codes_NK, scales, zeros, scheme, scale_dtype)
+    del groups, w_KN, codes_KN  # copies of the weight, of which there are enough below
+    made = quantized_tensor(codes_NK, scales, zeros, scheme, scale_dtype)
+    if search is None:
+        return made
+    factors = _gains(w_NK.to(dtype), made.dequantize(dtype), hessian_KK, scheme)
+    return quantized_tensor(codes_NK, scales * factors[:, None], zeros, scheme, scale_dtype)
 
 
 def inverse_factor(hessian_KK: Tensor) -> Tensor:
@@ -103,6 +112,16 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
             u_KK: Tensor = torch.linalg.solve_triangular(l_KK.flip(0, 1), identity, upper=True)
             return u_KK
     raise HessianError("the sums over the inputs cannot be factored, whatever is added to their diagonal")
+
+
+def _gains(w_NK: Tensor, kept_NK: Tensor, hessian_KK: Tensor, scheme: Scheme) -> Tensor:
+    """What makes outputs as large as they were: a factor for each row of scales; 1 where nothing comes out."""
+    from_all_NK = w_NK @ hessian_KK
+    whole_N, kept_N = (torch.einsum("nk,nk->n", from_all_NK, other) for other in (w_NK, kept_NK))
+    if scheme.strategy == "block":
+        whole_N, kept_N = (torch.stack([part.sum() for part in torch.split(one, BLOCK)]) for one in (whole_N, kept_N))
+    factors = whole_N / kept_N
+    return torch.where((factors > 0) & factors.isfinite(), factors, 1.0)
 
 
 def _for_rows(parameters: Tensor, scheme: Scheme, num_features: int) -> Tensor:

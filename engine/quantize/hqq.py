@@ -8,8 +8,10 @@ round to nearest on, with b growing by 1.01 from 10 and errors in units of the f
     z = mean(q - (w - e) / s)                               the zero point that fits w - e best; 0 where symmetric
     s = sum (w - e) (q - z) / sum (q - z)^2                 the scale that does
 
-The best of 20 steps is kept for each group. The paper moves z alone; but formats store it as an integer, to which it is
-rounded here at every step, and an integer hardly moves, so the scale takes the same least-squares step.
+The best of 20 steps is kept for each group. Its codes then get the scale with which the group is no smaller than it was
+(`rtn.py`): giving up outliers makes it smaller than squares do. The paper moves z alone; but formats store it as an
+integer, to which it is rounded here at every step, and an integer hardly moves, so the scale takes the same
+least-squares step.
 
 Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023).
 """
@@ -25,8 +27,10 @@ from trine.engine.quantize.rtn import (
     dequantized,
     find_parameters,
     join,
+    product_of,
     quantized_tensor,
     round_to_codes,
+    without_shrinking,
 )
 from trine.engine.quantize.statistics import InputStatistics
 
@@ -63,7 +67,8 @@ def shrink(x: Tensor, beta: float) -> Tensor:
 
 def _quantize(w_NK: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedTensor:
     groups = to_groups(w_NK.to(torch.promote_types(w_NK.dtype, torch.float32)), scheme)
-    scales, zeros = find_parameters(groups, scheme, scale_dtype, "weights", None, len(w_NK))
+    product = product_of("weights", scheme, None, len(w_NK), groups.dtype)
+    scales, zeros = find_parameters(groups, scheme, scale_dtype, product)
     unit = scales[..., None]
     best_scales, best_zeros = scales, zeros
     least = _error(groups, scales, zeros, scheme, unit)
@@ -81,7 +86,8 @@ def _quantize(w_NK: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantiz
         least, best_scales = torch.where(better, error, least), torch.where(better, scales, best_scales)
         best_zeros = torch.where(better, zeros, best_zeros)
     codes = round_to_codes(groups, best_scales[..., None], best_zeros[..., None], scheme)
-    return quantized_tensor(from_groups(codes, scheme, *w_NK.shape), best_scales, best_zeros, scheme, scale_dtype)
+    scales = without_shrinking(groups, codes, best_scales, best_zeros, product, scale_dtype)
+    return quantized_tensor(from_groups(codes, scheme, *w_NK.shape), scales, best_zeros, scheme, scale_dtype)
 
 
 def _error(groups: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme, unit: Tensor) -> Tensor:

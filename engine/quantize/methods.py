@@ -48,6 +48,8 @@ class Choice:
     misfit: Callable[[Scheme], str | None] = lambda scheme: None
 
 
+# Raised whenever a method comes to write other bytes: a run that was interrupted goes on with the same methods only.
+REVISION = 2
 METHODS: dict[str, Choice] = {
     "rtn": Choice(quantize_rtn),
     "rtn-mse": Choice(partial(quantize_rtn, search="weights")),

@@ -32,6 +32,7 @@ from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_confi
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.families import FAMILIES
 from trine.engine.model.quantized.cache_scheme import STATIC, CacheName, CacheScheme, make_cache
+from trine.engine.model.quantized.layers import product_dtype
 from trine.engine.model.quantized.plan import linear_rules
 from trine.engine.model.quantized.registry import CONFIG_KEYS, read_format
 from trine.engine.model.quantized.scheme import Scheme
@@ -40,7 +41,7 @@ from trine.engine.model.weight_files import StoredTensor, copy_companions, read_
 from trine.engine.quantize.choices import Override, choose_layers, quantization_of
 from trine.engine.quantize.layer import LayerWork, check_finite
 from trine.engine.quantize.memory import Budget
-from trine.engine.quantize.methods import Choice
+from trine.engine.quantize.methods import REVISION, Choice
 from trine.engine.quantize.quality import Quality, Speed, measure_speed
 from trine.engine.quantize.report import LayerReport, Report
 from trine.engine.quantize.samples import Pairs, Samples
@@ -177,7 +178,7 @@ class _Run:
         self.table_writer = TableWriter(opened, self.tables, settings.writer)
         stored = [dtype for rule in opened.rules if (dtype := opened.stored[rule.stored].dtype) is not None]
         widest = max(stored, key=lambda dtype: dtype.itemsize)
-        self.dtype = settings.dtype or inference_dtype(widest, torch.device("cpu"))[0]
+        self.dtype = product_dtype(settings.dtype, inference_dtype(widest, torch.device("cpu"))[0])
 
     def identity(self) -> dict[str, Any]:
         """Whatever the bytes of the result depend on."""
@@ -196,7 +197,7 @@ class _Run:
             "evaluation": None if settings.evaluation is None else settings.evaluation.about(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "versions": {name: package_version(name) for name in ("trine", "torch")},
+            "versions": {name: package_version(name) for name in ("trine", "torch")} | {"methods": REVISION},
         }
 
     def expected_bytes(self) -> int:

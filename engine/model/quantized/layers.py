@@ -141,6 +141,16 @@ def _shared(parent: nn.Module, order_K: Tensor | None) -> Tensor | None:
     return order_K
 
 
+def product_dtype(wanted: torch.dtype | None, stored: torch.dtype) -> torch.dtype:
+    """What a model whose weights are codes computes in: `wanted`, or None: the `stored` one, float32 for float64.
+
+    Raises `UsageError` for float64, which no product of codes takes.
+    """
+    if wanted == torch.float64:
+        raise UsageError("float64 with quantized weights, whose products take less; give --dtype float32, or auto")
+    return wanted or (torch.float32 if stored == torch.float64 else stored)
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer of the model is quantized."""
     kinds = QuantizedLinear | QuantizedExperts | CodedLinear | QuantizedEmbedding

@@ -95,6 +95,7 @@ def test_inputs_that_are_always_zero_do_no_harm(weights: list[Tensor], inputs: T
 def test_clipping_keeps_the_range_with_the_least_error_of_the_outputs(
     name: str, weights: list[Tensor], inputs: Tensor
 ) -> None:
+    """And then gives its codes the scale with which outputs are no smaller than they were."""
     scheme, w_NK = CASES[name], weights[0]
     size = scheme.group_size or WIDTH
     found = quantize_rtn(w_NK, scheme, InputStatistics.of(inputs), search="outputs").dequantize(torch.float64)
@@ -103,14 +104,15 @@ def test_clipping_keeps_the_range_with_the_least_error_of_the_outputs(
         for start in range(0, WIDTH, size):
             w, x = w_NK[n, start : start + size], inputs[:, start : start + size]
             low, high = min(0.0, float(w.min())), max(0.0, float(w.max()))
-            losses = []
-            for part in RANGES:
+            ways = []
+            for part in (1.0, *RANGES):
                 scale = part * (max(-low, high) / ((b - a) / 2) if scheme.symmetric else (high - low) / (b - a))
                 zero = 0.0 if scheme.symmetric else round(min(b, max(a, a - part * low / scale)))
                 kept = ((w / scale + zero).clamp(a, b).round() - zero) * scale
-                losses.append(float((x @ (kept - w)).square().sum()))
-            loss = float((x @ (found[n, start : start + size] - w)).square().sum())
-            assert loss == pytest.approx(min(losses), rel=1e-6, abs=1e-12)
+                ways.append((float((x @ (kept - w)).square().sum()), kept))
+            _, kept = min(ways, key=lambda way: way[0])
+            kept = kept * float((x @ w).square().sum() / (x @ w).dot(x @ kept))
+            torch.testing.assert_close(found[n, start : start + size], kept, rtol=1e-9, atol=1e-9)
 
 
 def test_only_integer_weights_fit() -> None:

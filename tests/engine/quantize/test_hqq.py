@@ -8,8 +8,9 @@ from torch import Tensor
 
 from trine.engine.model.quantized.scheme import SCHEMES, Scheme, make_scheme
 from trine.engine.model.quantized.tensor import to_groups
+from trine.engine.quantize import hqq, rtn
 from trine.engine.quantize.hqq import BETA, GROWTH, NORM, STEPS, misfit, quantize_hqq, shrink
-from trine.engine.quantize.rtn import quantize_rtn
+from trine.engine.quantize.rtn import find_parameters, quantize_rtn
 
 CASES: dict[str, Scheme] = {
     "w4a16-32": make_scheme("w4a16", group_size="32"),
@@ -31,14 +32,16 @@ def _lost(w: Tensor, kept: Tensor) -> float:
     return float((w - kept).abs().pow(NORM).sum())
 
 
-def _brute_force(w: Tensor, scheme: Scheme, scale: float, zero: float) -> float:
-    """The least error of one group on the way from these parameters on."""
+def _brute_force(w: Tensor, scheme: Scheme, scale: float, zero: float) -> list[float]:
+    """What is left of one group by the codes with the least error on the way from these parameters on."""
     a, b = scheme.limits
-    unit, least = scale, float("inf")
+    unit, least, best = scale, float("inf"), list[float]()
     for step in range(STEPS + 1):
         codes = [min(b, max(a, round(x / scale + zero))) for x in w.tolist()]
         kept = [scale * (code - zero) for code in codes]
-        least = min(least, sum(abs(x - y) ** NORM for x, y in zip(w.tolist(), kept, strict=True)))
+        lost = sum(abs(x - y) ** NORM for x, y in zip(w.tolist(), kept, strict=True))
+        if lost < least:
+            least, best = lost, [code - zero for code in codes]
         beta, wanted = BETA * GROWTH**step, []
         for x, y in zip(w.tolist(), kept, strict=True):
             rest = (x - y) / unit
@@ -50,27 +53,32 @@ def _brute_force(w: Tensor, scheme: Scheme, scale: float, zero: float) -> float:
         steps = [code - zero for code in codes]
         fitted = sum(x * step for x, step in zip(wanted, steps, strict=True)) / sum(step * step for step in steps)
         scale = fitted if fitted > 0 else scale
-    return least
+    whole, left = sum(x * x for x in w.tolist()), sum(x * step for x, step in zip(w.tolist(), best, strict=True))
+    return [whole / left * step for step in best]
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_error_is_the_least_on_the_way(name: str, weight: Tensor) -> None:
+def test_codes_are_those_with_the_least_error_on_the_way(name: str, weight: Tensor) -> None:
+    """And their scale the one that leaves a group as large as it was."""
     scheme = CASES[name]
-    start = quantize_rtn(weight, scheme, search="weights")
-    zeros = torch.zeros_like(start.scales) if start.zeros_NG is None else start.zeros_NG
+    groups = to_groups(weight, scheme)
+    scales, zeros = find_parameters(groups, scheme, torch.float64, lambda a, b: (a * b).sum(-1))
     found = to_groups(quantize_hqq(weight, scheme).dequantize(torch.float64), scheme).flatten(0, 1)
-    exact = to_groups(weight, scheme).flatten(0, 1)
-    parameters = zip(start.scales.flatten().tolist(), zeros.flatten().tolist(), strict=True)
-    for w, kept, (scale, zero) in zip(exact, found, parameters, strict=True):
-        # Codes that lie halfway may fall to either side, since sums differ by rounding.
-        assert _lost(w, kept) <= _brute_force(w, scheme, scale, zero) * 1.005
+    parameters = zip(scales.flatten().tolist(), zeros.flatten().tolist(), strict=True)
+    for w, kept, (scale, zero) in zip(groups.flatten(0, 1), found, parameters, strict=True):
+        assert kept.tolist() == pytest.approx(_brute_force(w, scheme, scale, zero), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_error_is_below_that_of_the_search_over_squares(name: str, weight: Tensor) -> None:
+def test_error_is_below_that_of_the_search_over_squares(
+    name: str, weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the scales that either finds its codes by."""
     scheme = CASES[name]
+    for module in (hqq, rtn):
+        monkeypatch.setattr(module, "without_shrinking", lambda groups, codes, scales, *_: scales)
     found, start = quantize_hqq(weight, scheme), quantize_rtn(weight, scheme, search="weights")
-    assert _lost(weight, found.dequantize(torch.float64)) < 0.99 * _lost(weight, start.dequantize(torch.float64))
+    assert _lost(weight, found.dequantize(torch.float64)) < 0.995 * _lost(weight, start.dequantize(torch.float64))
 
 
 def test_shrinking_gives_up_small_numbers_and_keeps_large_ones() -> None:
@@ -86,8 +94,8 @@ def test_scales_are_kept_in_their_dtype_and_groups_of_zeros_stay_zero() -> None:
     w_NK[1] = 0
     found = quantize_hqq(w_NK, CASES["w4a16-32"], scale_dtype=torch.bfloat16)
     assert found.scales.dtype == torch.bfloat16
-    nearest = (w_NK / found.scales.float().repeat_interleave(32, 1)).round().clamp(-8, 7)
-    assert torch.equal(found.codes_NK.float(), nearest)
+    exact, kept = (to_groups(one, CASES["w4a16-32"]) for one in (w_NK, found.dequantize(torch.float32)))
+    torch.testing.assert_close((exact * kept).sum(-1), exact.square().sum(-1), rtol=2**-8, atol=0)
     assert torch.equal(found.dequantize(torch.float32)[1], torch.zeros(64))
 
 

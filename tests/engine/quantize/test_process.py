@@ -27,7 +27,7 @@ from trine.engine.quantize.check import check_folder
 from trine.engine.quantize.choices import parse_override
 from trine.engine.quantize.hidden import HiddenStates
 from trine.engine.quantize.memory import Budget
-from trine.engine.quantize.methods import METHODS, Choice
+from trine.engine.quantize.methods import METHODS, REVISION, Choice
 from trine.engine.quantize.report import Report
 from trine.engine.quantize.run import Settings, quantize_checkpoint
 from trine.engine.quantize.samples import Samples
@@ -296,7 +296,11 @@ def _start(script: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(
-    checkpoint: Path, text: Path, tmp_path: Path, samples: tuple[Samples, Samples]
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    samples: tuple[Samples, Samples],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script = """
 import signal
@@ -320,6 +324,10 @@ quantize_checkpoint(checkpoint, out, Settings(
         _quantize(checkpoint, out, samples, method="awq")
     with pytest.raises(UsageError, match="had method 'awq', not 'gptq'; give the same, or remove"):
         _quantize(checkpoint, out, samples, resume=True)
+    with monkeypatch.context() as changed:
+        changed.setattr("trine.engine.quantize.run.REVISION", REVISION + 1)
+        with pytest.raises(UsageError, match=r"had versions .*'methods': .*, not "):
+            _quantize(checkpoint, out, samples, method="awq", resume=True)
     resumed = _quantize(checkpoint, out, samples, method="awq", resume=True)
     whole = _quantize(checkpoint, tmp_path / "whole", samples, method="awq")
     for name in ("model.safetensors", "config.json"):

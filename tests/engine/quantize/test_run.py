@@ -28,6 +28,7 @@ from trine.engine.quantize.check import check_folder
 from trine.engine.quantize.methods import METHODS
 from trine.engine.quantize.report import NAME, Report, table
 from trine.engine.quantize.run import Settings, quantize_checkpoint
+from trine.engine.quantize.samples import Samples
 from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.quantized.activations import quantize_reference
 
@@ -227,6 +228,26 @@ def _edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None
     config = json.loads((folder / "config.json").read_text())
     edit(config)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_float64_is_rounded_for_products_of_codes(
+    tiny_tokenizer: Tokenizer, checkpoint_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    """They take none: a checkpoint stored so is measured and run in float32, and asking for float64 is refused."""
+    checkpoint = checkpoint_maker(tmp_path / "double", tiny_tokenizer, torch.float64)
+    samples = Samples(torch.arange(64).view(2, 32), ())
+    report = _quantize(checkpoint, tmp_path / "out", "w8a16", evaluation=samples)
+    assert report.quality is not None
+    assert report.quality.kl_divergence < 0.01
+    assert load_model(tmp_path / "out")(samples.ids_ST).dtype == torch.float32
+    assert load_model(tmp_path / "out", dequantize=True).dtype == torch.float64
+    for refused in (
+        lambda: load_model(tmp_path / "out", dtype=torch.float64),
+        lambda: _quantize(checkpoint, tmp_path / "other", "w8a16", evaluation=samples, dtype=torch.float64),
+    ):
+        with pytest.raises(UsageError, match="float64 with quantized weights"):
+            refused()
+    assert not (tmp_path / "other").exists()
 
 
 def test_not_finite_weights_are_refused_and_leave_nothing(checkpoint: Path, tmp_path: Path) -> None:
