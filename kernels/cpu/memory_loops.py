@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -75,6 +75,42 @@ def claim(typing: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", place, word(1), "monotonic")
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def finish(typing: Any, address: Any) -> Any:
+    """Add 1 to the int64 at an address, after all that this thread has written: how work is said to be done."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        builder.atomic_rmw("add", builder.inttoptr(arguments[0], word.as_pointer()), word(1), "release")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def finished(typing: Any, address: Any) -> Any:
+    """The int64 at an address, before all that this thread reads next: how much work is done."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def pause(typing: Any) -> Any:
+    """Tell an x86 that this is a loop that waits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if "x86" in binding.get_process_triple():
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @serial

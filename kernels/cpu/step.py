@@ -157,7 +157,7 @@ class DecodeStep:
             row[loops.PENDING] = before.pending
         rows = [row + [0] * (loops.LAYER_LENGTH - len(row)) for row in rows]
         self._table, self._options = np.array(rows, np.int64), np.array(options, np.float64)
-        self._counters = np.zeros((len(rows), len(loops.PHASES)), np.int64)
+        self._counters = np.zeros((len(rows), len(loops.PHASES), loops.COUNTERS_OF_PHASE), np.int64)
         self._header = np.zeros(len(loops.HEADER), np.int64)
         self._windows = {layer.window for layer in layers}
         self._buffers: dict[str, np.ndarray[Any, Any]] = {}

@@ -1,7 +1,9 @@
 """A step of decoding for all layers, by a team of threads that runs through them together. Imports Numba.
 
-A layer is five phases; between two of them all threads wait for each other (0.3 us; a parallel loop takes 2). Work is
-shared out by counters, one for a phase of a layer: a thread that another process holds up takes less of it.
+A layer is five phases. The pieces of each are shared out by a counter, and a phase begins once another counter says
+that all pieces of the one before are done (0.3 us; a parallel loop takes 2). So nobody waits for a thread that another
+process holds up, unless it is in the middle of a piece: it takes less of the work, and passes by what is done already.
+(It may then prepare inputs out of rows that others write at that moment; as no piece is left, it multiplies none.)
 
     PROJECT  qkv = norm(x) w_qkv
     ATTEND   k, v of the new tokens into the cache, o = attention(q) over it; MERGE where keys were split
@@ -38,8 +40,11 @@ from trine.kernels.cpu.memory_loops import (
     call_with,
     claim,
     doubles,
+    finish,
+    finished,
     floats,
     longs,
+    pause,
     shorts,
     words,
 )
@@ -50,12 +55,12 @@ HEADER = (
     "layers", "options", "num_layers", "first_layer", "first_phase", "last_phase", "rows", "width", "x", "qkv", "o",
     "gate_up", "y", "delta", "mlp_delta", "parts", "num_splits", "scratch", "scratch_bytes", "counters", "slots",
     "cos", "sin", "pairs", "other_cos", "other_sin", "other_pairs", "table", "table_width", "lengths", "logits",
-    "num_threads", "thread_number", "team_size", "barrier", "prepare", "multiply",
+    "num_threads", "thread_number", "team_size", "yield", "prepare", "multiply",
 )  # fmt: skip
 (
     LAYERS, OPTIONS_AT, NUM_LAYERS, FIRST_LAYER, FIRST_PHASE, LAST_PHASE, ROWS, WIDTH, X, QKV, ATTENDED, GATE_UP, Y,
     DELTA, MLP_DELTA, PARTS, NUM_SPLITS, SCRATCH, SCRATCH_BYTES, COUNTERS, SLOTS, COS, SIN, PAIRS, OTHER_COS, OTHER_SIN,
-    OTHER_PAIRS, TABLE, TABLE_WIDTH, LENGTHS, LOGITS, NUM_THREADS, THREAD_NUMBER, TEAM_SIZE, BARRIER, PREPARE, MULTIPLY,
+    OTHER_PAIRS, TABLE, TABLE_WIDTH, LENGTHS, LOGITS, NUM_THREADS, THREAD_NUMBER, TEAM_SIZE, YIELD, PREPARE, MULTIPLY,
 ) = range(len(HEADER))  # fmt: skip
 # Whole numbers of a layer, before its four projections (qkv, out, gate_up, down) of `FIELDS` each. The row after the
 # last layer is the output's: its norm and, in the place of qkv, its projection. "pending": the norm after the branch
@@ -81,6 +86,10 @@ PHASES = ("project", "attend", "merge", "out", "gate", "down")
 PROJECT, ATTEND, MERGE, OUT, GATE, DOWN = range(len(PHASES))
 # Pieces of work for a thread and phase, so that threads end at about the same time.
 PIECES = 4
+# Of a phase in the table of counters: pieces that were taken, and 8 bytes on those that are done.
+COUNTERS_OF_PHASE, DONE = 2, 8
+# How often a thread looks whether a phase is done before it offers its core to others (some 50 us).
+PATIENCE = 1000
 
 
 @serial
@@ -145,30 +154,38 @@ def norm_and_prepare(
 
 
 @serial
-def project(header: Any, layer: int, options: Any, counter: int, thread: int, team: int, y: int) -> None:
-    """y = norm(x) w of the first projection."""
+def project(header: Any, layer: int, options: Any, counter: int, thread: int, team: int, y: int) -> Any:
+    """y = norm(x) w of the first projection. As of every phase, the number of its pieces."""
     projection, num_outputs, unit = projection_of(layer, 0)
+    size = share(num_outputs, team, unit)
+    pieces = -(-num_outputs // size)
+    if finished(counter + DONE) == pieces:
+        return pieces
     fields = longs(layer, len(LAYER))
     norm, pending = (fields[ATTENTION_NORM], fields[ATTENTION_BIAS]), (fields[PENDING], header[MLP_DELTA])
     h, prepared = norm_and_prepare(header, fields, options, norm, pending, projection, thread)
-    size = share(num_outputs, team, unit)
     begin = claim(counter) * size
     while begin < num_outputs:
         end = min(num_outputs, begin + size)
         call_with(header[MULTIPLY], (projection, h, prepared, header[ROWS], begin, end, y, 4 * num_outputs))
+        finish(counter + DONE)
         begin = claim(counter) * size
+    return pieces
 
 
 @serial
-def gate(header: Any, layer: int, options: Any, counter: int, thread: int, team: int) -> None:
+def gate(header: Any, layer: int, options: Any, counter: int, thread: int, team: int) -> Any:
     """y = activation(gate) up, or activation(up)."""
     projection, outputs, unit = projection_of(layer, 2)
     fields = longs(layer, len(LAYER))
     gated, kind = fields[GATED] != 0, fields[ACTIVATION]
-    norm, pending = (fields[MLP_NORM], fields[MLP_BIAS]), (fields[AFTER_ATTENTION], header[DELTA])
-    h, prepared = norm_and_prepare(header, fields, options, norm, pending, projection, thread)
     F = outputs // 2 if gated else outputs
     size = share(F, 2 * team, unit)
+    pieces = -(-F // size)
+    if finished(counter + DONE) == pieces:
+        return pieces
+    norm, pending = (fields[MLP_NORM], fields[MLP_BIAS]), (fields[AFTER_ATTENTION], header[DELTA])
+    h, prepared = norm_and_prepare(header, fields, options, norm, pending, projection, thread)
     begin = claim(counter) * size
     while begin < F:
         end = min(F, begin + size)
@@ -183,22 +200,27 @@ def gate(header: Any, layer: int, options: Any, counter: int, thread: int, team:
                 up_F = floats(row + 4 * (F + begin), end - begin)
                 for f in range(end - begin):
                     y_F[f] *= up_F[f]
+        finish(counter + DONE)
         begin = claim(counter) * size
+    return pieces
 
 
 @serial
 def add_projection(
     header: Any, layer: int, options: Any, index: int, counter: int, thread: int, team: int, inputs: int
-) -> None:
+) -> Any:
     """x += r inputs w, or where a norm comes after it, inputs w; and x += r norm(what is pending)."""
     (projection, C, unit), M = projection_of(layer, index), header[ROWS]
+    size = share(C, team, unit)
+    pieces = -(-C // size)
+    if finished(counter + DONE) == pieces:
+        return pieces
     fields, residual = longs(layer, len(LAYER)), np.float32(options[RESIDUAL])
     delta, after, pending, left = header[DELTA], fields[AFTER_ATTENTION], fields[PENDING], header[MLP_DELTA]
     if index == 3:
         delta, after, pending, left = header[MLP_DELTA], fields[AFTER_MLP], fields[AFTER_ATTENTION], header[DELTA]
     prepared = header[SCRATCH] + thread * header[SCRATCH_BYTES]
     call_with(header[PREPARE], (projection, inputs, M, prepared))
-    size = share(C, team, unit)
     begin = claim(counter) * size
     while begin < C:
         end = min(C, begin + size)
@@ -211,7 +233,9 @@ def add_projection(
                 y_C = floats(delta + 4 * (m * C + begin), end - begin)
                 for c in range(end - begin):
                     x_C[c] += residual * y_C[c]
+        finish(counter + DONE)
         begin = claim(counter) * size
+    return pieces
 
 
 @serial
@@ -345,23 +369,25 @@ def attend_address(kind: int) -> int:
 
 
 @serial
-def attend_step(header_place: int, layer_place: int, options_place: int, counter: int, team: int) -> None:
+def attend_step(header_place: int, layer_place: int, options_place: int, counter: int, team: int) -> Any:
     """Attention of all requests of the step, by pieces."""
     header, layer = longs(header_place, len(HEADER)), longs(layer_place, LAYER_LENGTH)
     M, num_splits, num_kv_heads = header[ROWS], header[NUM_SPLITS], layer[KV_HEADS]
     num_ranges = min(num_kv_heads, max(1, -(-2 * team // (M * num_splits))))
     size = -(-num_kv_heads // num_ranges)
-    piece = claim(counter)
-    while piece < M * num_splits * num_ranges:
+    pieces, piece = M * num_splits * num_ranges, claim(counter)
+    while piece < pieces:
         m, split, first = piece // num_ranges // num_splits, piece // num_ranges % num_splits, piece % num_ranges * size
         last = min(num_kv_heads, first + size)
         if first < last:
             call_with(layer[ATTEND_HEADS], (header_place, layer_place, options_place, m, split, first, last))
+        finish(counter + DONE)
         piece = claim(counter)
+    return pieces
 
 
 @serial
-def merge_step(header: Any, layer: Any, counter: int) -> None:
+def merge_step(header: Any, layer: Any, counter: int) -> Any:
     """Add up the splits of all heads."""
     M, H, D, num_splits = header[ROWS], layer[HEADS], layer[HEAD_DIM], header[NUM_SPLITS]
     rows = M * num_splits * H
@@ -374,7 +400,9 @@ def merge_step(header: Any, layer: Any, counter: int) -> None:
         for h in range(H):
             o_D = floats(header[ATTENDED] + 4 * (m * H + h) * D, D)
             merge(o_MUHD[m, :, h], largest_MUH[m, :, h], total_MUH[m, :, h], sinks_H[h : h + 1], o_D)
+        finish(counter + DONE)
         m = claim(counter)
+    return M
 
 
 @serial
@@ -385,20 +413,33 @@ def run_phase(header_place: int, index: int, place: int, thread: int, team: int)
     phase = OUT + GATE - place if longs(layer, len(LAYER))[PARALLEL] != 0 and OUT <= place <= GATE else place
     options_place = header[OPTIONS_AT] + 8 * index * len(OPTIONS)
     options = doubles(options_place, len(OPTIONS))
-    counter = header[COUNTERS] + 8 * (index * len(PHASES) + phase)
+    counter = header[COUNTERS] + 8 * COUNTERS_OF_PHASE * (index * len(PHASES) + phase)
     if phase == PROJECT:
         y = header[QKV] if longs(layer, len(LAYER))[HEADS] > 0 else header[LOGITS]
-        project(header, layer, options, counter, thread, team, y)
+        pieces = project(header, layer, options, counter, thread, team, y)
     elif phase == ATTEND:
-        attend_step(header_place, layer, options_place, counter, team)
+        pieces = attend_step(header_place, layer, options_place, counter, team)
     elif phase == MERGE:
-        merge_step(header, longs(layer, len(LAYER)), counter)
+        pieces = merge_step(header, longs(layer, len(LAYER)), counter)
     elif phase == OUT:
-        add_projection(header, layer, options, 1, counter, thread, team, header[ATTENDED])
+        pieces = add_projection(header, layer, options, 1, counter, thread, team, header[ATTENDED])
     elif phase == GATE:
-        gate(header, layer, options, counter, thread, team)
+        pieces = gate(header, layer, options, counter, thread, team)
     else:
-        add_projection(header, layer, options, 3, counter, thread, team, header[Y])
+        pieces = add_projection(header, layer, options, 3, counter, thread, team, header[Y])
+    if header[YIELD] != 0:
+        wait(counter + DONE, pieces, header[YIELD])
+
+
+@serial
+def wait(done: int, pieces: int, yield_core: int) -> None:
+    """Until all pieces of a phase are done; `yield_core`: the address of what gives the core to others."""
+    looks = 0
+    while finished(done) < pieces:
+        pause()
+        looks += 1
+        if looks > PATIENCE:
+            call(yield_core)
 
 
 @serial
@@ -418,7 +459,6 @@ def run_in_team(data: Any) -> None:
         for phase in range(header[FIRST_PHASE], header[LAST_PHASE] + 1):
             if has_phase(header, layer, phase):
                 run_phase(place, layer, phase, thread, team)
-                call(header[BARRIER])
 
 
 @parallel

@@ -20,15 +20,15 @@ import torch
 from trine.kernels.cpu.compiled import use_torch_threads
 
 log = logging.getLogger(__name__)
-_NAMES = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+_NAMES = ("GOMP_parallel", "sched_yield", "omp_get_thread_num", "omp_get_num_threads")
 
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The library's functions: `start` to be called, the addresses of the others for compiled code."""
+    """Its functions and C's `sched_yield`: `start` to be called, the others' addresses for compiled code."""
 
     start: Any
-    barrier: int
+    yield_core: int
     thread_number: int
     size: int
 
@@ -56,9 +56,9 @@ def run_step(header: np.ndarray[Any, Any]) -> None:
     header[loops.PREPARE], header[loops.MULTIPLY] = prepare.address, multiply_range.address
     found = team()
     if found is None:
-        header[loops.NUM_THREADS] = use_torch_threads()
+        header[loops.NUM_THREADS], header[loops.YIELD] = use_torch_threads(), 0
         loops.run_in_loops(header.ctypes.data)
         return
     header[loops.THREAD_NUMBER], header[loops.TEAM_SIZE] = found.thread_number, found.size
-    header[loops.BARRIER] = found.barrier
+    header[loops.YIELD] = found.yield_core
     found.start(loops.run_in_team.address, header.ctypes.data, torch.get_num_threads(), 0)
