@@ -79,10 +79,8 @@ def read_cache(value: Any, head_dim: int) -> tuple[CacheScheme | None, str]:
         what = "8-bit symmetric ones with a scale for each token and head, or fewer"
         return None, f"kv_cache_scheme is not followed, keys and values stay as computed: Trine's caches are {what}"
     if scheme.group_size is None:
-        return (
-            scheme,
-            "scales of the key/value cache in the checkpoint are not used: in 8 bits each token and head gets its own",
-        )
+        own = "in 8 bits each token and head gets its own"
+        return scheme, f"scales of the key/value cache in the checkpoint are not used: {own}"
     return scheme, ""
 
 
