@@ -103,8 +103,10 @@ def fits_decode_steps(model: Transformer, max_running: int) -> bool:
 
 
 def _copied_bytes(model: Transformer, max_running: int) -> int:
-    few = step_rows("bfloat16" if model.dtype == torch.bfloat16 else "float32")
-    return 0 if max_running <= few else sum(parameter.nbytes for parameter in model.parameters())
+    """Of all weights but those of experts, which are the model's own (`cpu_step.py`)."""
+    if max_running <= step_rows("bfloat16" if model.dtype == torch.bfloat16 else "float32"):
+        return 0
+    return sum(parameter.nbytes for name, parameter in model.named_parameters() if ".experts." not in name)
 
 
 def _estimate_step(

@@ -11,6 +11,7 @@ import torch
 from trine.engine.generate import cpu_step
 from trine.engine.generate.cpu_step import make_decoder
 from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest
+from trine.engine.generate.memory import fits_decode_steps
 from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.blocks import Block
@@ -255,6 +256,16 @@ def test_other_layers_and_dtypes_are_left_to_the_model() -> None:
     assert isinstance(block, Block)
     block.mlp.down_proj.__class__ = Adapted
     assert make_decoder(model, cache, torch.float32) is None
+
+
+def test_experts_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(moe=MoeConfig(num_experts=8, top_k=2, ffn_width=400))
+    copied = sum(parameter.nbytes for name, parameter in model.named_parameters() if "experts" not in name)
+    assert 20 * copied < sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr("trine.engine.generate.memory.available_memory", lambda: 2 * copied)
+    assert fits_decode_steps(model, step_rows("float32") + 1)
+    monkeypatch.setattr("trine.engine.generate.memory.available_memory", lambda: 2 * copied - 1)
+    assert not fits_decode_steps(model, step_rows("float32") + 1)
 
 
 @needs_loops
