@@ -62,13 +62,29 @@ class LayerNorms:
     unit_offset: bool = False
     eps: float = 1e-6
 
+    def for_torch(self) -> LayerNorms:
+        """The same with weights and biases in fp32, the 1 added, as `apply` takes them."""
+
+        def ready(weight_C: Tensor | None) -> Tensor | None:
+            return None if weight_C is None else weight_C.float() + float(self.unit_offset)
+
+        return LayerNorms(
+            ready(self.attention_C),
+            ready(self.mlp_C),
+            ready(self.after_attention_C),
+            ready(self.after_mlp_C),
+            None if self.attention_bias_C is None else self.attention_bias_C.float(),
+            None if self.mlp_bias_C is None else self.mlp_bias_C.float(),
+            layer=self.layer,
+            eps=self.eps,
+        )
+
     def apply(self, x_MC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None = None) -> Tensor:
-        """One of them by torch, in fp32; x where there is none."""
+        """One of them by torch, in fp32 (`for_torch`); x where there is none."""
         if weight_C is None:
             return x_MC
-        weight_C = weight_C.float() + float(self.unit_offset)
         if self.layer:
-            return F.layer_norm(x_MC, weight_C.shape, weight_C, None if bias_C is None else bias_C.float(), self.eps)
+            return F.layer_norm(x_MC, weight_C.shape, weight_C, bias_C, self.eps)
         return F.rms_norm(x_MC, weight_C.shape, weight_C, self.eps)
 
     def check(self, width: int) -> None:
@@ -154,7 +170,7 @@ class DecodeLayer:
             raise ValueError(f"gate_up has {feed} rows of gate; tiles of codes need a multiple of {LANES}")
         self.head_dim, self.width, self.window = D, C, -1 if window is None else window
         self.num_heads, self.feed, self.activation, self.gated = num_heads, feed, activation, gated
-        self.norms, self.parallel, self.residual_scale = norms, parallel, residual_scale
+        self.norms, self.parallel, self.residual_scale = norms.for_torch(), parallel, residual_scale
         self.rotation = rotation
         self.feed_forward = feed_forward
         named = (("qkv", qkv, C), ("out", out, num_heads * D), ("gate_up", gate_up, C), ("down", down, feed))

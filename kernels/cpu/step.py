@@ -132,7 +132,7 @@ class DecodeStep:
         if (final_norm_C is None) != (output is None):
             raise ValueError("the final norm and the output projection go together; give both or neither")
         self.output, self._keep = output, []
-        self._final = (final_norm_C, final_bias_C)
+        self._final: tuple[Tensor | None, Tensor | None] = (None, None)
         self._products: list[list[Product]] = []
         projections = [p for layer in layers for p in layer.projections] + ([] if output is None else [output])
         numbers: dict[int, int] = {}
@@ -147,6 +147,8 @@ class DecodeStep:
             replace(layers[0].norms, attention_C=final_norm_C, attention_bias_C=final_bias_C).check(self.width)
             norm, bias = single(final_norm_C), single(final_bias_C)
             self._keep += [norm, bias]
+            offset = layers[0].options[loops.OFFSET]
+            self._final = (final_norm_C.float() + offset, None if final_bias_C is None else final_bias_C.float())
             last = [0] * loops.LAYER_LENGTH
             last[loops.ATTENTION_NORM], last[loops.ATTENTION_BIAS] = address(norm), address(bias)
             last[loops.LAYER_NORM] = layers[0].norms.layer
