@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trine.benchmarks.quantization_quality import parse_case
+from trine.benchmarks.quantization_quality import make_parser, parse_case
 from trine.engine.env import environment, set_threads
 from trine.engine.errors import TrineError
 from trine.engine.log import say
@@ -208,12 +208,8 @@ def run(options: argparse.Namespace) -> None:
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Gain and noise of rounded weights, and what each costs.")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--calibration", type=Path, nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--eval", dest="evaluation", type=Path, nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="SCHEME/METHOD")
+    described = "Gain and noise of rounded weights, and what each costs."
+    parser = make_parser(described, out="FILE.json", cases=CASES)
     parser.add_argument("--samples", type=int, default=64, help="calibration samples")
     parser.add_argument("--eval-samples", type=int, default=128, help="windows to measure on")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sample")

@@ -159,14 +159,21 @@ def _numel(shape: Sequence[int]) -> int:
     return shape[0] * shape[1]
 
 
-def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Schemes and methods on one checkpoint: size, quality and speed.")
+def make_parser(description: str, *, out: str, cases: Sequence[str]) -> argparse.ArgumentParser:
+    """What every benchmark of quantizing one checkpoint asks for."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--calibration", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--eval", dest="evaluation", type=Path, nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="SCHEME/METHOD")
+    parser.add_argument("--out", type=Path, required=True, metavar=out)
+    parser.add_argument("--cases", nargs="+", default=list(cases), metavar="SCHEME/METHOD")
+    return parser
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    described = "Schemes and methods on one checkpoint: size, quality and speed."
+    parser = make_parser(described, out="DIR", cases=CASES)
     parser.add_argument("--samples", type=int, help="calibration samples; up to 128")
     parser.add_argument("--eval-samples", type=int, help="samples to measure on; up to 128")
     parser.add_argument("--length", type=int, help="tokens of a sample; 512, or the model's context")
