@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 from trine.kernels.cpu.compiled import parallel, serial
 from trine.kernels.cpu.float_codes_loops import e4m3, wide
 from trine.kernels.cpu.lanes_loops import narrow
-from trine.kernels.cpu.vector_loops import LANES, STREAMS, load, multiply_add, shuffle, splat
+from trine.kernels.cpu.vector_loops import LANES, STREAMS, block_of_row, load, multiply_add, splat, store_sums
 
 # Inputs of a block (of e2m1 those that share a scale), and outputs of a piece of work (of e4m3 those that share scales
 # of blocks).
@@ -97,10 +97,9 @@ def _rows(count: int, *, of_e2m1: bool) -> Any:
             zero = ir.Constant(_FLOATS, None)
             totals = [[cgutils.alloca_once_value(builder, zero) for _ in rows] for _ in inputs]
             blocks = builder.sdiv(builder.add(row_bytes, _I64(size - 1)), _I64(size))
-            last = builder.sub(row_bytes, _I64(size))
             with cgutils.for_range(builder, blocks) as loop:
-                x_offset, begin = (builder.mul(loop.index, _I64(bytes_of)) for bytes_of in (4 * BLOCK, size))
-                offset = builder.select(builder.icmp_signed("<", begin, last), begin, last)
+                x_offset = builder.mul(loop.index, _I64(4 * BLOCK))
+                offset = block_of_row(builder, loop.index, size, row_bytes)
                 halves = [builder.add(x_offset, _I64(at)) for at in (0, 4 * LANES)]
                 given = [[load(builder, builder.add(place, at), _FLOATS) for at in halves] for place in inputs]
                 for s, place in enumerate(rows):
@@ -120,24 +119,12 @@ def _rows(count: int, *, of_e2m1: bool) -> Any:
                             total = multiply_add(builder, numbers[1], second, total)
                         builder.store(total, totals[m][s])
             for m, at in enumerate(places(y, y_next, count)):
-                for s, place in enumerate(places(at, y_step, STREAMS)):
-                    total = _sum(builder, builder.load(totals[m][s]))
-                    builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
+                store_sums(builder, totals[m], at, y_step)
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 10), generate
 
     return intrinsic(declare)
-
-
-def _sum(builder: Any, vector: Any) -> Any:
-    """The sum of a vector's numbers, in halves."""
-    width = LANES
-    while width > 1:
-        width //= 2
-        low, high = (shuffle(builder, vector, list(range(at, at + width))) for at in (0, width))
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, _I32(0))
 
 
 e4m3_rows, e4m3_rows_4 = _rows(1, of_e2m1=False), _rows(4, of_e2m1=False)

@@ -146,6 +146,8 @@ class DecodeLayer:
             raise ValueError("feed_forward does not go with parallel branches")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; supported are {', '.join(ACTIVATIONS)}")
+        if rotation not in (None, 0, 1):
+            raise ValueError(f"rotation is {rotation}; give 0 or 1, which of a step's angles turn the layer, or None")
         if window is not None and window < 0:
             raise ValueError(f"window is {window}; give the number of keys before a token's own, or None")
         if (q_norm is None) != (k_norm is None):

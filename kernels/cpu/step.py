@@ -255,6 +255,9 @@ class DecodeStep:
         smallest = min(layer.head_dim for layer in self.layers)
         if x_MC.shape[1] != self.width or 2 * max(inputs.num_pairs) > smallest:
             raise ValueError(f"x has width {x_MC.shape[1]}, a layer {self.width} and heads of {smallest}")
+        for rotation in {layer.rotation for layer in self.layers if layer.rotation is not None}:
+            if not inputs.num_pairs[rotation]:
+                raise ValueError(f"a layer has rotation {rotation}, for which the step brings no angles")
         header, num_splits = self._header, inputs.num_splits(self._windows)
         size = (M, num_splits, torch.get_num_threads())
         if size != self._size:

@@ -127,7 +127,7 @@ def _store_lanes(builder: Any, vector: Any, count: int, y: Any, y_step: Any) -> 
         builder.store(builder.extract_element(vector, _I32(s)), builder.inttoptr(place, _F32.as_pointer()), align=4)
 
 
-def _sums(builder: Any, totals: list[Any], y: Any, y_step: Any) -> None:
+def store_sums(builder: Any, totals: list[Any], y: Any, y_step: Any) -> None:
     """Store the sum of every vector, y_step bytes apart."""
     _store_lanes(builder, fold(builder, [builder.load(total) for total in totals]), len(totals), y, y_step)
 
@@ -138,7 +138,7 @@ def _begin(builder: Any, row: Any, step: Any) -> tuple[list[Any], list[Any]]:
     return rows, [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, None)) for _ in rows]
 
 
-def _block_of_row(builder: Any, index: Any, size: int, num_inputs: Any) -> Any:
+def block_of_row(builder: Any, index: Any, size: int, num_inputs: Any) -> Any:
     """Where a block begins in its row: the last one ends with the row."""
     begin, last = builder.mul(index, _I64(size)), builder.sub(num_inputs, _I64(size))
     return builder.select(builder.icmp_signed("<", begin, last), begin, last)
@@ -174,7 +174,7 @@ def _float_rows(kind: Any, count: int) -> Any:
             size = _I64({_F32: 4, _I16: 2, _I8: 1}[kind])
             blocks = builder.sdiv(builder.add(num_inputs, _I64(FLOAT_BLOCK - 1)), _I64(FLOAT_BLOCK))
             with cgutils.for_range(builder, blocks) as loop:
-                begin = _block_of_row(builder, loop.index, FLOAT_BLOCK, num_inputs)
+                begin = block_of_row(builder, loop.index, FLOAT_BLOCK, num_inputs)
                 for half in range(0, FLOAT_BLOCK, LANES):
                     offset = builder.mul(builder.add(begin, _I64(half)), size)
                     x_offset = builder.add(builder.mul(loop.index, _I64(4 * FLOAT_BLOCK)), _I64(4 * half))
@@ -187,7 +187,7 @@ def _float_rows(kind: Any, count: int) -> Any:
                             total = builder.load(totals[m][s])
                             builder.store(multiply_add(builder, weights, inputs[m], total), totals[m][s])
             for m in range(count):
-                _sums(builder, totals[m], builder.add(y, builder.mul(_I64(m), y_next)), y_step)
+                store_sums(builder, totals[m], builder.add(y, builder.mul(_I64(m), y_next)), y_step)
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 8), generate
@@ -211,7 +211,7 @@ def int8_code_rows(
         rows, totals = _begin(builder, row, step)
         blocks = builder.sdiv(builder.add(num_inputs, _I64(CODE_BLOCK - 1)), _I64(CODE_BLOCK))
         with cgutils.for_range(builder, blocks) as loop:
-            offset = _block_of_row(builder, loop.index, CODE_BLOCK, num_inputs)
+            offset = block_of_row(builder, loop.index, CODE_BLOCK, num_inputs)
             inputs, scale, fours = _code_block(builder, loop.index, codes, scales, sums)
             start = builder.sub(ir.Constant(_WORDS, None), builder.shl(fours, ir.Constant(_WORDS, [7] * LANES)))
             for address, total in zip(rows, totals, strict=True):
@@ -220,7 +220,7 @@ def int8_code_rows(
                 unsigned = builder.xor(weights, ir.Constant(_CODES, [-128] * CODE_BLOCK))
                 exact = builder.sitofp(add_fours(builder, start, unsigned, inputs), _FLOATS)
                 builder.store(multiply_add(builder, exact, scale, builder.load(total)), total)
-        _sums(builder, totals, y, y_step)
+        store_sums(builder, totals, y, y_step)
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 8), generate
@@ -249,7 +249,7 @@ def _token_rows(count: int) -> Any:
                 totals.append([cgutils.alloca_once_value(builder, first) for _ in rows])
             blocks = builder.sdiv(builder.add(num_inputs, _I64(CODE_BLOCK - 1)), _I64(CODE_BLOCK))
             with cgutils.for_range(builder, blocks) as loop:
-                offset = _block_of_row(builder, loop.index, CODE_BLOCK, num_inputs)
+                offset = block_of_row(builder, loop.index, CODE_BLOCK, num_inputs)
                 x_offset = builder.mul(loop.index, _I64(CODE_BLOCK))
                 inputs = [load(builder, builder.add(place, x_offset), _CODES) for place in places]
                 with builder.if_then(builder.icmp_signed("!=", ahead, _I64(0))):
@@ -325,7 +325,7 @@ def int4_code_rows(
                     exact = builder.sitofp(add_fours(builder, starts[i], weights, blocks[i][0]), _FLOATS)
                     lanes = shuffle(builder, factors, [2 * i] * 8 + [2 * i + 1] * 8)
                     builder.store(multiply_add(builder, exact, lanes, builder.load(total)), total)
-        _sums(builder, totals, y, y_step)
+        store_sums(builder, totals, y, y_step)
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 10), generate

@@ -276,6 +276,7 @@ WIDE = Projection(torch.ones(C, C))
         ({"k_norm": torch.ones(3), "q_norm": torch.ones(D)}, r"k_norm has shape \(3,\); expected \(16,\)"),
         ({"sinks_H": torch.ones(3)}, r"sinks has shape \(3,\); expected \(4,\)"),
         ({"window": -1}, "window is -1"),
+        ({"rotation": 2}, "rotation is 2; give 0 or 1"),
         ({"down": None}, "a layer has gate_up and down, or feed_forward"),
         ({"feed_forward": torch.relu}, "a layer has gate_up and down, or feed_forward"),
         ({"q_norm": torch.ones(H * D), "k_norm": torch.ones(D)}, r"k_norm has shape \(16,\); expected \(32,\)"),
@@ -298,6 +299,8 @@ def test_steps_that_do_not_fit_are_refused_by_name() -> None:
         StepInputs(**(tensors | {"slots_M": tensors["slots_M"][:1]}))
     with pytest.raises(ValueError, match="cos and sin have shapes"):
         StepInputs(**(tensors | {"cos_MR": torch.ones(2, 5)}))
+    with pytest.raises(ValueError, match="a layer has rotation 0, for which the step brings no angles"):
+        decode_layers(torch.ones(2, C), layers, StepInputs(**(tensors | {"cos_MR": None, "sin_MR": None})))
     inputs = StepInputs(**tensors)
     with pytest.raises(ValueError, match=r"x is torch.bfloat16"):
         decode_layers(torch.ones(2, C).bfloat16(), layers, inputs)
