@@ -180,7 +180,7 @@ class DecodeLayer:
         for name, projection, inputs in named:
             if projection is not None:
                 projection.check(name, inputs)
-        from trine.kernels.cpu.step_loops import attend_address
+        from trine.kernels.cpu.step_attention_loops import attend_address
 
         self.keep: list[Any] = []
         rows = [

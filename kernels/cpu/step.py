@@ -121,7 +121,7 @@ class DecodeStep:
 
         Raises ValueError where layers or the output projection do not fit each other.
         """
-        from trine.kernels.cpu import step_loops as loops
+        from trine.kernels.cpu import step_layout_loops as loops
 
         if not layers:
             raise ValueError("a step has no layers; give at least one")
@@ -172,7 +172,7 @@ class DecodeStep:
         x or the angles do not fit. That slots and tables lie within the pools is not checked here:
         `kernels/kv_write/op.py` and `kernels/paged_attention/op.py` have functions that do.
         """
-        from trine.kernels.cpu import step_loops as loops
+        from trine.kernels.cpu import step_layout_loops as loops
 
         self._prepare(x_MC, inputs)
         if inputs.num_rows > self.loop_rows:
@@ -194,7 +194,7 @@ class DecodeStep:
 
     def _run_loops(self, first: int, end: int, last_phase: int | None = None) -> None:
         """Layers `first` to `end`, all phases or up to one, in loops."""
-        from trine.kernels.cpu import step_loops as loops
+        from trine.kernels.cpu import step_layout_loops as loops
 
         if first == end:
             return
@@ -218,7 +218,7 @@ class DecodeStep:
 
     def _run_batch(self, x_MC: Tensor) -> Tensor:
         """The step with torch's products, and compiled attention between them."""
-        from trine.kernels.cpu import step_loops as loops
+        from trine.kernels.cpu import step_layout_loops as loops
 
         if not self._products:
             self._products = [[batch_product(p) for p in layer.projections] for layer in self.layers]
@@ -247,7 +247,7 @@ class DecodeStep:
 
     def _prepare(self, x_MC: Tensor, inputs: StepInputs) -> None:
         """Fill the header in, and make buffers where they are too small."""
-        from trine.kernels.cpu import step_loops as loops
+        from trine.kernels.cpu import step_layout_loops as loops
 
         M = inputs.num_rows
         if x_MC.dtype != torch.float32 or not x_MC.is_contiguous() or len(x_MC) != M:
@@ -273,7 +273,7 @@ class DecodeStep:
 
     def _make_buffers(self, num_rows: int, num_splits: int, num_threads: int) -> None:
         """Memory that lives from step to step; it grows with the rows, the splits of keys and the threads."""
-        from trine.kernels.cpu import step_loops as loops
+        from trine.kernels.cpu import step_layout_loops as loops
         from trine.kernels.cpu.product_loops import prepared_bytes
 
         projections = [p for layer in self.layers for p in layer.projections]

@@ -50,15 +50,16 @@ def team() -> Team | None:
 
 def run_step(header: np.ndarray[Any, Any]) -> None:
     """Run `step_loops.py` with as many threads as torch has; the header's own fields of the team are filled in."""
-    from trine.kernels.cpu import step_loops as loops
+    from trine.kernels.cpu import step_layout_loops as loops
     from trine.kernels.cpu.product_loops import multiply_range, prepare
+    from trine.kernels.cpu.step_loops import run_in_loops, run_in_team
 
     header[loops.PREPARE], header[loops.MULTIPLY] = prepare.address, multiply_range.address
     found = team()
     if found is None:
         header[loops.NUM_THREADS], header[loops.YIELD] = use_torch_threads(), 0
-        loops.run_in_loops(header.ctypes.data)
+        run_in_loops(header.ctypes.data)
         return
     header[loops.THREAD_NUMBER], header[loops.TEAM_SIZE] = found.thread_number, found.size
     header[loops.YIELD] = found.yield_core
-    found.start(loops.run_in_team.address, header.ctypes.data, torch.get_num_threads(), 0)
+    found.start(run_in_team.address, header.ctypes.data, torch.get_num_threads(), 0)
