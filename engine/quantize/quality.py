@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from trine.engine.data.batch import IGNORED
-from trine.engine.errors import NonFiniteError
+from trine.engine.errors import NonFiniteError, TrineError
 from trine.engine.generate.engine import Engine, EngineConfig
 from trine.engine.generate.load import inference_dtype
-from trine.engine.generate.offline import complete
+from trine.engine.generate.offline import complete_each
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.checkpoint import load_model
 from trine.engine.quantize.stream import DECODER, Stream
@@ -103,15 +103,23 @@ def measure_speed(before: Path, after: Path) -> Speed:
     for turn in range(ROUNDS + 1):
         ids = [(turn + 7 * number) % tokenizer.vocab_size for number in range(length)]
         for engine, taken in zip(engines, seconds, strict=True):
-            first, all_tokens = _seconds(engine, ids, 1), _seconds(engine, ids[::-1], new)
+            times = _seconds(engine, ids, new)
             if turn:  # the first round warms up
-                taken.append((first, all_tokens - first))
+                taken.append(times)
     prompt = [length / statistics.median(first for first, _ in taken) for taken in seconds]
-    decode = [(new - 1) / statistics.median(max(rest, 1e-9) for _, rest in taken) for taken in seconds]
+    decode = [(new - 1) / statistics.median(rest for _, rest in taken) for taken in seconds]
     return Speed(*prompt, *decode)
 
 
-def _seconds(engine: Engine, ids: list[int], new: int) -> float:
-    begin = time.perf_counter()
-    list(complete(engine, [ids], SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)))
-    return time.perf_counter() - begin
+def _seconds(engine: Engine, ids: list[int], new: int) -> tuple[float, float]:
+    """Until the first of `new` tokens is there, and from then until the last is.
+
+    With one thread that is its time on a core, which others may use as well. Raises `TrineError` where it fails.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    times = [clock()]
+    for done in complete_each(engine, [(ids, params, None)], on_output=lambda output: times.append(clock())):
+        if done.error is not None:
+            raise TrineError(f"speed could not be measured: {done.error}")
+    return times[1] - times[0], times[-1] - times[1]
