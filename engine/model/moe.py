@@ -9,7 +9,9 @@ Shapes: N tokens (any leading dimensions), E experts, K slots, C width, F feed-f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,34 @@ from trine.engine.model.config import ModelConfig, MoeConfig
 from trine.engine.model.layers import Linear
 from trine.kernels.mlp.op import CLAMPED
 from trine.kernels.moe.op import moe_mlp
-from trine.kernels.moe.routing import route
+from trine.kernels.moe.routing import load_balancing_loss, route, router_z_loss
+
+
+@dataclass
+class RouterWatch:
+    """What the routers of a forward pass do: a scalar of each layer with experts, with its graph.
+
+    `balance`: how unevenly experts are chosen, 1 where all are alike (`load_balancing_loss` over K). `z`: the mean
+    square of the logits' logsumexp. `busiest`: tokens of the busiest expert over those of an even share.
+    """
+
+    balance: list[Tensor] = field(default_factory=list)
+    z: list[Tensor] = field(default_factory=list)
+    busiest: list[Tensor] = field(default_factory=list)
+    is_open: bool = True
+
+    def see(self, logits: Tensor, ids: Tensor) -> None:
+        """Logits [..., E] and chosen experts [..., K] of one layer.
+
+        Recomputation in the backward pass must do what the forward pass did, so it is seen too, and left out.
+        """
+        balance, z = load_balancing_loss(logits, ids) / ids.shape[-1], router_z_loss(logits)
+        if self.is_open:
+            num_experts = logits.shape[-1]
+            tokens_E = (ids[..., None] == torch.arange(num_experts, device=ids.device)).flatten(0, -2).sum(dim=0)
+            self.balance.append(balance)
+            self.z.append(z)
+            self.busiest.append(tokens_E.max() * (num_experts / ids.numel()))
 
 
 class ExpertLinear(nn.Module):
@@ -88,13 +117,28 @@ class MixtureOfExperts(nn.Module):
         shared = config.moe.shared_width
         self.shared_expert = None if shared is None else make_shared(shared)
         self.shared_expert_gate = None if shared is None else Linear(C, 1, bias=False, device=device, dtype=dtype)
+        self.watch: RouterWatch | None = None
 
     def forward(self, x: Tensor, deterministic: bool = False) -> Tensor:
         """Never deterministic: how many tokens an expert has decides how they are summed. The model refuses it."""
         assert not deterministic
-        ids, weights = route(self.gate(x), self.moe.top_k, order=self.moe.order, renormalise=self.moe.renormalise)
+        logits = self.gate(x)
+        ids, weights = route(logits, self.moe.top_k, order=self.moe.order, renormalise=self.moe.renormalise)
+        if self.watch is not None and torch.is_grad_enabled():
+            self.watch.see(logits, ids)
         y: Tensor = self.experts(x, ids, weights, activation=self.activation, limit=self.moe.limit)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return y
         shared: Tensor = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         return y + shared
+
+
+@contextmanager
+def watched_routers(model: nn.Module) -> Iterator[RouterWatch]:
+    """Within it the forward passes with gradients of a model with experts are seen."""
+    watch = RouterWatch()
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.watch = watch
+    yield watch
+    watch.is_open = False

@@ -52,8 +52,9 @@ def log_step(
     step: int,
     first_step: int,
     rates: dict[str, float],
+    measures: Callable[[], dict[str, float]],
 ) -> None:
-    """The `step` line where one is due, and the line on the screen."""
+    """The `step` line where one is due, with what the objective measured, and the line on the screen."""
     recipe = setup.recipe
     due = step % recipe.log.every == 0 or step in (1, recipe.train.steps)
     if due:
@@ -65,6 +66,7 @@ def log_step(
             loss=result.loss,
             **rates,
             grad_norm=result.grad_norm,
+            **measures(),
             tokens_per_second=meter.tokens_per_second,
             mfu=meter.mfu,
             seconds=meter.seconds,

@@ -269,6 +269,7 @@ class Trainer:
         log_step(
             metrics, progress, self.setup, self.meter, result, self.smoothed, self.energy,
             step=self.step, first_step=self.first_step, rates=self.optimizer.learning_rates(factor),
+            measures=self.subject.measures,
         )  # fmt: skip
         tell_ended(
             metrics, progress, self.setup.stream,

@@ -18,7 +18,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from trine.engine.config import Settings, apply_overrides, parse, read_toml
 from trine.engine.train.recipe_data import DataSettings
-from trine.engine.train.recipe_model import AdapterSettings, DistillSettings, ModelSettings, QuantizationSettings
+from trine.engine.train.recipe_model import (
+    AdapterSettings,
+    DistillSettings,
+    ExpertSettings,
+    ModelSettings,
+    QuantizationSettings,
+)
 from trine.engine.train.recipe_objective import PAIRS, ObjectiveSettings
 from trine.engine.train.recipe_types import BelowOne, Count, Finite, Fraction, PathValue, Positive, Rate
 
@@ -221,6 +227,7 @@ class Recipe(Settings):
     """A whole training run. See the sections' own docstrings."""
 
     model: ModelSettings
+    experts: ExpertSettings | None = None
     adapter: AdapterSettings | None = None
     quantization: QuantizationSettings | None = None
     distill: DistillSettings | None = None
@@ -301,6 +308,8 @@ class Recipe(Settings):
             raise ValueError("[quantization] rounds weights that are trained, which [adapter] freezes; leave out one")
         if self.model.init_from is None:
             raise ValueError("[adapter] needs model.init_from, the checkpoint that it is trained on")
+        if self.experts is not None:
+            raise ValueError("[experts] teaches routers, which [adapter] freezes; leave out one")
         if self.optim.name == "muon":
             raise ValueError(
                 'optim.name = "muon" is for the matrices of a whole model, which [adapter] freezes; set "adamw"'

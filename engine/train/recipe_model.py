@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from trine.engine.config import Settings
 from trine.engine.errors import UsageError
 from trine.engine.model.quantized.scheme import Scheme, make_scheme
-from trine.engine.train.recipe_types import BelowOne, PathValue, Positive, Rate
+from trine.engine.train.recipe_types import BelowOne, NotNegative, PathValue, Positive, Rate
 from trine.kernels.lora.op import MAX_RANK
 
 
@@ -18,7 +18,9 @@ class ModelSettings(Settings):
 
     What is left out is chosen by `resolve`: num_kv_heads = num_heads, head_dim = width / num_heads, max_positions =
     data.seq_len, vocab_size = the tokenizer's, ffn_width = 8/3 width (gated) or 4 width, tie_embeddings and the rest by
-    the custom of the family.
+    the custom of the family. Of a family with experts (mixtral, qwen3_moe, ...): num_experts = 8, experts_per_token =
+    2, expert_width = ffn_width / experts_per_token, so that a token costs what it would in a model without; where there
+    is an expert that every token goes to, shared_expert_width = ffn_width.
     """
 
     family: str | None = None
@@ -30,6 +32,10 @@ class ModelSettings(Settings):
     num_kv_heads: Positive | None = None
     head_dim: Positive | None = None
     ffn_width: Positive | None = None
+    num_experts: Positive | None = None
+    experts_per_token: Positive | None = None
+    expert_width: Positive | None = None
+    shared_expert_width: Positive | None = None
     max_positions: Positive | None = None
     tie_embeddings: bool | None = None
     rope_theta: Rate | None = None
@@ -51,6 +57,17 @@ class ModelSettings(Settings):
             if missing:
                 raise ValueError(f"{', '.join(missing)} required for a new model")
         return self
+
+
+class ExpertSettings(Settings):
+    """Losses of the routers of a mixture of experts beside the objective's (see `engine/data/router_losses.py`).
+
+    `balance_loss` weighs how unevenly experts are chosen, `z_loss` how large the routers' logits are; 0 = none. New
+    models have 0.01 and 0.001; `init_from` a checkpoint has none unless asked for.
+    """
+
+    balance_loss: NotNegative | None = None
+    z_loss: NotNegative | None = None
 
 
 class AdapterSettings(Settings):

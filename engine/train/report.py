@@ -312,6 +312,7 @@ def _panels(log: RunLog) -> list[Panel]:
     panels.append(_panel(log, "Learning rate", "", rates, from_zero=True, format_y=plain))
     for key, title, unit, from_zero, format_y in (
         ("grad_norm", "Gradient norm", "before clipping", True, plain),
+        ("busiest_expert", "Busiest expert", "tokens, in even shares", True, plain),
         ("tokens_per_second", "Speed", "tokens per second", True, format_count),
         ("memory_bytes", "Memory", "GiB", True, plain),
         ("joules", "Energy", "joules", True, format_energy),

@@ -26,6 +26,7 @@ from trine.engine.model.lora_weights import ALL_LINEAR
 from trine.engine.text.prompt import encode_prompt
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.evaluation_sets import open_sets
+from trine.engine.train.experts import close_experts, expert_sizes, with_experts
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.recipe_model import ModelSettings
@@ -40,6 +41,7 @@ _CUSTOMS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-5},
     "qwen2": {"rope_theta": 1_000_000.0, "tie_word_embeddings": True},
     "qwen3": {"rope_theta": 1_000_000.0, "tie_word_embeddings": True},
+    "qwen3_moe": {"rope_theta": 1_000_000.0, "norm_topk_prob": True},
     "marian": {"activation_function": "relu", "scale_embedding": True},  # as in the first Transformer
 }
 _SIZES = (
@@ -184,6 +186,7 @@ def new_model_config(
             if getattr(model, key) is not None
         },
     )
+    config = with_experts(config, model)
     try:
         config_to_hf(config, "float32")  # what the family's format cannot hold must not first fail at the checkpoint
     except CheckpointError as error:
@@ -287,7 +290,7 @@ def _close(
     recipe, config = data.recipe, data.config
     model = recipe.model
     if model.init_from is None:
-        sizes = {key: getattr(config, key) for key in _SIZES}
+        sizes = {key: getattr(config, key) for key in _SIZES} | expert_sizes(config)
         if config.rope is not None:
             sizes["rope_theta"] = config.rope.theta
         model = model.model_copy(update=sizes)
@@ -328,6 +331,7 @@ def _close(
         evaluation["exact_match_examples"] = DEFAULT_EXACT_MATCHES
     closed = {
         "model": model,
+        "experts": close_experts(recipe, config),
         "adapter": adapter,
         "objective": objective,
         "data": recipe.data.model_copy(update=_data_settings(data)),

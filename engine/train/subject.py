@@ -17,6 +17,7 @@ import torch
 
 from trine.engine.data.encoder_objectives import Classification, MaskedLM, Regression, Tagging
 from trine.engine.data.objectives import CausalLM, Objective
+from trine.engine.data.router_losses import RouterLosses
 from trine.engine.data.seq2seq import Seq2Seq
 from trine.engine.model.checkpoint import load_model, save_model
 from trine.engine.model.init import initialize
@@ -25,6 +26,7 @@ from trine.engine.model.lora_weights import LoraWeights
 from trine.engine.model.new_head import load_for_task
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.adapter import adapt
+from trine.engine.train.experts import with_router_losses
 from trine.engine.train.recipe_objective import PAIRS
 from trine.engine.train.resolve import Setup
 from trine.engine.train.rounding import Rounding
@@ -39,14 +41,16 @@ Trained = Transformer | LoraWeights
 class Subject:
     """`model` computes; the parameters of `trained`, which is the model or an adapter on it, get gradients.
 
-    Within `computing()` the model has the weights that losses are computed with. `finish` makes of the folder `final/`
-    what else there is to make.
+    Within `computing()` the model has the weights that losses are computed with. `measures` gives figures for the log
+    beside the loss, of the steps since it was last asked. `finish` makes of the folder `final/` what else there is to
+    make.
     """
 
     model: Transformer
     trained: Trained
     objective: Objective
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
+    measures: Callable[[], dict[str, float]] = dict
     finish: Callable[[Path], object] = lambda final: None
 
 
@@ -60,12 +64,15 @@ def make_subject(setup: Setup) -> Subject:
         model, adapter = adapt(setup)
         return Subject(model=model, trained=adapter, objective=objective)
     model = _whole_model(setup)
+    objective = with_router_losses(objective, recipe.experts)
+    measures = objective.measures if isinstance(objective, RouterLosses) else dict
     if recipe.quantization is None:
-        return Subject(model=model, trained=model, objective=objective)
+        return Subject(model=model, trained=model, objective=objective, measures=measures)
     rounding = Rounding(model, recipe.quantization, stored=getattr(torch, recipe.export.dtype))
     return Subject(
-        model=model, trained=model, objective=objective, computing=rounding.computing, finish=rounding.export
-    )
+        model=model, trained=model, objective=objective, measures=measures, computing=rounding.computing,
+        finish=rounding.export,
+    )  # fmt: skip
 
 
 def make_objective(setup: Setup) -> Objective:

@@ -32,7 +32,10 @@ from trine.engine.train.metrics import SCORES
 
 FOLDER = "tensorboard"
 _PREFIX = "events.out.tfevents."
-_STEP_TAGS = ("loss", "lr", "muon_lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "joules")
+_STEP_TAGS = (
+    "loss", "lr", "muon_lr", "grad_norm", "expert_balance", "router_z", "busiest_expert", "tokens_per_second", "mfu",
+    "memory_bytes", "joules",
+)  # fmt: skip
 _EVAL_TAGS = ("loss", "bits_per_byte", *SCORES)
 
 
