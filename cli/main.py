@@ -145,14 +145,18 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
 
 
 def _explain_usage(error: Any, arguments: list[str]) -> str:
-    message = error.format_message()
+    message = error.format_message().replace("Value error, ", "")
     if message.startswith("Usage:"):
         return str(message)  # a group of commands without one: its help
     for option in getattr(getattr(error, "param", None), "opts", ()):
-        if option in arguments[:-1]:
-            message = f"{message.rstrip('.')}, not {arguments[arguments.index(option) + 1]!r}"
-    help_of = "" if error.ctx is None else f"; see `{error.ctx.command_path} --help`"
-    return f"trine: {message.rstrip('.')}{help_of}"
+        if option in arguments[:-1] and repr(value := arguments[arguments.index(option) + 1]) not in message:
+            message = f"{message.rstrip('.')}, not {value!r}"
+    help_of = "" if error.ctx is None else f"`{error.ctx.command_path} --help`"
+    if not help_of:
+        return f"trine: {message.rstrip('.')}"
+    return (
+        f"trine: {message} See {help_of}" if message.endswith("?") else f"trine: {message.rstrip('.')}; see {help_of}"
+    )
 
 
 def _explain_failure(error: Exception) -> tuple[str, int]:

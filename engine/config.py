@@ -33,12 +33,18 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The table in a TOML file. Raises `UsageError` if it is missing, unreadable or not TOML."""
+    if path.is_dir():
+        inside = path / "recipe.toml"
+        wanted = inside if inside.is_file() else "the path of a TOML file"
+        raise UsageError(f"{path} is a folder and no recipe; give {wanted}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # programs of Windows put a byte-order mark first
     except FileNotFoundError:
         raise UsageError(f"no recipe at {path}; give the path of a TOML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the recipe {path}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the recipe {path} is not UTF-8 ({error.reason}); convert it") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

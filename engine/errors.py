@@ -2,6 +2,7 @@
 
     TrineError                   exit status 1
     ├── UsageError               exit status 2: a value on the command line or in a recipe is wrong
+    │   └── GrammarError         what a text must match cannot be used
     ├── CheckpointError          a folder is no checkpoint, is damaged, or is of an unknown family
     ├── DataError                text, shards or tokenizer files are missing, damaged or do not fit together
     ├── ContextLengthError       a sequence is longer than the model's context
@@ -29,6 +30,10 @@ class UsageError(TrineError):
     """A command line argument or recipe value is wrong: unknown key, wrong type, impossible size."""
 
     exit_status: ClassVar[int] = 2
+
+
+class GrammarError(UsageError):
+    """What a text must match is wrong, too large, or not for this tokenizer."""
 
 
 class CheckpointError(TrineError):

@@ -154,7 +154,8 @@ def _warm_up(engine: Engine, context_len: int, *, pools: bool) -> None:
         while engine.has_work:
             engine.step()
     new_tokens = min(3, context_len - 1)
-    for n in (1, 3) if engine.generates else ():
+    # Alone, a few, and as many as there will ever be: each goes another way through the kernels.
+    for n in sorted({1, 3, engine.config.max_running}) if engine.generates else ():
         params = SamplingParams(max_tokens=new_tokens, n=n, seed=0, ignore_eos=True)
         engine.add(GenerationRequest(id="warm-up", prompt_ids=(0,), params=params, salt="warm-up"))
         while engine.has_work:

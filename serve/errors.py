@@ -64,6 +64,14 @@ class ApiError(Exception):
         return headers
 
 
+class FieldError(ValueError):
+    """What pydantic's checks of several fields raise: the field to name is part of it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 def bad_request(message: str, param: str | None, *, code: str = "invalid_value") -> ApiError:
     """400, with the field to blame."""
     return ApiError(400, message, param=param, code=code)
@@ -142,7 +150,7 @@ def of_refusal(refused: Refused) -> ApiError:
     if refused.reason == "internal":
         return ApiError(500, refused.error, code="internal_error")
     code = "context_length_exceeded" if refused.reason == "too_long" else "invalid_value"
-    return ApiError(400, refused.error, code=code)
+    return ApiError(400, refused.error, param=refused.field, code=code)
 
 
 def of_validation(error: ValidationError, known: Collection[str], unsupported: Collection[str]) -> ApiError:
@@ -156,6 +164,9 @@ def of_validation(error: ValidationError, known: Collection[str], unsupported: C
     if first["type"] == "missing":
         return bad_request(f"{param} is required", param, code="missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
+    together = first.get("ctx", {}).get("error")
+    if isinstance(together, FieldError):
+        return bad_request(message, together.field)
     if first["type"] != "value_error":
         message = f"{message[:1].lower()}{message[1:]}, got {_shown(first['input'])}"
     return bad_request(f"{param}: {message}" if param else message, param)

@@ -121,6 +121,10 @@ def _job(
     prompt_logprobs: int | None,
     param: str,
 ) -> Job:
+    _check_ids(body, loaded.tokenizer.vocab_size)
+    if max_tokens is not None and (body.min_tokens or 0) > max_tokens:
+        message = f"min_tokens {body.min_tokens} is above max_tokens {max_tokens}; make it smaller"
+        raise bad_request(message, "min_tokens")
     guide = guide_of(body)
     job_id = f"{prefix}-{uuid.uuid4().hex}"
     requests = []
@@ -142,6 +146,14 @@ def _job(
             )
         )
     return Job(id=job_id, body=body, requests=tuple(requests), texts=tuple(texts))
+
+
+def _check_ids(body: GenerationBody, size: int) -> None:
+    """Raise `ApiError` 400 for an id that the vocabulary does not have."""
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "banned_token_ids"):
+        for token in getattr(body, name) or ():
+            if token >= size:
+                raise bad_request(f"{name} holds token id {token}; the vocabulary ends at {size - 1}", name)
 
 
 def sampling_of(
@@ -179,19 +191,19 @@ def guide_of(body: GenerationBody) -> Guide | None:
     """What the text must match, if anything."""
     wanted, outputs = body.response_format, body.structured_outputs
     if wanted is not None and wanted.type == "json_object":
-        return Guide("json_object", "")
+        return Guide("json_object", "", "response_format")
     if wanted is not None and wanted.json_schema is not None:
-        return Guide("json_schema", json.dumps(wanted.json_schema.schema_))
+        return Guide("json_schema", json.dumps(wanted.json_schema.schema_), "response_format")
     if outputs is None:
         return None
     if outputs.json_ is not None:
-        return Guide("json_schema", json.dumps(outputs.json_))
+        return Guide("json_schema", json.dumps(outputs.json_), "structured_outputs")
     if outputs.choice is not None:
-        return Guide("choice", json.dumps(outputs.choice))
+        return Guide("choice", json.dumps(outputs.choice), "structured_outputs")
     if outputs.regex is not None:
-        return Guide("regex", outputs.regex)
+        return Guide("regex", outputs.regex, "structured_outputs")
     assert outputs.grammar is not None
-    return Guide("grammar", outputs.grammar)
+    return Guide("grammar", outputs.grammar, "structured_outputs")
 
 
 def _encode(loaded: Loaded, prompt: str | list[int], add_special_tokens: bool, *, param: str = "prompt") -> list[int]:

@@ -68,10 +68,14 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class Guide(msgspec.Struct, frozen=True, array_like=True):
-    """What the text must match: a kind of grammar and its source (JSON for a schema and for choices)."""
+    """What the text must match: a kind of grammar and its source (JSON for a schema and for choices).
+
+    `field`: which of a request gave it, to be named where it cannot be used.
+    """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
     source: str
+    field: str
 
 
 class Submit(_Message, frozen=True):
@@ -173,11 +177,14 @@ class Failed(_Message, frozen=True):
 
 
 class Refused(_Message, frozen=True):
-    """A request was not taken: it is wrong, too long for the context, or too many are waiting."""
+    """A request was not taken: it is wrong (`field`, where one is to blame), too long for the context, or too many are
+    waiting.
+    """
 
     id: str
     reason: Literal["invalid", "too_long", "full", "internal"]
     error: str
+    field: str | None = None
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from trine.serve.errors import FieldError
 from trine.serve.schemas import MAX_NEW_TOKENS, Body, Prompt
 
 
@@ -50,7 +51,10 @@ class PoolingBody(Body):
     @model_validator(mode="after")
     def _keeps_something(self) -> PoolingBody:
         if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens 0 keeps nothing; give 1 or more, or -1 for what the model takes")
+            raise FieldError(
+                "truncate_prompt_tokens",
+                "truncate_prompt_tokens 0 keeps nothing; give 1 or more, or -1 for what the model takes",
+            )
         return self
 
 
@@ -67,7 +71,8 @@ class EmbeddingBody(PoolingBody):
     def _prompts_go_before_texts(self) -> EmbeddingBody:
         first = self.input[0] if isinstance(self.input, list) else self.input
         if not isinstance(first, str) and (self.prompt_name is not None or self.add_special_tokens is not None):
-            raise ValueError("token ids are taken as they are; leave out prompt_name and add_special_tokens")
+            field = "add_special_tokens" if self.prompt_name is None else "prompt_name"
+            raise FieldError(field, "token ids are taken as they are; leave out prompt_name and add_special_tokens")
         return self
 
 
@@ -84,9 +89,11 @@ class ClassifyBody(PoolingBody):
             return self
         texts = [self.input] if isinstance(self.input, str) else self.input
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("text_pair goes with texts, not with token ids")
+            raise FieldError("text_pair", "text_pair goes with texts, not with token ids")
         if len(texts) != len(self.text_pair):
-            raise ValueError(f"text_pair has {len(self.text_pair)} texts for {len(texts)} of input; give one for each")
+            raise FieldError(
+                "text_pair", f"text_pair has {len(self.text_pair)} texts for {len(texts)} of input; give one for each"
+            )
         return self
 
 
@@ -99,9 +106,10 @@ class ScoreBody(PoolingBody):
     @model_validator(mode="after")
     def _pairs_fit(self) -> ScoreBody:
         if len(self.text_1) not in (1, len(self.text_2)):
-            raise ValueError(
+            raise FieldError(
+                "text_1",
                 f"text_1 has {len(self.text_1)} texts and text_2 {len(self.text_2)}; give one text_1 for all, or as "
-                "many as text_2 has"
+                "many as text_2 has",
             )
         return self
 

@@ -1,7 +1,8 @@
 """The request bodies: which fields there are, their types and ranges. What is not here is refused by name.
 
-`null` always means "not given". Types are strict, as in OpenAI's API: "1" is no number. Fields of OpenAI's that this
-server does not have (`UNSUPPORTED_...`) are refused too, unless they are null.
+`null` always means "not given", in messages and other parts too: answers hold nulls (`refusal`), and clients send
+answers back as turns. Types are strict, as in OpenAI's API: "1" is no number. Fields of OpenAI's that this server does
+not have (`UNSUPPORTED_...`) are refused too, unless they are null.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from trine.serve.errors import bad_request, of_validation
+from trine.serve.errors import FieldError, bad_request, of_validation
 
 MAX_SEED = 2**63 - 1
 MAX_STOPS = 16
@@ -35,6 +36,13 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
 
 def _check_prompt(value: Any) -> Any:
     """A text, a list of texts, a list of ids, or a list of lists of ids."""
@@ -55,8 +63,6 @@ def _all_ids(values: list[Any]) -> bool:
 
 def _check_stop(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
-    if stops is None:
-        return None
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError("must be a string or a list of strings, none of them empty")
     if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
@@ -65,8 +71,6 @@ def _check_stop(value: Any) -> Any:
 
 
 def _check_bias(value: Any) -> Any:
-    if value is None:
-        return None
     if not isinstance(value, dict) or len(value) > MAX_IDS:
         raise ValueError(f"must be an object of at most {MAX_IDS} token ids, each with a number")
     biases = {}
@@ -181,11 +185,23 @@ class GenerationBody(Body):
     @model_validator(mode="after")
     def _fits_together(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for stream: true")
+            raise FieldError("stream_options", "stream_options is only for stream: true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs cannot be streamed; leave out stream")
+            raise FieldError("prompt_logprobs", "prompt_logprobs cannot be streamed; leave out stream")
         if self.structured_outputs and self.response_format and self.response_format.type != "text":
-            raise ValueError("response_format and structured_outputs both say what the text must match; give one")
+            raise FieldError(
+                "structured_outputs",
+                "response_format and structured_outputs both say what the text must match; give one",
+            )
+        if self.temperature == 0 and (self.n or 1) > 1:
+            raise FieldError(
+                "n", f"n = {self.n} with temperature 0 repeats one completion; set a temperature above 0 or n = 1"
+            )
+        if self.allowed_token_ids is not None and not set(self.allowed_token_ids) - set(self.banned_token_ids or ()):
+            raise FieldError(
+                "banned_token_ids",
+                "allowed_token_ids without banned_token_ids leaves no id to choose; allow at least one",
+            )
         return self
 
 
@@ -213,7 +229,9 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _something_to_say(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens 0 asks for nothing; give 1 or more, or echo: true for the prompt alone")
+            raise FieldError(
+                "max_tokens", "max_tokens 0 asks for nothing; give 1 or more, or echo: true for the prompt alone"
+            )
         return self
 
 
@@ -242,11 +260,11 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _chat_fits_together(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise FieldError("top_logprobs", "top_logprobs needs logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens is the old name of max_completion_tokens; give one of them")
+            raise FieldError("max_tokens", "max_tokens is the old name of max_completion_tokens; give one of them")
         if self.max_tokens == 0:
-            raise ValueError("max_tokens must be at least 1, got 0")
+            raise FieldError("max_tokens", "max_tokens must be at least 1, got 0")
         return self
 
 
@@ -269,9 +287,8 @@ def parse_body(kind: type[BodyT], body: bytes) -> BodyT:
     if not isinstance(fields, dict):
         raise bad_request(f"the body must be a JSON object, not a {type(fields).__name__}", None)
     unsupported = _UNSUPPORTED.get(kind, frozenset())
-    given = {name: value for name, value in fields.items() if value is not None or name not in unsupported}
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(fields)
     except ValidationError as error:
         raise of_validation(error, kind.model_fields, unsupported) from None
     except RecursionError:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from trine.engine.errors import ContextLengthError, QueueFullError, TrineError, UsageError
+from trine.engine.errors import ContextLengthError, GrammarError, QueueFullError, TrineError, UsageError
 from trine.engine.log import say
 from trine.serve.messages import (
     LENGTH_BYTES,
@@ -163,6 +163,9 @@ def _change_adapters(engine: Computes, message: LoadAdapter | UnloadAdapter) -> 
 def _add(engine: Computes, request: Submit | Pool) -> Refused | None:
     try:
         engine.add(request)
+    except GrammarError as error:
+        field = request.guide.field if isinstance(request, Submit) and request.guide else None
+        return Refused(id=request.id, reason="invalid", error=str(error), field=field)
     except UsageError as error:
         return Refused(id=request.id, reason="invalid", error=str(error))
     except ContextLengthError as error:

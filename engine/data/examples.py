@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from trine.engine.data.files import DamagedError, Reader, find_sources
+from trine.engine.data.files import DamagedError, Reader, find_sources, json_fault, numbered_lines
 from trine.engine.data.progress import ByteProgress
 from trine.engine.data.sources import JSON_LINES
 from trine.engine.errors import DataError
@@ -95,7 +95,7 @@ def read_records(path: Path | str) -> Iterator[Record]:
         with Reader(source) as reader:
             number = 0
             try:
-                for number, line in enumerate(reader.file, start=1):
+                for number, line in numbered_lines(reader.file):
                     place = f"{source.location}:{number}"
                     yield Record(place, _fields(line, place), before + reader.position)
             except DamagedError as error:
@@ -186,10 +186,9 @@ def _jobs(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 def _fields(line: bytes, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
-        reason = "the line is empty" if not line.strip() else f"not a line of JSON ({error})"
-        raise DataError(f"{place}: {reason}; mend it or take it out") from None
+        raise DataError(f"{place}: {json_fault(line, error)}; mend it or take it out") from None
     if not isinstance(record, dict):
         raise DataError(f"{place}: a JSON object is expected, not {_kind(record)}")
     return record

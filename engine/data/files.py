@@ -8,8 +8,10 @@ whole on this machine. URLs (`s3://`, `https://`, `hf://`, ...) are in `remote`.
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
+import json
 import lzma
 import os
 import zlib
@@ -115,6 +117,22 @@ class Reader:
     def position(self) -> int:
         """How many bytes of the file as it is stored have been read."""
         return self._stored.tell()
+
+
+def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers, from 1. A byte-order mark, which programs of Windows write, is no part of them."""
+    for number, line in enumerate(file, start=1):
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def json_fault(line: str | bytes, error: Exception) -> str:
+    """Why a line is no JSON: the place in it, and no number of a line, which would be another than the file's."""
+    if not line.strip():
+        return "the line is empty"
+    if isinstance(error, RecursionError):
+        return "JSON nested too deep"
+    where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"not valid JSON ({where})"
 
 
 class _Decompressing(io.RawIOBase):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from trine.engine.data import parquet
-from trine.engine.data.files import DamagedError, Reader, Source
+from trine.engine.data.files import DamagedError, Reader, Source, json_fault, numbered_lines
 from trine.engine.data.progress import ByteProgress
 from trine.engine.data.shards import Split
 from trine.engine.errors import DataError
@@ -170,19 +170,18 @@ def _read_text(source: Source, report: Report, piece_bytes: int, check_first: bo
 
 def _decoded(source: Source, piece_bytes: int) -> Iterator[tuple[str, int]]:
     """The text of a file, block by block, with the position after each. Raises `_UnreadableError`."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a byte-order mark is no part of the text
     line, empty, ended = 1, True, False
     with Reader(source) as reader:
         while not ended:
             try:
                 block = reader.file.read(piece_bytes)
-                held = decoder.getstate()[0]
                 ended = not block
                 yield decoder.decode(block, final=ended), reader.position
             except DamagedError as error:
                 raise _UnreadableError(line, str(error)) from None
             except UnicodeDecodeError as error:
-                line += (held + block).count(b"\n", 0, error.start)
+                line += error.object.count(b"\n", 0, error.start)
                 raise _UnreadableError(line, _not_utf8(error)) from None
             line += block.count(b"\n")
             empty = empty and ended
@@ -194,7 +193,7 @@ def _read_json_lines(source: Source, text_field: str, report: Report) -> Iterato
     number = 0
     with Reader(source) as reader:
         try:
-            for number, line in enumerate(reader.file, start=1):
+            for number, line in numbered_lines(reader.file):
                 text = _text_of_line(line, text_field)
                 if isinstance(text, _Reason):
                     report(number, text)
@@ -227,12 +226,8 @@ def _text_of_line(line: bytes, text_field: str) -> str | _Reason:
         record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return _Reason(_not_utf8(error))
-    except json.JSONDecodeError as error:
-        return _Reason(f"not valid JSON ({error.msg}, column {error.colno})" if line.strip() else "the line is empty")
-    except ValueError as error:  # a number of thousands of digits
-        return _Reason(f"not readable as JSON ({error})")
-    except RecursionError:
-        return _Reason("JSON nested too deep")
+    except (ValueError, RecursionError) as error:
+        return _Reason(json_fault(line, error))
     if not isinstance(record, dict):
         return _Reason(f"a JSON object is expected, not {type(record).__name__}")
     if text_field not in record:

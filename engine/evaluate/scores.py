@@ -30,6 +30,8 @@ def macro_f1(predicted: Classes, true: Classes, num_classes: int) -> float:
 
 def pearson(first: Numbers, second: Numbers) -> float:
     """The correlation; NaN where one of the two does not vary."""
+    if min(np.ptp(first), np.ptp(second)) == 0:  # not by the sum of squares: a mean of equal numbers is rounded
+        return float("nan")
     one, two = first - first.mean(), second - second.mean()
     norm = float(np.sqrt((one @ one) * (two @ two)))
     return float(one @ two) / norm if norm > 0 else float("nan")

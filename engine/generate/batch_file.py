@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
+from trine.engine.data.files import json_fault
 from trine.engine.errors import DataError, UsageError
 from trine.engine.generate.bulk_progress import BulkProgress
 from trine.engine.generate.engine import Engine
@@ -161,9 +162,9 @@ def _complete(
 
 def _parse(text: bytes, where: str, params: SamplingParams, adapters: Sequence[str]) -> Line:
     try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); give one object a line") from None
+        record = json.loads(text.rstrip(b"\r\n"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {json_fault(text, error)}; give one object a line") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: a {type(record).__name__}; give an object with prompt or prompt_ids")
     unknown = sorted(record.keys() - _SETTINGS.keys() - {"id", "prompt", "prompt_ids", "adapter"})

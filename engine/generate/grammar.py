@@ -28,7 +28,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
-from trine.engine.errors import UsageError
+from trine.engine.errors import GrammarError
 from trine.engine.text.tokenizer import Tokenizer
 
 GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
@@ -61,7 +61,7 @@ class Grammar:
         source: the schema, expression, array or grammar; empty for "json_object".
 
     Raises:
-        UsageError: the kind is unknown, the source is missing, too long, or no choices.
+        GrammarError: the kind is unknown, the source is missing, too long, or no choices.
     """
 
     kind: GrammarKind
@@ -69,23 +69,23 @@ class Grammar:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GrammarKind):
-            raise UsageError(f"grammar kind {self.kind!r} is unknown; use one of {', '.join(get_args(GrammarKind))}")
+            raise GrammarError(f"grammar kind {self.kind!r} is unknown; use one of {', '.join(get_args(GrammarKind))}")
         if bool(self.source) != (self.kind != "json_object"):
-            raise UsageError(f"a grammar of kind {self.kind} takes {'a' if not self.source else 'no'} source")
+            raise GrammarError(f"a grammar of kind {self.kind} takes {'a' if not self.source else 'no'} source")
         if len(self.source) > MAX_SOURCE:
-            raise UsageError(f"the {self.kind} has {len(self.source)} characters; at most {MAX_SOURCE} are taken")
+            raise GrammarError(f"the {self.kind} has {len(self.source)} characters; at most {MAX_SOURCE} are taken")
         texts = [self.source, *(self.choices() if self.kind == "choice" else ())]
         if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-            raise UsageError(f"the {self.kind} holds half of a surrogate pair, which is no character; leave it out")
+            raise GrammarError(f"the {self.kind} holds half of a surrogate pair, which is no character; leave it out")
 
     def choices(self) -> list[str]:
         """The texts of a grammar of kind "choice"."""
         try:
             choices = json.loads(self.source)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UsageError(f"the choices are no JSON array: {error}") from None
+            raise GrammarError(f"the choices are no JSON array: {error}") from None
         if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
-            raise UsageError("the choices must be a JSON array of at least one text, none of them empty")
+            raise GrammarError("the choices must be a JSON array of at least one text, none of them empty")
         return choices
 
 
@@ -107,8 +107,8 @@ class GrammarCompiler:
         """A matcher at the start of a text.
 
         Raises:
-            UsageError: the grammar is wrong (the message says why), uses what is not supported, allows no text at all,
-                or is too large; or the tokenizer has no bytes behind its tokens.
+            GrammarError: the grammar is wrong (the message says why), uses what is not supported, allows no text at
+                all, or is too large; or the tokenizer has no bytes behind its tokens.
         """
         compiled = self._compiled.get(grammar)
         if compiled is None:
@@ -125,13 +125,13 @@ class GrammarCompiler:
         try:
             source = _to_library(grammar)
         except ValueError as error:
-            raise UsageError(f"the {grammar.kind} cannot be used: {_reason(str(error))}") from None
+            raise GrammarError(f"the {grammar.kind} cannot be used: {_reason(str(error))}") from None
         matcher = LLMatcher(self._library, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise UsageError(f"the {grammar.kind} cannot be used: {_reason(matcher.get_error())}")
+            raise GrammarError(f"the {grammar.kind} cannot be used: {_reason(matcher.get_error())}")
         matcher.compute_bitmask()  # shows contradictions that compiling does not; and copies keep the work
         if matcher.is_error():
-            raise UsageError(f"the {grammar.kind} allows no text: {_reason(matcher.get_error())}")
+            raise GrammarError(f"the {grammar.kind} allows no text: {_reason(matcher.get_error())}")
         return matcher
 
 
@@ -158,16 +158,16 @@ class Matcher:
         return self._library.is_accepting()
 
     def mask(self) -> Tensor:
-        """What may come next: int32 [W] on the CPU. Raises `UsageError` where the grammar turned out too complex."""
+        """What may come next: int32 [W] on the CPU. Raises `GrammarError` where the grammar turned out too complex."""
         words = self._library.compute_bitmask()
         self._check()
         return torch.frombuffer(bytearray(words), dtype=torch.int32)[: -(-self._vocab_size // 32)]
 
     def accept(self, token_id: int) -> None:
-        """The token was taken. Raises `UsageError` where the grammar does not allow it or turned out too complex."""
+        """The token was taken. Raises `GrammarError` where the grammar does not allow it or turned out too complex."""
         if not self.fits([token_id]):
             self._check()
-            raise UsageError(f"the {self._kind} does not allow token {token_id} here")
+            raise GrammarError(f"the {self._kind} does not allow token {token_id} here")
         self._library.consume_token(token_id)
         self._check()
 
@@ -182,7 +182,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._library.is_error():
-            raise UsageError(f"the {self._kind} cannot be followed further: {_reason(self._library.get_error())}")
+            raise GrammarError(f"the {self._kind} cannot be followed further: {_reason(self._library.get_error())}")
 
 
 def unpack(mask_W: Tensor, vocab_size: int) -> Tensor:
@@ -212,11 +212,11 @@ def _schema(source: str) -> str:
     try:
         schema = json.loads(source)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"the json_schema is no JSON: {error}") from None
+        raise GrammarError(f"the json_schema is no JSON: {error}") from None
     if schema is True:  # any JSON
         return "{}"
     if not isinstance(schema, dict):
-        raise UsageError(f"the json_schema must be an object or true, got {source[:40]}")
+        raise GrammarError(f"the json_schema must be an object or true, got {source[:40]}")
     return source
 
 
@@ -248,7 +248,7 @@ class _Vocabulary:
 
 def _library_tokenizer(tokenizer: Tokenizer, eos_ids: frozenset[int]) -> LLTokenizer:
     if tokenizer.token_bytes is None:
-        raise UsageError(
+        raise GrammarError(
             "this tokenizer has no definite bytes behind its tokens (WordPiece, or a normalizer that changes text), so "
             "its output cannot be bound to a grammar; leave the grammar out"
         )

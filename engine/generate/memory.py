@@ -60,6 +60,11 @@ def choose_num_blocks(
                 f"kv_bytes = {format_bytes(kv_bytes)} but only {format_bytes(room)} of {device} are free beside a "
                 f"step's own {format_bytes(needed)}; give the cache less"
             )
+        if kv_bytes < each:
+            raise UsageError(
+                f"kv_bytes = {kv_bytes} has no room for a block of {block_size} tokens, which takes "
+                f"{format_bytes(each)}; give the cache more, or 0 to choose from what is free"
+            )
         blocks, reason = kv_bytes // each, "as requested"
     else:
         blocks, reason = int(share * room) // each, f"{share:.0%} of the {format_bytes(room)} free"

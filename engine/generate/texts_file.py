@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trine.engine.data.files import DamagedError, Reader, Source, find_sources
+from trine.engine.data.files import DamagedError, Reader, Source, find_sources, json_fault, numbered_lines
 from trine.engine.data.sources import JSON_LINES
 from trine.engine.errors import DataError, UsageError
 
@@ -69,7 +69,7 @@ class TextsFile:
     def _lines(self) -> Iterator[Row]:
         is_json = self.source.suffix in JSON_LINES
         with Reader(self.source) as reader:
-            for number, line in enumerate(reader.file, start=1):
+            for number, line in numbered_lines(reader.file):
                 where = f"{self.source.location}:{number}"
                 try:
                     text = line.decode("utf-8").rstrip("\r\n")
@@ -81,7 +81,7 @@ class TextsFile:
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}); give one object a line") from None
+            raise DataError(f"{where}: {json_fault(text, error)}; give one object a line") from None
         if not isinstance(record, dict):
             raise DataError(f"{where}: a {type(record).__name__}; give an object with {self._names}")
         return _row([self._field(record, name, where) for name in self.fields])

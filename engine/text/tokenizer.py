@@ -60,6 +60,8 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
+            if not folder.is_dir():
+                raise DataError(f"there is no folder {folder}; give that of a tokenizer, or of a checkpoint with one")
             raise DataError(
                 f"no tokenizer in {folder}: it has no tokenizer.json; make one with `trine tokenizer train`"
             )

@@ -6,6 +6,7 @@ The data's own validation split is the set `validation`; `eval.sets` names more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Evaluator:
                 self.last, self.step = entry.result, step
                 self.stopping.take(entry.result.loss, step=step, settings=recipe.eval)
         for name, entries in done.items():
-            progress.message(f"step {step}: {_described(name, entries)}")
+            progress.message(f"step {step}: {described(name, entries)}")
         for prompt, text in zip(recipe.eval.sample_prompts, self._samples(), strict=True):
             metrics.write("sample", step, prompt=prompt, text=text)
             shown = repr(prompt + text) if self.subject.model.encoder is None else f"{prompt!r} -> {text!r}"
@@ -149,12 +150,16 @@ def who_decides(recipe: Recipe) -> str | None:
     return f"{' and '.join(used)} by the loss of: {judge_of(recipe)}" if used else None
 
 
-def _described(name: str, entries: list[Evaluation]) -> str:
+def _shown(score: float) -> str:
+    return f"{score:.4f}" if math.isfinite(score) else "undefined (all predictions, or all targets, are equal)"
+
+
+def described(name: str, entries: list[Evaluation]) -> str:
     """`validation loss 2.3456, 1.2345 bits per byte; averaged weights 2.3333, ... (1.2 s)`."""
     parts = []
     for entry in entries:
         bits = entry.result.bits_per_byte
         shown = f"{entry.result.loss:.4f}" + ("" if bits is None else f", {bits:.4f} bits per byte")
-        shown += "".join(f", {SCORES[key]} {value:.4f}" for key, value in entry.result.scores.items())
+        shown += "".join(f", {SCORES[key]} {_shown(value)}" for key, value in entry.result.scores.items())
         parts.append(f"averaged weights {shown}" if entry.weights == "ema" else f"{name} loss {shown}")
     return f"{'; '.join(parts)} ({format_duration(sum(entry.seconds for entry in entries))})"

@@ -101,8 +101,13 @@ def test_the_list_of_commands_is_cut_nowhere(
     ("arguments", "line"),
     [
         (("train",), "trine: Missing argument 'RECIPE.toml'; see `trine train --help`"),
-        (("doctr",), "trine: No such command 'doctr'. Did you mean 'doctor'?; see `trine --help`"),
+        (("doctr",), "trine: No such command 'doctr'. Did you mean 'doctor'? See `trine --help`"),
         (("report", "x", "--fulness"), "trine: No such option: --fulness; see `trine report --help`"),
+        (
+            ("tokenizer", "train", "x", "--out", "y", "--kind", "bert"),
+            "trine: Invalid value for '--kind': 'bert' is not one of 'bpe', 'unigram', 'wordpiece', 'char'; "
+            "see `trine tokenizer train --help`",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(

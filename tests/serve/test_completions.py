@@ -191,6 +191,22 @@ def test_the_context_is_the_limit(server: Any) -> None:
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "prompt")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"stop_token_ids": [99999]}, "stop_token_ids", "token id 99999; the vocabulary ends at"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "token id 99999"),
+        ({"min_tokens": 50}, "min_tokens", "min_tokens 50 is above max_tokens 16"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused_by_the_field(
+    server: Any, fields: dict[str, Any], param: str, said: str
+) -> None:
+    status, answer, _ = server.ask("/v1/completions", {"prompt": PROMPT, **fields})
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert said in answer["error"]["message"]
+
+
 def test_special_tokens_can_be_shown(server: Any) -> None:
     asked = {"prompt": PROMPT, "max_tokens": 1, "logit_bias": {"0": 100}}
     assert server.complete(**asked)["choices"][0]["text"] == ""

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from trine.engine.errors import ContextLengthError, UsageError
+from trine.engine.generate.engine import Engine
+from trine.engine.generate.records import Output
 from trine.serve import engine_process
 from trine.serve.engine_process import load
 from trine.serve.messages import Guide, Sampling, Start, Submit
@@ -24,6 +26,23 @@ def test_it_is_warm_and_empty_when_it_says_it_is_ready(tiny_checkpoint: Path) ->
     stats = engine.stats()
     assert stats.steps > 0
     assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+
+def test_the_fullest_step_has_been_computed_before_it_says_it_is_ready(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of many rows go through other loops, which would be compiled while clients wait."""
+    widths = []
+    step = Engine.step
+
+    def watched(engine: Engine) -> list[Output]:
+        outputs = step(engine)
+        widths.append(len({output.choice for output in outputs}))
+        return outputs
+
+    monkeypatch.setattr(Engine, "step", watched)
+    load(start(tiny_checkpoint, max_running=9))
+    assert {1, 3, 9} <= set(widths)
 
 
 def test_a_cache_smaller_than_the_context_is_the_limit(tiny_checkpoint: Path) -> None:
@@ -54,8 +73,12 @@ def test_what_a_step_brings(tiny_checkpoint: Path) -> None:
 def test_a_grammar_reaches_the_engine(tiny_checkpoint: Path) -> None:
     engine, _ = load(start(tiny_checkpoint))
     with pytest.raises(UsageError):
-        engine.add(Submit(id="a", prompt_ids=[5], sampling=Sampling(), guide=Guide("regex", "(")))
-    engine.add(Submit(id="a", prompt_ids=[5], sampling=Sampling(seed=1), guide=Guide("choice", '["yes"]')))
+        engine.add(Submit(id="a", prompt_ids=[5], sampling=Sampling(), guide=Guide("regex", "(", "structured_outputs")))
+    engine.add(
+        Submit(
+            id="a", prompt_ids=[5], sampling=Sampling(seed=1), guide=Guide("choice", '["yes"]', "structured_outputs")
+        )
+    )
     text = ""
     while engine.has_work:
         text += "".join(delta.text for delta in engine.step())

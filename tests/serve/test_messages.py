@@ -55,7 +55,13 @@ DELTA = Delta(
 TO_ENGINE: list[Any] = [
     Start(checkpoint="/a", max_running=3, adapters=(("x", "/x"),)),
     Submit(
-        id="x-0", prompt_ids=[1, 2], sampling=SAMPLING, priority=-1, salt="s", guide=Guide("regex", "a+"), adapter="x"
+        id="x-0",
+        prompt_ids=[1, 2],
+        sampling=SAMPLING,
+        priority=-1,
+        salt="s",
+        guide=Guide("regex", "a+", "structured_outputs"),
+        adapter="x",
     ),
     Abort(id="x-0"),
     Ping(number=5),

@@ -59,7 +59,7 @@ def test_what_is_no_object(body: bytes) -> None:
         ({"prompt": "x", "max_tokens": 1.5}, "max_tokens", "got 1.5"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens", "got -1"),
         ({"prompt": "x", "max_tokens": 2**40}, "max_tokens", "got 1099511627776"),
-        ({"prompt": "x", "max_tokens": 0}, None, "max_tokens 0 asks for nothing"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens", "max_tokens 0 asks for nothing"),
         ({"prompt": "x", "top_p": 0}, "top_p", "got 0"),
         ({"prompt": "x", "top_k": -1}, "top_k", "got -1"),
         ({"prompt": "x", "min_p": 1.1}, "min_p", "got 1.1"),
@@ -79,15 +79,21 @@ def test_what_is_no_object(body: bytes) -> None:
         ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
         ({"prompt": "x", "banned_token_ids": [-1]}, "banned_token_ids.0", "got -1"),
         ({"prompt": "x", "stream": "yes"}, "stream", "got 'yes'"),
-        ({"prompt": "x", "stream_options": {"include_usage": True}}, None, "only for stream: true"),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "only for stream: true"),
         ({"prompt": "x", "stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", "unknown field"),
-        ({"prompt": "x", "stream": True, "prompt_logprobs": 1}, None, "prompt_logprobs cannot be streamed"),
+        (
+            {"prompt": "x", "stream": True, "prompt_logprobs": 1},
+            "prompt_logprobs",
+            "prompt_logprobs cannot be streamed",
+        ),
         ({"prompt": "x", "logprobs": True}, "logprobs", "got True"),
         ({"prompt": "x", "cache_salt": ""}, "cache_salt", "at least 1 character"),
         ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format.type", "got 'xml'"),
         ({"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format", "json_schema is needed"),
         ({"prompt": "x", "structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"prompt": "x", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+        ({"prompt": "x", "n": 2, "temperature": 0}, "n", "repeats one completion"),
+        ({"prompt": "x", "allowed_token_ids": [7], "banned_token_ids": [7]}, "banned_token_ids", "leaves no id"),
         ({"prompt": "x", "max_tokenz": 1}, "max_tokenz", "unknown field max_tokenz; did you mean max_tokens?"),
         ({"prompt": "x", "temperature": "1", "zzz": 1}, "zzz", "unknown field zzz"),
         ({"prompt": "x", "messages": TALK}, "messages", "unknown field messages"),
@@ -106,18 +112,18 @@ def test_completions_refuse(fields: dict[str, Any], param: str | None, said: str
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "is required"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "got 'robot'"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "a string or a list of text parts"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "is required"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content",
             "only parts like",
         ),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, "messages.0.tool_calls", "unknown field"),
-        ({"messages": TALK, "top_logprobs": 2}, None, "top_logprobs needs logprobs: true"),
+        ({"messages": TALK, "top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs: true"),
         ({"messages": TALK, "logprobs": 2}, "logprobs", "got 2"),
-        ({"messages": TALK, "max_tokens": 0}, None, "at least 1, got 0"),
+        ({"messages": TALK, "max_tokens": 0}, "max_tokens", "at least 1, got 0"),
         ({"messages": TALK, "max_completion_tokens": 0}, "max_completion_tokens", "got 0"),
-        ({"messages": TALK, "max_tokens": 5, "max_completion_tokens": 5}, None, "give one of them"),
+        ({"messages": TALK, "max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", "give one of them"),
         ({"messages": TALK, "prompt": "x"}, "prompt", "unknown field prompt"),
     ],
 )
@@ -190,15 +196,18 @@ def test_forms_of_a_prompt(prompt: Any, expected: list[Any]) -> None:
     [
         ({}, None),
         ({"response_format": {"type": "text"}}, None),
-        ({"response_format": {"type": "json_object"}}, Guide("json_object", "")),
+        ({"response_format": {"type": "json_object"}}, Guide("json_object", "", "response_format")),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}},
-            Guide("json_schema", '{"type": "object"}'),
+            Guide("json_schema", '{"type": "object"}', "response_format"),
         ),
-        ({"structured_outputs": {"json": {"type": "array"}}}, Guide("json_schema", '{"type": "array"}')),
-        ({"structured_outputs": {"regex": "a+"}}, Guide("regex", "a+")),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, Guide("choice", '["a", "b"]')),
-        ({"structured_outputs": {"grammar": "start: /x/"}}, Guide("grammar", "start: /x/")),
+        (
+            {"structured_outputs": {"json": {"type": "array"}}},
+            Guide("json_schema", '{"type": "array"}', "structured_outputs"),
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, Guide("regex", "a+", "structured_outputs")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Guide("choice", '["a", "b"]', "structured_outputs")),
+        ({"structured_outputs": {"grammar": "start: /x/"}}, Guide("grammar", "start: /x/", "structured_outputs")),
     ],
 )
 def test_what_the_text_must_match(fields: dict[str, Any], guide: Guide | None) -> None:
@@ -219,3 +228,10 @@ def test_limits_of_the_operator(kind: Any, fields: dict[str, Any], param: str) -
     check_limits(body, max_n=3, max_logprobs=6)
     with pytest.raises(ApiError, match=f"{param} must be at most"):
         check_limits(body, max_n=2, max_logprobs=5)
+
+
+def test_an_answer_goes_back_as_a_turn() -> None:
+    """As openai's client sends one: the nulls of our own answers stand in it, and those of others."""
+    answer = {"role": "assistant", "content": "y", "refusal": None, "annotations": None, "tool_calls": None}
+    body = parse_body(ChatBody, json.dumps({"messages": [*TALK, answer, *TALK]}).encode())
+    assert body.messages[1].for_template() == {"role": "assistant", "content": "y"}

@@ -85,7 +85,7 @@ def test_what_cannot_be_matched_fails_its_request_alone(server: Any, wanted: dic
     beside = server.send(prompt=PROMPT, max_tokens=30, temperature=0, ignore_eos=True)
     status, answer, _ = server.ask("/v1/completions", {"prompt": PROMPT, "structured_outputs": wanted})
     assert status == 400
-    assert answer["error"]["type"] == "invalid_request_error"
+    assert (answer["error"]["type"], answer["error"]["param"]) == ("invalid_request_error", "structured_outputs")
     response = beside.getresponse()
     assert response.status == 200
     assert json.loads(response.read())["usage"]["completion_tokens"] == 30

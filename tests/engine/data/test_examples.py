@@ -136,7 +136,7 @@ def test_pairs_end_with_end_of_text(write: Write, tokenizer: Tokenizer) -> None:
 LONG = "the cat sat on a mat and the cat sat on a mat"
 GOOD_TEXT, GOOD_PAIR = {"text": "a", "label": "no"}, {"source": "a", "target": "a"}
 BAD: list[tuple[str, Any, str]] = [
-    ("texts", "{", r":2: not a line of JSON"),
+    ("texts", "{", r":2: not valid JSON \(.*, column 2\)"),
     ("texts", "", r":2: the line is empty"),
     ("texts", "[1]", r":2: a JSON object is expected, not list"),
     ("texts", {"txt": "a", "label": "no"}, r":2: no field 'text'; the line has 'txt', 'label': name the right one"),

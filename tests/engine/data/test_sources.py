@@ -131,9 +131,22 @@ def test_bad_json_lines_are_named(tmp_path: Path, line: bytes, reason: str | Non
     pieces, problems = read(tmp_path / "a.jsonl")
     assert [piece.text for piece in pieces] == ["good", "too"]
     if reason is None:  # the interpreter's own words
-        assert problems[0].startswith("a.jsonl:2: not readable as JSON (")
+        assert problems[0].startswith("a.jsonl:2: not valid JSON (")
     else:
         assert problems == [f"a.jsonl:2: {reason}"]
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    for name, texts in (("a.jsonl", ["one", "two"]), ("b.txt", ["three"])):
+        pieces, problems = read(tmp_path / name)
+        assert ([piece.text for piece in pieces], problems) == (texts, [])
+
+
+def test_line_of_bad_text_is_counted_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\nb\n\xff\n\n\n")
+    assert read(tmp_path / "a.txt")[1] == ["a.txt:3: byte 0xff is not valid UTF-8 (invalid start byte)"]
 
 
 def test_text_field_chooses_the_field(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_correlations_are_those_of_scipy(seed: int) -> None:
 
 def test_numbers_that_do_not_vary_have_no_correlation() -> None:
     assert math.isnan(pearson(np.ones(5), np.arange(5.0)))
+    assert math.isnan(pearson(np.full(60, 0.1), np.arange(60.0)))  # whose mean is not 0.1
 
 
 def test_entities_begin_and_end_as_in_conll() -> None:

@@ -186,7 +186,7 @@ def test_results_of_something_else_are_not_appended_to(engine: Engine, job: Path
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "a list; give an object"),
         ("{}", "either prompt or prompt_ids"),
         ('{"prompt": "a", "prompt_ids": [1]}', "either prompt or prompt_ids"),

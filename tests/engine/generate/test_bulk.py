@@ -244,8 +244,8 @@ def test_a_prefix_goes_before_every_text(opened: Callable[[str], Opened], tmp_pa
     [
         ('{"text": "a"}\n{"text": 1}\n', None, r"in.jsonl:2: field 'text' is int; it must hold a text"),
         ('{"text": "a"}\n{"body": "b"}\n', None, r"in.jsonl:2: no field 'text'; it has 'body' \(--field\)"),
-        ('{"text": "a"}\n\n', None, "in.jsonl:2: not JSON"),
-        ('["a"]\n', None, "in.jsonl:1: a list; give an object with 'text'"),
+        ('{"text": "a"}\n\n', None, "in.jsonl:2: the line is empty"),
+        ('\ufeff["a"]\n', None, "in.jsonl:1: a list; give an object with 'text'"),
         ('{"text": "\\ud800"}\n', None, "in.jsonl:1: field 'text' holds half a surrogate pair"),
         ('{"text": "a"}\n', ["text", "pair"], "in.jsonl:1: no field 'pair'"),
         ("", None, "in.jsonl holds no rows"),

@@ -424,7 +424,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(model: Transformer, tiny_
     ("settings", "message"),
     [
         ({"block_size": 8}, "block_size = 8"),
-        ({"kv_bytes": 10}, "no room"),
+        ({"kv_bytes": 10}, "kv_bytes = 10 has no room .* give the cache more"),
         ({"kv_bytes": 2**60}, "only .* free"),
         ({"kv_bytes": -1}, "kv_bytes = -1"),
         ({"longest": -1}, "longest = -1"),

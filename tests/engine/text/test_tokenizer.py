@@ -202,8 +202,10 @@ def test_decode_refuses_unknown_ids(bpe: Tokenizer) -> None:
 
 
 def test_missing_and_damaged_files_are_one_clear_line(bpe: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer in .*nowhere: it has no tokenizer.json"):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no tokenizer in .*: it has no tokenizer.json"):
+        Tokenizer.load(tmp_path)
     bpe.save(tmp_path)
     for name, content in (("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]"), ("tokenizer.json", "{}")):
         damaged = tmp_path / "damaged"

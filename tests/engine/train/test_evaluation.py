@@ -118,3 +118,11 @@ def test_what_cannot_be_is_one_clear_line(make_recipe: MakeRecipe, tmp_path: Pat
             make_recipe(eval={"every": 4, "sets": {name: "x"}})
     with pytest.raises(UsageError, match=r"eval\.sets has no effect with eval\.every = 0"):
         make_recipe(eval={"every": 0, "sets": {"a": "x"}})
+
+
+def test_a_correlation_that_is_undefined_is_called_so() -> None:
+    result = ValidationResult(0.5, None, 60, {"pearson": float("nan"), "spearman": 0.25})
+    shown = evaluation.described(
+        "validation", [evaluation.Evaluation(name="validation", weights="raw", result=result, seconds=0.0)]
+    )
+    assert "loss 0.5000, Pearson undefined (all predictions, or all targets, are equal), Spearman 0.2500" in shown

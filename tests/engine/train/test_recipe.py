@@ -79,6 +79,15 @@ def test_a_bad_recipe_is_one_clear_line(old: str, new: str, message: str, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_is_no_recipe_but_may_hold_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is a folder and no recipe; give the path of a TOML file"):
+        load_recipe(tmp_path)
+    (tmp_path / "recipe.toml").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    with pytest.raises(UsageError, match=r"is a folder and no recipe; give .*recipe.toml"):
+        load_recipe(tmp_path)
+    assert load_recipe(tmp_path / "recipe.toml").train.steps == 10
+
+
 def test_a_recipe_survives_writing_and_reading(tmp_path: Path) -> None:
     for number, text in enumerate((GOOD, GOOD.replace('path = "prepared"', SOURCES))):
         file = tmp_path / f"{number}.toml"
