@@ -30,6 +30,7 @@ class Batch:
     positions_BT: int64, position inside the document's part of the row; None where it is just 0 .. T - 1.
     num_valid: how many targets are not -100.
     num_bytes: UTF-8 bytes of the text of those targets, where it is known (validation).
+    padding: how many tokens only fill rows.
     """
 
     ids_BT: Tensor
@@ -38,6 +39,7 @@ class Batch:
     positions_BT: Tensor | None
     num_valid: int
     num_bytes: int | None = None
+    padding: int = 0
 
     @property
     def counts(self) -> tuple[int]:
@@ -46,8 +48,8 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model."""
-        return self.ids_BT.numel()
+        """Tokens that go through the model, padding left out."""
+        return self.ids_BT.numel() - self.padding
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

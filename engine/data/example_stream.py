@@ -17,6 +17,7 @@ from trine.engine.data.examples import ExampleSet, Task
 from trine.engine.data.permutation import derive_key, permute
 from trine.engine.data.stream import MixedSource, SourceFacts, Stream
 from trine.engine.errors import UsageError
+from trine.engine.log import printable
 from trine.engine.text.tokenizer import Tokenizer
 
 
@@ -56,6 +57,14 @@ class ExampleStream(Stream):
                 for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)
             ]
         return self._task.make([self._sets[s][n] for s, n in zip(sources.tolist(), numbers.tolist(), strict=True)])
+
+    def preview(self, terms: str) -> list[str]:
+        """What each source holds, and its first example; `terms`: what the terms of the loss are."""
+        lines = []
+        for one in self._sets:
+            lines.append(f"examples     {one.path}: {len(one)}, {one.num_tokens:,} tokens, {one.num_terms:,} {terms}")
+            lines.append(f"the first    {printable(self._task.shown(one[0])).strip()}")
+        return lines
 
     def stamps(self) -> list[list[int]]:
         return [stamp for one in self._sets for stamp in one.stamps]

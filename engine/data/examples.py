@@ -1,8 +1,8 @@
-"""Labelled examples: JSON lines whose fields the recipe names, encoded once and held as flat arrays.
+"""Labelled examples: JSON lines or rows of Parquet whose fields the recipe names, encoded once, held as flat arrays.
 
-A `Task` (`pairs.py`, `texts.py`, `tagged.py`) says which fields there are and what is kept of a record; an `ExampleSet`
-is what it made of the files of one source. Memory is that of the numbers, 4 bytes for each token. Everything that is
-not right is one `DataError` with file and line.
+A `Task` (`pairs.py`, `texts.py`, `tagged.py`, `chats.py`, `preferences.py`) says which fields there are and what is
+kept of a record; an `ExampleSet` is what it made of the files of one source. Memory is that of the numbers, 4 bytes for
+each token. Everything that is not right is one `DataError` with file and line.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from trine.engine.data.files import DamagedError, Reader, find_sources, json_fault, numbered_lines
+from trine.engine.data import parquet
+from trine.engine.data.files import DamagedError, Reader, Source, find_sources, json_fault, numbered_lines
 from trine.engine.data.progress import ByteProgress
 from trine.engine.data.sources import JSON_LINES
 from trine.engine.errors import DataError
+from trine.engine.log import warn
 from trine.engine.text.tokenizer import Tokenizer
 
 Example = tuple[npt.NDArray[Any], ...]
@@ -73,12 +76,23 @@ class Task(Protocol):
     @property
     def identity(self) -> str: ...
 
-    def encode(self, records: Sequence[Record]) -> list[Example]:
-        """Each record as an example. Raises `DataError` naming the line that has none."""
+    def encode(self, records: Sequence[Record]) -> Sequence[Example | None]:
+        """Each record as an example, None where cutting leaves nothing to learn from.
+
+        Raises `DataError` naming the line that has none.
+        """
         ...
 
     def tokens(self, example: Example) -> int:
         """How many tokens of an example go through a model."""
+        ...
+
+    def terms(self, example: Example) -> int:
+        """How many terms of the loss an example has."""
+        ...
+
+    def shown(self, example: Example) -> str:
+        """An example as text, for people to look at."""
         ...
 
     def make(self, examples: Sequence[Example]) -> Any:
@@ -87,29 +101,46 @@ class Task(Protocol):
 
 
 def read_records(path: Path | str) -> Iterator[Record]:
-    """The lines of a `.jsonl` file, of one behind a URL, or of all in a folder; compressed or not."""
+    """The lines of a `.jsonl` file or rows of a `.parquet` file, of one behind a URL, or of all in a folder."""
     before = 0
     for source in find_sources([path]):
-        if source.suffix not in JSON_LINES:
-            raise DataError(f"{source.location}: labelled examples are JSON lines, in files that end in .jsonl")
-        with Reader(source) as reader:
-            number = 0
-            try:
-                for number, line in numbered_lines(reader.file):
-                    place = f"{source.location}:{number}"
-                    yield Record(place, _fields(line, place), before + reader.position)
-            except DamagedError as error:
-                raise DataError(f"{source.location}:{number + 1}: {error}; get the file again") from None
-        if number == 0:
-            raise DataError(f"{source.location}: the file is empty; give examples, one JSON object a line")
+        if source.suffix == parquet.SUFFIX:
+            found = parquet.read_tables(source, partial(_refuse, source))
+        elif source.suffix in JSON_LINES:
+            found = _lines(source)
+        else:
+            raise DataError(
+                f"{source.location}: labelled examples are JSON lines or rows of Parquet, in files that end in .jsonl "
+                "or .parquet"
+            )
+        for number, fields, position in found:
+            yield Record(f"{source.location}:{number}", fields, before + position)
         before += source.size
 
 
-class ExampleSet:
-    """The examples of one path, encoded. `len()` is their number.
+def _refuse(source: Source, row: int, reason: str) -> NoReturn:
+    raise DataError(f"{source.location}{f':{row}' if row else ''}: {reason}; mend it, or get the file again")
 
-    Attributes: path, fingerprint (of numbers, task and tokenizer, not of paths), num_tokens, stamps (size and time of
-    change of each file before it was read). Raises `DataError` for what is not right, with file and line.
+
+def _lines(source: Source) -> Iterator[tuple[int, dict[str, Any], int]]:
+    number = 0
+    with Reader(source) as reader:
+        try:
+            for number, line in numbered_lines(reader.file):
+                yield number, _fields(line, f"{source.location}:{number}"), reader.position
+        except DamagedError as error:
+            raise DataError(f"{source.location}:{number + 1}: {error}; get the file again") from None
+    if number == 0:
+        raise DataError(f"{source.location}: the file is empty; give examples, one JSON object a line")
+
+
+class ExampleSet:
+    """The examples of one path, encoded. `len()` is their number; how many were left out because cutting left nothing
+    to learn from is said.
+
+    Attributes: path, fingerprint (of numbers, task and tokenizer, not of paths), num_tokens, num_terms (of the loss),
+    stamps (size and time of change of each file before it was read). Raises `DataError` for what is not right, with
+    file and line.
     """
 
     def __init__(self, path: Path | str, task: Task, tokenizer: Tokenizer) -> None:
@@ -118,7 +149,7 @@ class ExampleSet:
         self._sources = find_sources([path])
         self.stamps = [[source.size, source.modified_ns] for source in self._sources]
         self._columns = [_Ragged(dtype) for dtype in task.dtypes]
-        self.num_tokens = 0
+        self.num_tokens = self.num_terms = 0
         self.fingerprint = self._read(self._columns)
 
     def __len__(self) -> int:
@@ -128,12 +159,16 @@ class ExampleSet:
         return tuple(column[number] for column in self._columns)
 
     def _read(self, columns: Sequence[_Ragged]) -> str:
-        total = sum(source.size for source in self._sources)
+        total, left_out = sum(source.size for source in self._sources), 0
         with ByteProgress(total, what="reading examples") as progress:
             for records in _jobs(read_records(self.path)):
                 tokens = 0
                 for example in self._task.encode(records):
+                    if example is None:
+                        left_out += 1
+                        continue
                     tokens += self._task.tokens(example)
+                    self.num_terms += self._task.terms(example)
                     for column, values in zip(columns, example, strict=True):
                         column.append(values)
                 self.num_tokens += tokens
@@ -142,7 +177,17 @@ class ExampleSet:
         for column in columns:
             column.close()
             column.update(digest)
+        if left_out:
+            self._tell(left_out)
         return digest.hexdigest()
+
+    def _tell(self, left_out: int) -> None:
+        """Raises `DataError` where nothing is left at all."""
+        of = f"{left_out} of {left_out + len(self)} examples"
+        what = f"{self.path}: cut to data.seq_len, {of} have nothing to learn from"
+        if not len(self):
+            raise DataError(f"{what}; raise data.seq_len")
+        warn(f"{what} and are left out")
 
 
 class _Ragged:

@@ -42,6 +42,12 @@ class PairTask:
     def tokens(self, example: Example) -> int:
         return sum(map(len, example))
 
+    def terms(self, example: Example) -> int:
+        return len(example[1])
+
+    def shown(self, example: Example) -> str:
+        return " → ".join(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in example)
+
     def make(self, examples: Sequence[Example]) -> Seq2SeqBatch:
         sources, targets = zip(*examples, strict=True)
         return self.layout.batch(sources, targets)

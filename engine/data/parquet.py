@@ -1,6 +1,7 @@
-"""Parquet files: each row is a document, its text in one column.
+"""Parquet files: each row is a document, its text in one column, or an example with all of its columns.
 
-Only that column is read, page by page within each row group, so that memory does not grow with the file.
+Only the columns that are wanted are read, page by page within each row group, so that memory does not grow with the
+file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,25 @@ def read_rows(source: Source, column: str, complain: Callable[[int, str], None])
     Calls `complain(row, reason)` for the others; row 0 is the whole file.
     Raises `DataError` where pyarrow is missing or the file is compressed once more.
     """
+    for row, batch, place, position in _rows(source, column, complain):
+        text = _text(batch.column(0)[place], column, row, complain)
+        if text is not None:
+            yield row, text, position
+
+
+def read_tables(source: Source, complain: Callable[[int, str], None]) -> Iterator[tuple[int, dict[str, Any], int]]:
+    """(row from 1, all its columns by name, position in the file) of every row; otherwise as `read_rows`."""
+    for row, batch, place, position in _rows(source, None, complain):
+        try:
+            yield row, {name: batch.column(name)[place].as_py() for name in batch.schema.names}, position
+        except (UnicodeDecodeError, ValueError) as error:
+            complain(row, f"not readable ({' '.join(str(error).split())})")
+
+
+def _rows(
+    source: Source, column: str | None, complain: Callable[[int, str], None]
+) -> Iterator[tuple[int, Any, int, int]]:
+    """(row from 1, a batch of rows, its place there, position in the file) of all rows; None: of all columns."""
     if source.compression is not None:
         raise DataError(f"{source.location}: Parquet is read in places and cannot be compressed whole; unpack the file")
     try:
@@ -37,16 +57,15 @@ def read_rows(source: Source, column: str, complain: Callable[[int, str], None])
         try:
             # `pre_buffer` would fetch whole row groups, which can be gigabytes.
             file = pyarrow.parquet.ParquetFile(reader.file, pre_buffer=False, buffer_size=_PAGE_BUFFER_BYTES)
-            problem = _column_problem(pyarrow, file.schema_arrow, column)
+            problem = None if column is None else _column_problem(pyarrow, file.schema_arrow, column)
             if problem is not None or file.metadata.num_rows == 0:
                 complain(0, problem or "the file has no rows")
                 return
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[column], use_threads=False):
-                for value in batch.column(0):
+            columns = None if column is None else [column]
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False):
+                for place in range(len(batch)):
                     row += 1
-                    text = _text(value, column, row, complain)
-                    if text is not None:
-                        yield row, text, round(row / file.metadata.num_rows * source.size)
+                    yield row, batch, place, round(row / file.metadata.num_rows * source.size)
         except (pyarrow.ArrowException, OSError) as error:
             complain(row, f"not readable as Parquet ({' '.join(str(error).split())})")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.data.batch import IGNORED, moved
+from trine.engine.data.packing import laid_out, pack
 from trine.engine.data.permutation import IntArray
 
 
@@ -70,7 +71,7 @@ class Seq2SeqLayout:
             ("read", read, self.pad_id),
             ("target", targets, IGNORED),
         ):
-            sides[name] = _rows(parts, rows, filler=filler)
+            sides[name] = laid_out(parts, rows, filler=filler)
         return Seq2SeqBatch(
             source_ids_BS=sides["source"][0],
             source_segments_BS=None if plain else sides["source"][1],
@@ -82,34 +83,3 @@ class Seq2SeqLayout:
             counts=(sum(length for _, length in lengths),),
             num_tokens=sum(source + target for source, target in lengths),
         )
-
-
-def pack(lengths: Sequence[tuple[int, int]], room: tuple[int, int]) -> list[list[int]]:
-    """Examples of two lengths each dealt to rows of two lengths: each to the first row with room for it, in order."""
-    rows: list[list[int]] = []
-    left: list[tuple[int, int]] = []
-    for number, (one, two) in enumerate(lengths):
-        row = next((r for r, (first, second) in enumerate(left) if one <= first and two <= second), len(rows))
-        if row == len(rows):
-            rows.append([])
-            left.append(room)
-        rows[row].append(number)
-        left[row] = (left[row][0] - one, left[row][1] - two)
-    return rows
-
-
-def _rows(parts: Sequence[IntArray], rows: Sequence[Sequence[int]], *, filler: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, segments and positions, each [len(rows), longest row]; the padding has a segment of its own."""
-    length = max(sum(len(parts[number]) for number in row) for row in rows)
-    shape = (len(rows), length)
-    ids, positions = np.full(shape, filler, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    # More than any row has examples, on both sides alike, so that padding meets nothing but padding.
-    segments = np.full(shape, len(parts), dtype=np.int64)
-    for row, numbers in enumerate(rows):
-        place = 0
-        for segment, number in enumerate(numbers):
-            inside = slice(place, place + len(parts[number]))
-            ids[row, inside], segments[row, inside] = parts[number], segment
-            positions[row, inside] = np.arange(len(parts[number]))
-            place = inside.stop
-    return torch.from_numpy(ids), torch.from_numpy(segments), torch.from_numpy(positions)

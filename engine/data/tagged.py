@@ -47,6 +47,12 @@ class TagTask:
     def tokens(self, example: Example) -> int:
         return len(example[0])
 
+    def terms(self, example: Example) -> int:
+        return int((example[1] != IGNORED).sum())
+
+    def shown(self, example: Example) -> str:
+        return self.tokenizer.decode(example[0].tolist(), skip_special_tokens=False)
+
     def make(self, examples: Sequence[Example]) -> EncoderBatch:
         ids, labels = zip(*examples, strict=True)
         lengths = [len(row) for row in ids]

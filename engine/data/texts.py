@@ -62,6 +62,12 @@ class TextTask:
     def tokens(self, example: Example) -> int:
         return len(example[0])
 
+    def terms(self, example: Example) -> int:
+        return 1
+
+    def shown(self, example: Example) -> str:
+        return self.tokenizer.decode(example[0].tolist(), skip_special_tokens=False)
+
     def make(self, examples: Sequence[Example]) -> EncoderBatch:
         ids, types, labels = zip(*examples, strict=True)
         lengths = [len(row) for row in ids]

@@ -18,6 +18,7 @@ from trine.engine.errors import ContextLengthError, DataError, StorageError, Tri
 from trine.engine.generate.engine import Engine
 from trine.engine.generate.records import GenerationRequest
 from trine.engine.generate.sampling import SamplingParams
+from trine.engine.text.assistant import turn_end
 from trine.engine.text.chat import ChatTemplate
 
 FORMAT = "trine conversation 1"
@@ -110,7 +111,7 @@ class Conversation:
         ids, forgotten = self._prompt(messages)
         seed = None if self.params.seed is None else self.params.seed + self.seeded
         room = min(self.params.max_tokens, self.context - len(ids))
-        params = replace(self.params, seed=seed, max_tokens=room, stop_ids=self._ends())
+        params = replace(self.params, seed=seed, max_tokens=room, stop_ids=self._stop_ids())
         self.seeded += 1
         began = time.perf_counter()
         self.engine.add(GenerationRequest(id="chat", prompt_ids=tuple(ids), params=params))
@@ -145,16 +146,10 @@ class Conversation:
             f"context of {self.context}; say less, or lower /max-tokens"
         )
 
-    def _ends(self) -> tuple[int, ...]:
-        """The special token that the template writes after an answer: models end theirs with it, settings or not."""
-        try:
-            text = self.template.render(
-                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\0"}], add_generation_prompt=False
-            )
-        except UsageError:
-            return self.params.stop_ids
-        after = self.engine.tokenizer.encode(text.rpartition("\0")[2].lstrip())[:1]
-        return (*self.params.stop_ids, *(i for i in after if i in self.engine.tokenizer.special_ids))
+    def _stop_ids(self) -> tuple[int, ...]:
+        """Models end an answer with the token that the template writes after it, settings or not."""
+        end = turn_end(self.template, self.engine.tokenizer)
+        return self.params.stop_ids if end is None else (*self.params.stop_ids, end)
 
 
 def _well_formed(messages: object) -> TypeGuard[list[dict[str, str]]]:

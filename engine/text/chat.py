@@ -11,7 +11,7 @@ itself, after transformers' documentation:
     strftime_now(format)                                           the date
     x | tojson(indent=n)                                           JSON as it is, not escaped for HTML
     break, continue                                                in loops
-    {% generation %} ... {% endgeneration %}                       marks what the assistant said; see `encode`
+    {% generation %} ... {% endgeneration %}                       marks what the assistant said; see `marked`
 
 The text has the special tokens in it already: it is encoded without adding any, so that no beginning-of-text token is
 doubled.
@@ -37,6 +37,7 @@ from trine.engine.text.template_limits import Budget, LimitedEnvironment, with_b
 from trine.engine.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+Span = tuple[int, int]  # first character and the one behind the last
 _LONGEST = 1 << 20
 _MARK = "generation mark"  # a name that no template can write
 # The names under which a message's reasoning is known; templates read one or the other.
@@ -45,7 +46,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class EncodedChat:
-    """ids of a conversation, and for each whether the assistant said it (inside `{% generation %}`)."""
+    """ids of a conversation, and for each whether the assistant said it: whether it has a character of that."""
 
     ids: list[int]
     generated: list[bool]
@@ -103,24 +104,21 @@ class ChatTemplate:
         values = {**variables, "tools": tools, "documents": documents}
         return self._render(messages, {**values, "add_generation_prompt": add_generation_prompt}, mark=None)
 
-    def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, **values: Any
-    ) -> EncodedChat:
-        """The conversation as ids, with what the template marks as generated: what fine-tuning takes the loss of."""
+    def marked(self, messages: Sequence[Message], **values: Any) -> tuple[str, list[Span]]:
+        """The conversation as text, and the stretches of it that the template marks as generated, in order."""
         mark = secrets.token_hex(16)  # unknown to whoever wrote the template or the messages
-        values = {"tools": None, "documents": None, **values, "add_generation_prompt": add_generation_prompt}
+        values = {"tools": None, "documents": None, "add_generation_prompt": False, **values}
         parts = self._render(messages, values, mark=mark).split(mark)
         text, spans = parts[0], []
         for said, other in zip(parts[1::2], parts[2::2], strict=True):
             spans.append((len(text), len(text) + len(said)))
             text += said + other
-        ids, offsets = tokenizer.encode_with_offsets(text)
-        generated, current = [], 0
-        for begin, end in offsets:
-            while current < len(spans) and spans[current][1] <= begin:
-                current += 1
-            generated.append(current < len(spans) and spans[current][0] < end)
-        return EncodedChat(ids, generated)
+        return text, spans
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **values: Any) -> EncodedChat:
+        """The conversation as ids, with what the template marks as generated, as transformers has it."""
+        text, spans = self.marked(messages, **values)
+        return encode_spans(tokenizer, text, spans)
 
     def _render(self, messages: Sequence[Message], values: dict[str, Any], *, mark: str | None) -> str:
         try:
@@ -135,6 +133,17 @@ class ChatTemplate:
             # Whatever a template can raise comes from the conversation it was given, or from the template itself.
             reason = str(error) or type(error).__name__
             raise UsageError(f"the model's chat template does not take this conversation: {reason}") from None
+
+
+def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> EncodedChat:
+    """The ids of a rendered conversation, and which of them have a character inside one of the ascending spans."""
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    generated, current = [], 0
+    for begin, end in offsets:
+        while current < len(spans) and spans[current][1] <= begin:
+            current += 1
+        generated.append(current < len(spans) and spans[current][0] < end)
+    return EncodedChat(ids, generated)
 
 
 def _named(message: Message) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class Tokenizer:
                 aside.unlink(missing_ok=True)  # a full disk must not stay full
                 raise
 
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same tokenizer with `template` as its default chat template."""
+        settings = {key: value for key, value in self._settings.items() if key != "chat_template"}
+        return Tokenizer(self._definition, settings=settings, companions={**self._companions, CHAT_TEMPLATE: template})
+
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
         """The ids of `text`."""
         tokenizer = self._parsing if parse_special else self._verbatim
@@ -224,6 +229,11 @@ class Tokenizer:
         """Ids that `decode` leaves out unless told otherwise."""
         added = self._parsing.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of `special_ids`, as they stand in a text."""
+        return tuple(text for token_id in sorted(self.special_ids) if (text := self.token_text(token_id)))
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...] | None:

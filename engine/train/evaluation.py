@@ -20,6 +20,7 @@ from trine.engine.train.progress import Progress
 from trine.engine.train.recipe import OWN_SET, Recipe
 from trine.engine.train.resolve import Setup
 from trine.engine.train.subject import Subject, make_scorer
+from trine.engine.train.task_data import sample_prompt
 from trine.engine.train.validation import ValidationResult, sample, validate
 
 
@@ -102,7 +103,8 @@ class Evaluator:
             progress.message(f"step {step}: {described(name, entries)}")
         for prompt, text in zip(recipe.eval.sample_prompts, self._samples(), strict=True):
             metrics.write("sample", step, prompt=prompt, text=text)
-            shown = repr(prompt + text) if self.subject.model.encoder is None else f"{prompt!r} -> {text!r}"
+            goes_on = recipe.objective.kind == "causal_lm"
+            shown = repr(prompt + text) if goes_on else f"{prompt!r} -> {text!r}"
             progress.message(f"  {shown}")
         meter.end_pause()
 
@@ -131,6 +133,7 @@ class Evaluator:
             return sample(
                 self.subject.model,
                 self.setup.tokenizer,
+                [sample_prompt(recipe, self.setup.tokenizer, prompt) for prompt in recipe.eval.sample_prompts],
                 recipe.eval,
                 seed=recipe.train.seed,
                 compute_dtype=self.setup.compute_dtype,

@@ -30,6 +30,7 @@ from trine.engine.model.quantized.plan import read_weight
 from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import copy_companions, write_json, write_weights
+from trine.engine.text.tokenizer import CHAT_TEMPLATE
 from trine.engine.train.durable import write_folder
 
 _SHARD_BYTES = 2**30
@@ -70,6 +71,8 @@ def merge(base: Path, adapter: Path, out: Path) -> Merged:
             parameters = sum(torch.Size(shape).numel() for shape in sums.shapes.values())
             write_weights(folder, sums.sizes(), sums.make, max_shard_bytes=_SHARD_BYTES, num_parameters=parameters)
             copy_companions(base, folder)
+            if (adapter / CHAT_TEMPLATE).is_file():  # in which the adapter has learned to answer
+                shutil.copyfile(adapter / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
             config = read_hf_config(base)
             write_json(folder / "config.json", {key: value for key, value in config.items() if key not in CONFIG_KEYS})
 

@@ -20,7 +20,7 @@ from trine.engine.log import format_bytes, format_count, format_duration
 from trine.engine.model.cost import count_parameters
 from trine.engine.train.energy import energy_line
 from trine.engine.train.recipe import Recipe, recipe_toml
-from trine.engine.train.recipe_objective import PAIRS
+from trine.engine.train.recipe_objective import CHATS, PAIRS
 from trine.engine.train.report import set_name
 from trine.engine.train.resolve import Setup
 from trine.engine.train.run_log import RunLog, measure_name
@@ -29,6 +29,7 @@ CARD = "README.md"
 # By objective: how Hugging Face calls the task, what the model is, and its class in transformers.
 _PIPELINES = {
     "causal_lm": "text-generation",
+    "chat": "text-generation",
     "masked_lm": "fill-mask",
     "span_corruption": "text2text-generation",
     "seq2seq": "text2text-generation",
@@ -38,6 +39,7 @@ _PIPELINES = {
 }
 _MODELS = {
     "causal_lm": "A language model",
+    "chat": "A language model, trained on conversations,",
     "masked_lm": "An encoder, trained to find hidden tokens,",
     "span_corruption": "An encoder-decoder, trained to find hidden spans,",
     "seq2seq": "An encoder-decoder from one text to another",
@@ -47,6 +49,7 @@ _MODELS = {
 }
 _CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
+    "chat": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "span_corruption": "AutoModelForSeq2SeqLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
@@ -147,7 +150,8 @@ def _summary(setup: Setup) -> str:
 
 
 def _usage(recipe: Recipe) -> str:
-    by_trine = '```sh\ntrine generate THIS_FOLDER --prompt "..."\n```'
+    command = "chat THIS_FOLDER" if recipe.objective.kind in CHATS else 'generate THIS_FOLDER --prompt "..."'
+    by_trine = f"```sh\ntrine {command}\n```"
     if recipe.adapter is not None:
         elsewhere = "trine generate BASE --adapter NAME=THIS_FOLDER"
         return f"{by_trine}\n\ncomputes it on the base that it names, `{elsewhere}` on one that lies elsewhere."
@@ -157,7 +161,7 @@ def _usage(recipe: Recipe) -> str:
         f'model = {loader}.from_pretrained("THIS_FOLDER", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```'
     )
-    generates = recipe.objective.kind in ("causal_lm", *PAIRS)
+    generates = recipe.objective.kind in ("causal_lm", *CHATS, *PAIRS)
     return f"{by_trine}\n\n{by_transformers}" if generates else by_transformers
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trine.engine.data.example_stream import ExampleStream
 from trine.engine.log import counted, format_bytes, format_count, format_duration
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.cost import count_parameters
@@ -17,6 +18,7 @@ from trine.engine.model.transformer import Transformer
 from trine.engine.train.mixing import source_lines
 from trine.engine.train.optim import parameter_groups
 from trine.engine.train.recipe import recipe_toml
+from trine.engine.train.recipe_objective import CHATS, TERMS
 from trine.engine.train.resolve import Setup
 from trine.engine.train.subject_cost import frozen_bytes, trained_parameters, training_flops_per_token
 from trine.kernels.adamw.states import BLOCK
@@ -99,11 +101,18 @@ def plan_lines(setup: Setup) -> str:
                 num_samples=recipe.train.steps * recipe.train.batch_size,
                 batch_size=recipe.train.batch_size,
             ),
+            *_examples(setup),
             f"FLOPs        {per_token * tokens:.3g} in all, {format_count(per_token)} per token",
             f"time         at least {format_duration(at_peak)} at the {how} peak of {peak / 1e12:.3g} TFLOP/s; "
             f"about {format_duration(at_peak / TYPICAL_MFU)} at {TYPICAL_MFU:.0%} of it",
         ]
     )
+
+
+def _examples(setup: Setup) -> list[str]:
+    kind, stream = setup.recipe.objective.kind, setup.stream
+    named = "trained, between ⟪ and ⟫" if kind in CHATS else f"{TERMS.get(kind, 'target tokens')} with a loss"
+    return stream.preview(named) if isinstance(stream, ExampleStream) else []
 
 
 def describe(setup: Setup) -> str:

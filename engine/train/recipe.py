@@ -25,7 +25,7 @@ from trine.engine.train.recipe_model import (
     ModelSettings,
     QuantizationSettings,
 )
-from trine.engine.train.recipe_objective import PAIRS, ObjectiveSettings
+from trine.engine.train.recipe_objective import CHATS, PAIRS, ObjectiveSettings
 from trine.engine.train.recipe_types import BelowOne, Count, Finite, Fraction, PathValue, Positive, Rate
 
 RECIPE = "recipe.toml"  # its name in a run folder
@@ -277,14 +277,14 @@ class Recipe(Settings):
 
     def _check_objective(self) -> None:
         kind, data = self.objective.kind, self.data
-        if kind != "causal_lm":
+        if kind not in ("causal_lm", "chat"):
             for section in ("adapter", "quantization", "distill"):
                 if getattr(self, section) is not None:
-                    raise ValueError(f'[{section}] goes with objective.kind = "causal_lm", not "{kind}"; leave it out')
+                    raise ValueError(f'[{section}] goes with objective.kind = "causal_lm" or "chat", not "{kind}"')
         belongs = {
             "document_mask": kind in ("causal_lm", "masked_lm") and not self.objective.next_sentence,
             "target_len": kind == "seq2seq",
-            "packing": kind == "seq2seq",
+            "packing": kind in ("seq2seq", *CHATS),
             "validation": self.objective.from_examples,
             "tokenizer": self.objective.from_examples and self.model.init_from is None,
             "truncate": self.objective.from_examples,
@@ -296,7 +296,7 @@ class Recipe(Settings):
                 raise ValueError(f"data.{key} has no effect with {beside}; remove it")
         if belongs["tokenizer"] and data.tokenizer is None:
             raise ValueError("data.tokenizer, a folder, is needed to encode examples for a new model; give it")
-        if kind not in ("causal_lm", *PAIRS) and self.eval.sample_prompts:
+        if kind not in ("causal_lm", *CHATS, *PAIRS) and self.eval.sample_prompts:
             raise ValueError(f'eval.sample_prompts has no effect with objective.kind = "{kind}"; remove it')
         if kind != "seq2seq" and self.eval.exact_match_examples is not None:
             raise ValueError(f'eval.exact_match_examples has no effect with objective.kind = "{kind}"; remove it')

@@ -26,10 +26,10 @@ class SourceSettings(Settings):
 class DataSettings(Settings):
     """Where samples come from (`path`, or weighted `sources`) and how long they are.
 
-    Text is a folder made by `trine data prepare`; labelled examples are JSON lines, with those for `validation` in a
+    Text is a folder made by `trine data prepare`; examples are JSON lines or Parquet, with those for `validation` in a
     file of their own, encoded by the `tokenizer` (default: that of `model.init_from`). Of examples that are longer than
     `seq_len` or (targets) `target_len` tokens what is too much is cut with `truncate`, else they are refused. With
-    `packing`, pairs share rows.
+    `packing`, pairs or conversations share rows.
     """
 
     path: PathValue | None = None

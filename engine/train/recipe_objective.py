@@ -9,7 +9,9 @@ from pydantic import AfterValidator, Field, model_validator
 from trine.engine.config import Settings
 from trine.engine.train.recipe_types import BelowOne, Fraction
 
-Kind = Literal["causal_lm", "masked_lm", "span_corruption", "seq2seq", "classification", "regression", "tagging"]
+Kind = Literal[
+    "causal_lm", "chat", "masked_lm", "span_corruption", "seq2seq", "classification", "regression", "tagging"
+]  # fmt: skip
 Name = Annotated[str, Field(min_length=1)]
 
 # The settings of each kind with what they are where a recipe leaves them out; None stays open until the data is read.
@@ -17,6 +19,7 @@ _HIDDEN = {"mask_fraction": 0.15, "mask_share": 0.8, "random_share": 0.1, "whole
 _TEXT = {"text_field": "text", "pair_field": None, "label_field": "label"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "causal_lm": {},
+    "chat": {"train_on": "assistant", "chat_template": None},
     "masked_lm": _HIDDEN,
     "span_corruption": {"noise_density": 0.15, "mean_span": 3.0, "label_smoothing": 0.0},
     "seq2seq": {"source_field": "source", "target_field": "target", "label_smoothing": 0.0},
@@ -28,8 +31,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 LOSS_UNITS = {"classification": "nats per text", "tagging": "nats per word", "regression": "squared error"}
 # What the terms of a loss are, likewise; of the others tokens.
 TERMS = {"classification": "texts", "tagging": "words", "regression": "texts"}
-# Kinds that learn from labelled examples, JSON lines, instead of prepared text.
-EXAMPLES = ("seq2seq", "classification", "regression", "tagging")
+# Kinds that learn from examples, lines of a file, instead of prepared text.
+EXAMPLES = ("chat", "seq2seq", "classification", "regression", "tagging")
+# Kinds that learn from conversations.
+CHATS = ("chat",)
 PAIRS = ("span_corruption", "seq2seq")
 assert set(DEFAULTS) == set(get_args(Kind))
 
@@ -41,13 +46,15 @@ def _each_once(labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
 
 
 class ObjectiveSettings(Settings):
-    """What is learned, from text (`causal_lm`, `masked_lm`, `span_corruption`) or from labelled examples.
+    """What is learned, from text (`causal_lm`, `masked_lm`, `span_corruption`) or from examples.
 
     Settings that belong to another `kind` are refused; docs/training.md says which belong to which. `resolve` fills in
     what is left out (`DEFAULTS`), and `labels` from the data.
     """
 
     kind: Kind = "causal_lm"
+    train_on: Literal["assistant", "last", "all"] | None = None
+    chat_template: Name | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     mask_share: Fraction | None = None
     random_share: Fraction | None = None
@@ -82,7 +89,7 @@ class ObjectiveSettings(Settings):
 
     @property
     def from_examples(self) -> bool:
-        """Whether it learns from labelled examples."""
+        """Whether it learns from examples, not from prepared text."""
         return self.kind in EXAMPLES
 
     def closed(self) -> ObjectiveSettings:

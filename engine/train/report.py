@@ -26,7 +26,6 @@ from trine.engine.storage import writing
 from trine.engine.train.charts import RUN_ROLES, Chart, Line, draw, palette, smooth, standalone
 from trine.engine.train.energy import format_energy, format_mass
 from trine.engine.train.recipe import OWN_SET
-from trine.engine.train.recipe_objective import PAIRS
 from trine.engine.train.run_log import Record, RunLog, measure_name, read_run, series
 
 TEMPLATE = "report.html.j2"
@@ -91,7 +90,7 @@ def render(log: RunLog) -> str:
         panels=_panels(log),
         evaluations=_evaluations(log),
         samples=_samples(log),
-        between=" → " if log.objective in PAIRS else "",
+        between="" if log.objective == "causal_lm" else " → ",
         resumed=bool(log.resumed_at),
         recipe=_sections(log.recipe),
         environment=list(flatten(log.start.get("environment", {}))),

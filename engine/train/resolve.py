@@ -30,10 +30,18 @@ from trine.engine.train.experts import close_experts, expert_sizes, with_experts
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.recipe_model import ModelSettings
-from trine.engine.train.recipe_objective import ObjectiveSettings
+from trine.engine.train.recipe_objective import CHATS, ObjectiveSettings
 from trine.engine.train.rounding import check_layers
 from trine.engine.train.shape import check_shape, new_settings, wanted_task, with_head
-from trine.engine.train.task_data import EvaluationSet, TaskData, find_labels, tokenizer_folder
+from trine.engine.train.task_data import (
+    EvaluationSet,
+    TaskData,
+    answer_ends,
+    find_labels,
+    load_tokenizer,
+    sample_prompt,
+    tokenizer_folder,
+)
 from trine.engine.train.teacher import find_teacher
 
 # Settings of a new model that are customary today, where the class defaults of the family's format are older.
@@ -99,7 +107,7 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
     if weights is None and recipe.model.init_from is not None:
         weights = resolve_checkpoint(recipe.model.init_from)
     tokenizer_dir = tokenizer_folder(recipe, weights)
-    tokenizer = Tokenizer.load(tokenizer_dir)
+    tokenizer = load_tokenizer(recipe, tokenizer_dir)
     fresh_head, longest = False, max(recipe.data.seq_len, recipe.data.target_len or 0)
     if recipe.model.init_from is not None:
         assert weights is not None
@@ -114,6 +122,8 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
         labels = find_labels(recipe)
         settings = new_settings(objective, recipe.model.family, tokenizer, labels, recipe.model.dropout)
         config = new_model_config(recipe.model, tokenizer, default_positions=longest, settings=settings)
+    if objective.kind in CHATS:
+        config = replace(config, eos_token_ids=answer_ends(config, tokenizer))
     data = TaskData(recipe=recipe, config=config, tokenizer=tokenizer, tokenizer_dir=tokenizer_dir, labels=labels)
     stream = _open_stream(data)
     teacher = None
@@ -272,7 +282,7 @@ def _dropout(rate: float) -> DropoutConfig:
 
 def _check_prompts(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig) -> None:
     for prompt in recipe.eval.sample_prompts:
-        length = len(encode_prompt(tokenizer, prompt))
+        length = len(encode_prompt(tokenizer, sample_prompt(recipe, tokenizer, prompt)))
         # To an encoder-decoder it is a source, beside which a target has positions of its own.
         apart = config.encoder is not None
         needed = (max if apart else sum)((length, recipe.eval.sample_tokens))

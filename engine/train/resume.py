@@ -33,6 +33,7 @@ _FREE = (
     "data.sources",
     "data.validation",
     "data.tokenizer",
+    "objective.chat_template",  # what it makes of conversations is part of the data's fingerprint
     "train.device",
     "train.threads",
 )

@@ -16,7 +16,7 @@ from trine.engine.model.families.registry import FAMILIES, config_from_hf
 from trine.engine.model.head_config import Problem, Task
 from trine.engine.model.new_head import head_settings
 from trine.engine.text.tokenizer import Tokenizer
-from trine.engine.train.recipe_objective import PAIRS, ObjectiveSettings
+from trine.engine.train.recipe_objective import CHATS, PAIRS, ObjectiveSettings
 
 # Names of the shapes, with an objective for each.
 _SHAPES = {
@@ -28,7 +28,7 @@ _SHAPES = {
 
 def wanted_shape(objective: ObjectiveSettings) -> str:
     """The shape of model that an objective is for."""
-    if objective.kind == "causal_lm":
+    if objective.kind == "causal_lm" or objective.kind in CHATS:
         return "decoder"
     return "encoder-decoder" if objective.kind in PAIRS else "encoder"
 

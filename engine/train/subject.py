@@ -84,7 +84,9 @@ def make_objective(setup: Setup) -> Objective:
         return Seq2Seq(label_smoothing=settings.value("label_smoothing"))
     if settings.kind == "classification":
         return Classification(label_smoothing=settings.value("label_smoothing"))
-    others: dict[str, Objective] = {"causal_lm": CausalLM(), "regression": Regression(), "tagging": Tagging()}
+    others: dict[str, Objective] = {
+        "causal_lm": CausalLM(), "chat": CausalLM(), "regression": Regression(), "tagging": Tagging(),
+    }  # fmt: skip
     return others[settings.kind]
 
 
@@ -96,7 +98,7 @@ def make_scorer(setup: Setup) -> Scorer:
     if kind in ("classification", "tagging"):
         return ClassScorer(recipe.objective.labels or (), words=kind == "tagging")
     others: dict[str, Callable[[], Scorer]] = {
-        "causal_lm": NextTokenScorer, "masked_lm": MaskedScorer, "regression": NumberScorer,
+        "causal_lm": NextTokenScorer, "chat": NextTokenScorer, "masked_lm": MaskedScorer, "regression": NumberScorer,
     }  # fmt: skip
     return others[kind]()
 

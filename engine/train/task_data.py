@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trine.engine.data.chats import ChatLayout, ChatTask
 from trine.engine.data.example_stream import ExampleStream, ExampleValidation
 from trine.engine.data.examples import Task, read_records
 from trine.engine.data.labels import Labels, gather_labels
@@ -23,9 +24,14 @@ from trine.engine.data.tagged import TagTask
 from trine.engine.data.texts import TextTask
 from trine.engine.data.validation import ValidationSet
 from trine.engine.errors import DataError, UsageError
+from trine.engine.log import warn
 from trine.engine.model.config import ModelConfig
+from trine.engine.text.assistant import teaches_to_end, turn_end
+from trine.engine.text.chat import ChatTemplate
+from trine.engine.text.chat_styles import STYLES, with_template
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.recipe import Recipe
+from trine.engine.train.recipe_objective import CHATS
 
 EvaluationSet = ValidationSet | ExampleValidation
 REGRESSION_LABEL = "LABEL_0"  # how transformers names the number of a regression
@@ -44,6 +50,50 @@ def tokenizer_folder(recipe: Recipe, checkpoint: Path | None) -> Path:
     if not (checkpoint / "tokenizer.json").is_file():
         raise UsageError(f"{checkpoint} has no tokenizer.json to encode examples with; put its tokenizer's files there")
     return checkpoint
+
+
+def load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    """The tokenizer in a folder; of conversations with the chat template that the recipe names, if it names one.
+
+    Raises `DataError` where conversations are to be learned and there is no template.
+    """
+    tokenizer, objective = Tokenizer.load(folder), recipe.objective
+    if objective.kind not in CHATS:
+        return tokenizer
+    if objective.chat_template is not None:
+        tokenizer = with_template(tokenizer, objective.chat_template)
+    if tokenizer.chat_template is None:
+        styles = " or ".join(f'"{name}"' for name in STYLES)
+        raise DataError(
+            f"{folder} has no chat template; name one by objective.chat_template: a file that ends in .jinja, or "
+            f"{styles} of Trine's own"
+        )
+    if not teaches_to_end(_template(tokenizer), tokenizer):
+        warn(
+            "the chat template writes no special token at the end of an answer, or leaves it out of what it marks as "
+            "generated: nothing teaches the model to end its answers"
+        )
+    return tokenizer
+
+
+def sample_prompt(recipe: Recipe, tokenizer: Tokenizer, prompt: str) -> str | list[int]:
+    """What the model is given for one of `eval.sample_prompts`: the text, or the ids of a chat's first message."""
+    if recipe.objective.kind not in CHATS:
+        return prompt
+    return tokenizer.encode(_template(tokenizer).render([{"role": "user", "content": prompt}]))
+
+
+def answer_ends(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end what a model says, that which its chat template writes after an answer among them."""
+    known = config.eos_token_ids or (() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    end = turn_end(_template(tokenizer), tokenizer)
+    return known if end is None or end in known else (*known, end)
+
+
+def _template(tokenizer: Tokenizer) -> ChatTemplate:
+    template = ChatTemplate.of(tokenizer)
+    assert template is not None, "load_tokenizer looks for it"
+    return template
 
 
 def find_labels(recipe: Recipe, known: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -154,6 +204,15 @@ class TaskData:
         """What makes examples of records, and batches of them."""
         objective, data = self.recipe.objective, self.recipe.data
         common: dict[str, Any] = {"tokenizer": self.tokenizer, "truncate": data.truncate}
+        if objective.kind in CHATS:
+            layout = ChatLayout(
+                template=_template(self.tokenizer),
+                seq_len=data.seq_len,
+                pad_id=self._pad_id,
+                packed=data.packing,
+                **common,
+            )
+            return ChatTask(layout=layout, train_on=objective.value("train_on"))
         if objective.kind == "seq2seq":
             return PairTask(
                 layout=self._layout(data.target_len or data.seq_len),

@@ -6,6 +6,7 @@ it can be compared between tokenizers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,14 +55,20 @@ def validate(
 
 
 def sample(
-    model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, *, seed: int, compute_dtype: torch.dtype
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    settings: EvalSettings,
+    *,
+    seed: int,
+    compute_dtype: torch.dtype,
 ) -> list[str]:
-    """A completion of each of the recipe's prompts, the same ones for the same weights and seed.
+    """A completion of each prompt, the same ones for the same weights and seed.
 
     To an encoder-decoder a prompt is a source.
     """
-    if not settings.sample_prompts:
+    if not prompts:
         return []
     params = SamplingParams(max_tokens=settings.sample_tokens, temperature=settings.sample_temperature, seed=seed)
-    completions = generate(model, tokenizer, settings.sample_prompts, params, compute_dtype=compute_dtype)
+    completions = generate(model, tokenizer, prompts, params, compute_dtype=compute_dtype)
     return [completion.text for completion in completions]

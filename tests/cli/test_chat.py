@@ -178,9 +178,9 @@ def test_an_answer_ends_at_the_token_that_the_template_writes_after_it(checkpoin
     model, tokenizer = load_for_inference(checkpoint)
     template = ChatTemplate(TEMPLATE.replace("eos_token", "'<|endoftext|>'"))
     talk = Conversation(Engine(model, tokenizer, EngineConfig(max_running=1)), template, SamplingParams(), 64)
-    assert talk._ends() == (tokenizer.eos_id,)
+    assert talk._stop_ids() == (tokenizer.eos_id,)
     talk.template = ChatTemplate("{{ messages[-1].content }} and more")
-    assert talk._ends() == ()
+    assert talk._stop_ids() == ()
 
 
 def test_an_interrupted_answer_is_kept_and_the_talk_goes_on(checkpoint: Path) -> None:

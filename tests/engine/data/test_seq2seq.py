@@ -11,8 +11,9 @@ import torch
 import transformers
 
 from trine.engine.data.batch import IGNORED
+from trine.engine.data.packing import pack
 from trine.engine.data.seq2seq import Seq2Seq
-from trine.engine.data.seq2seq_batch import Seq2SeqLayout, pack
+from trine.engine.data.seq2seq_batch import Seq2SeqLayout
 from trine.engine.model.checkpoint import save_model
 from trine.engine.model.families.registry import new_config
 from trine.engine.model.init import initialize

@@ -121,6 +121,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     "bert": {"family": "bert", "width": 32, "num_layers": 2, "num_heads": 2},
     "t5": {"family": "t5", "width": 32, "num_layers": 2, "num_heads": 2},
     "marian": {"family": "marian", "width": 32, "num_layers": 2, "num_heads": 2},
+    "llama": {"family": "llama", "width": 32, "num_layers": 2, "num_heads": 2},
 }
 
 
@@ -133,6 +134,10 @@ def _examples(count: int, seed: int) -> str:
             "source": " ".join(words), "target": " ".join(reversed(words)), "text": " ".join(words),
             "label": "red" if "red" in words else "other", "score": len(words) / 6, "words": words,
             "labels": ["B-colour" if word in _WORDS[:3] else "O" for word in words],
+            "messages": [
+                {"role": "user", "content": " ".join(words)},
+                {"role": "assistant", "content": " ".join(reversed(words))},
+            ],
         }  # fmt: skip
         lines.append(json.dumps(record))
     return "\n".join(lines)
@@ -163,7 +168,8 @@ def _make_objective_data(folder: Path) -> None:
 def _objective_recipe(folder: Path, run: Path, base: str | dict[str, Any], **changes: dict[str, Any]) -> Recipe:
     """Eight steps in float32 of a model in `_MODELS` or another one; on examples where the objective is for them."""
     kind = changes.get("objective", {}).get("kind", "masked_lm" if base == "bert" else "span_corruption")
-    shape = "encoder" if kind not in ("span_corruption", "seq2seq") else "encoder-decoder"
+    byte_level = ("span_corruption", "seq2seq", "chat")
+    shape = "encoder-decoder" if kind in byte_level else "encoder"
     data: dict[str, Any] = {"path": str(folder / shape), "seq_len": 32}
     if kind not in ("masked_lm", "span_corruption", "causal_lm"):
         data |= {"path": str(folder / "train.jsonl"), "validation": str(folder / "dev.jsonl")}

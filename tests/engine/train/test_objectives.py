@@ -32,6 +32,10 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "marian", {"objective": {"kind": "seq2seq", "label_smoothing": 0.1}, "data": {"packing": True},
                    "schedule": {"kind": "noam", "warmup_steps": 4}, "model": {"dropout": 0.1}},
     ),
+    "chat": (
+        "llama", {"objective": {"kind": "chat", "chat_template": "plain"}, "data": {"seq_len": 128, "packing": True},
+                  "model": {"dropout": 0.1}},
+    ),
     "classification": ("bert", {"objective": {"kind": "classification"}}),
     "regression": ("bert", {"objective": {"kind": "regression", "label_field": "score"}}),
     "tagging": ("bert", {"objective": {"kind": "tagging"}}),
@@ -39,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 CLASSES = {
     "masked-lm": transformers.AutoModelForMaskedLM, "next-sentence": transformers.AutoModelForPreTraining,
     "span-corruption": transformers.AutoModelForSeq2SeqLM, "seq2seq-packed": transformers.AutoModelForSeq2SeqLM,
+    "chat": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
     "regression": transformers.AutoModelForSequenceClassification,
     "tagging": transformers.AutoModelForTokenClassification,
@@ -46,11 +51,11 @@ CLASSES = {
 SCORES = {
     "masked-lm": {"accuracy"}, "next-sentence": {"accuracy", "next_sentence_loss", "next_sentence_accuracy"},
     "span-corruption": {"accuracy"}, "seq2seq-packed": {"accuracy", "exact_match"},
-    "classification": {"accuracy", "f1"}, "regression": {"pearson", "spearman"},
+    "chat": set(), "classification": {"accuracy", "f1"}, "regression": {"pearson", "spearman"},
     "tagging": {"accuracy", "f1", "entity_f1"},
 }  # fmt: skip
 # Two of them show what all must do; the others are slow tests.
-QUICK = ("masked-lm", "seq2seq-packed")
+QUICK = ("masked-lm", "seq2seq-packed", "chat")
 
 
 def cases() -> list[Any]:
