@@ -5,7 +5,7 @@
 For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest are enough, Trine need not be
 installed (without typer, doctor is left out). First, beside each other: `trine doctor`; a small model trained on both
 devices from the same weights and data, and generating on both; tests/gpu, in `--jobs` processes; on a Hopper GPU the
-check of its own attention kernel, which is used from then on where it passes (kernels/tuned/verified.json). Then alone
+checks of its own kernels, which are used from then on where they pass (kernels/tuned/verified.json). Then alone
 on the GPU: with `--bench` the benchmarks of kernels, of training and of generation (these two against transformers,
 where it is installed), whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
 
@@ -34,8 +34,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Its cases are those of the check of the Hopper kernel, which is a stage of its own.
-HOPPER = ROOT / "tests/gpu/test_hopper_attention.py"
+# Its cases are those of the checks of the Hopper kernels, which are stages of their own.
+HOPPER = ROOT / "tests/gpu/test_hopper.py"
 NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pytest", "xdist")
 # A stage that has less than this is not begun.
 _LEAST_SECONDS = 20
@@ -139,8 +139,9 @@ def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list
         together.insert(0, Stage("trine doctor", [*module, "trine.cli", "doctor", "--device", device], 3, show=True))
     together.append(Stage("tests/gpu", _pytest(options), 30, _tested))
     if _is_hopper(device):
-        hopper = [*module, "trine.kernels.attention.hopper_check", "--verify"]
-        together.append(Stage("hopper attention check", hopper, 10, show=True))
+        for room in ("attention", "quantized"):
+            check = [*module, f"trine.kernels.{room}.hopper_check", "--verify"]
+            together.append(Stage(f"hopper {room} check", check, 10, show=True))
     alone = []
     kernels = [*module, "trine.benchmarks.kernels"]
     operations = [name for name in options.operations.split(",") if name]
@@ -182,7 +183,7 @@ def _pytest(options: argparse.Namespace) -> list[str]:
         command += ["-k", options.tests]
     # Each process begins with a run of neighbours, which share compiled kernels.
     command += ["-n", str(options.jobs), "--dist", "worksteal", "--max-worker-restart", "1000"]
-    # The check of the Hopper kernel is a stage of its own.
+    # The checks of the Hopper kernels are stages of their own.
     return [*command, "--ignore", str(HOPPER.relative_to(ROOT)), "tests/gpu"]
 
 

@@ -69,7 +69,7 @@ def attention_case(
         return (seen_TS if sequence_T is None else seen_TS & (sequence_T[s] == sequence_T[t]))[None]
 
     def on_twin() -> Tensor:
-        with hopper.force(False):
+        with hopper.EXPERIMENTAL.force(False):
             return attention(q, k, v, mask=mask)
 
     # Where the Hopper kernel has not been verified, nothing runs it: it might hang.

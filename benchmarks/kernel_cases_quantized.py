@@ -16,6 +16,7 @@ from trine.benchmarks.kernel_peers_inference import chosen_experts, int4_product
 from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, cases
 from trine.kernels.mlp.op import gated_mlp_reference
 from trine.kernels.moe.op import moe_mlp_reference
+from trine.kernels.quantized import hopper
 from trine.kernels.quantized.activations import BLOCK, quantize_reference
 from trine.kernels.quantized.op import quantize_rows, quantized_linear
 from trine.kernels.quantized.packing import pack
@@ -107,11 +108,18 @@ def _of_codes(new: Inputs, x: Tensor, N: int, kind: str) -> Problem:
     def exact(x: Tensor) -> Tensor:
         return quantize_reference(x.float(), dtype, blocks=blocks).dequantize(x.dtype) @ dense(x.dtype).t()
 
+    def on_twin() -> Tensor:
+        with hopper.EXPERIMENTAL.force(False):
+            return quantized_linear(rows, weight, fast_sums=fast)
+
+    variants = {"quantizing x": lambda: quantized_linear(x, weight, fast_sums=fast)}
+    if new.on_gpu and hopper.selected(rows.codes, None, (weight.codes, weight.scales), "none", new.dtype):
+        variants["plain"] = on_twin
     same = dense(torch.float32).to(new.dtype)
     return Problem(
         ours=lambda: quantized_linear(rows, weight, fast_sums=fast),
         plain=lambda: F.linear(rows.dequantize(new.dtype), same),
-        variants={"quantizing x": lambda: quantized_linear(x, weight, fast_sums=fast)},
+        variants=variants,
         peers={"cuBLAS": lambda: F.linear(x, same), **dict(scaled_products(new, rows, weight))} if new.on_gpu else {},
         forward=Cost(
             2.0 * M * N * K, M * K + N * K + new.itemsize * M * N + 4.0 * (rows.scales.numel() + scales.numel())

@@ -201,7 +201,7 @@ def compile_job(job: Job) -> dict[str, Any]:
 
 def _serialised(cubin: bytes) -> bool:
     """Whether every wgmma is a group of its own, which is waited for before the next: ptxas saw a conflict."""
-    products = [line for line in _cuobjdump(cubin, "--dump-sass").splitlines() if "HGMMA" in line]
+    products = [line for line in _cuobjdump(cubin, "--dump-sass").splitlines() if re.search("[HQI]GMMA", line)]
     return bool(products) and all("gsb" in line for line in products)
 
 

@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -24,9 +25,14 @@ __all__ = [
     "gluon",
     "mbarrier",
     "tma_load",
+    "tma_store",
+    "tma_store_wait",
     "warpgroup_mma",
+    "warpgroup_mma_init",
     "warpgroup_mma_wait",
 ]
 
-# `async_load` from 3.8 on; the old name raises in 3.9.
+# `async_load` and `async_store` from 3.8 on; the old names raise in 3.9.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait

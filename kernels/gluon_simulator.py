@@ -1,13 +1,14 @@
 """The source of a Gluon kernel for Hopper, run on the CPU: roles as threads, copies and products that happen late.
 
-Gluon has no interpreter. This one knows what one kernel needs (`attention/hopper_kernel.py`), and models what goes
-wrong in such kernels, which numbers alone would not show:
+Gluon has no interpreter. This one knows what two kernels need (`attention/hopper_kernel.py` and
+`quantized/hopper_kernel.py`), and models what goes wrong in such kernels, which numbers alone would not show:
 
 - One role runs at a time; at every step that others can see, a seeded draw decides who goes on. A wait lets its role
   go on once the phase of the named parity is complete. Where nobody can go on, that is a deadlock.
-- A copy by TMA fills its target with NaN when it is issued, and with the data at some later step.
-- A product by wgmma must not be used before it has been waited for, and its operands in shared memory must hold the
-  same numbers from the issue to the wait.
+- A copy by TMA fills its target with NaN when it is issued, and with the data at some later step. One to memory reads
+  at some later step what must be the same until it has been waited for, and what was fenced since it was written.
+- A product by wgmma must not be used before it has been waited for, but as the sums of the next, and its operands in
+  shared memory must hold the same numbers from the issue to the wait.
 - Barriers count arrivals and bytes and refuse too many of them.
 
 Functions are rebuilt from the code of the jitted ones, with other globals. Layouts are kept but not checked: that is
@@ -81,19 +82,23 @@ class Machine:
                 self.running = able[choice]
                 break
             else:
-                self.copies.pop(choice - len(able))()
+                try:
+                    self.copies.pop(choice - len(able))()
+                except AssertionError as error:
+                    self.failure = error
         self.turn.notify_all()
 
     def specialize(self, parts: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
         self.registers = tuple(registers)
 
         def run(number: int, function: Any, arguments: tuple[Any, ...]) -> None:
-            self.role.number, self.role.issued = number, []
+            self.role.number, self.role.issued, self.role.storing, self.role.unfenced = number, [], [], False
             try:
                 with self.turn:
                     self._wait_for_turn(number)
                 function(*arguments)
                 assert not self.role.issued, "a role ends with products that nobody waited for"
+                assert not self.role.storing, "a role ends with copies to memory that nobody waited for"
             except StoppedError:
                 pass
             except BaseException as error:
@@ -123,9 +128,10 @@ class Machine:
     def wait(self, barrier: Barrier, parity: int) -> None:
         self.pause(lambda: barrier.passed(parity))
 
-    def arrive(self, barrier: Barrier, count: int = 1) -> None:
+    def arrive(self, barrier: Barrier, count: int = 1, pred: bool = True) -> None:
         self.pause()
-        barrier.arrive(count)
+        if pred:
+            barrier.arrive(count)
 
     def expect(self, barrier: Barrier, num_bytes: int) -> None:
         self.pause()
@@ -148,15 +154,43 @@ class Machine:
         self.copies.append(finish)
         self.pause()
 
+    def wrote(self) -> None:
+        self.role.unfenced = True
+        self.pause()
+
+    def fence(self) -> None:
+        self.role.unfenced = False
+
+    def store(self, desc: Any, place: list[int], source: Shared) -> None:
+        assert not self.role.unfenced, "shared memory is copied by TMA without a fence after it was written"
+        issued, done = source.data.clone(), [False]
+
+        def finish() -> None:
+            assert torch.equal(source.data, issued), "shared memory changed while it was copied to memory"
+            target = desc.base[tuple(slice(at, at + size) for at, size in zip(place, issued.shape, strict=True))]
+            assert bool(target.isnan().all()), "a result is written twice"
+            target.copy_(issued[tuple(slice(size) for size in target.shape)])
+            done[0] = True
+
+        self.role.storing.append(done)
+        self.copies.append(finish)
+        self.pause()
+
+    def await_stores(self, outstanding: int) -> None:
+        storing = self.role.storing
+        self.pause(lambda: sum(not done[0] for done in storing) <= outstanding)
+        storing[:] = [done for done in storing if not done[0]]
+
     # --- products ---
 
     def multiply(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
         assert is_async
         assert isinstance(acc, Value)
         total = a.data @ b.data
-        result = Value(total + acc.data if use_acc else total, acc.layout)
+        if use_acc:
+            total = total + (acc.sums if isinstance(acc, Product) else acc.data)
         operands = [(x.data, x.data.clone()) for x in (a, b) if isinstance(x, Shared)]
-        product = Product(result, operands)
+        product = Product(total, acc.layout, operands)
         self.role.issued.append(product)
         self.pause()
         return product
@@ -165,11 +199,7 @@ class Machine:
         self.pause()
         while len(self.role.issued) > outstanding:
             self.role.issued.pop(0).retire()
-        results = []
-        for dep in deps:
-            assert not isinstance(dep, Product) or dep.done, "a product is used before it was waited for"
-            results.append(dep.result if isinstance(dep, Product) else dep)
-        return results[0] if len(results) == 1 else tuple(results)
+        return deps[0] if len(deps) == 1 else deps
 
 
 def _language(machine: Machine) -> SimpleNamespace:
@@ -188,9 +218,13 @@ def _language(machine: Machine) -> SimpleNamespace:
         parts = [part.data if isinstance(part, Value) else torch.tensor(part) for part in (x, y)]
         return Value(torch.where(condition.data, parts[0], parts[1]), condition.layout)
 
-    def load(pointer: Pointer) -> Any:
+    def load(pointer: Pointer, mask: Value | None = None, other: float = 0.0) -> Any:
         if isinstance(pointer.offset, Value):
-            return Value(pointer.memory[pointer.offset.data], pointer.offset.layout)
+            places, layout = pointer.offset.data, pointer.offset.layout
+            if mask is None:
+                return Value(pointer.memory[places], layout)
+            found = pointer.memory[torch.where(mask.data, places, 0)]
+            return Value(torch.where(mask.data, found, other), layout)
         number = pointer.memory[pointer.offset]
         return Value(number, None) if number.is_floating_point() else Scalar(number)
 
@@ -202,8 +236,11 @@ def _language(machine: Machine) -> SimpleNamespace:
 
     def allocate(dtype: Any, shape: list[int], layout: Any) -> Shared:
         if layout == "barrier":
-            return Shared([Barrier() for _ in range(shape[0])], dtype)
-        return Shared(torch.full(shape, float("nan")), dtype)
+            return Shared([Barrier() for _ in range(shape[0])], dtype, machine.wrote)
+        return Shared(torch.full(shape, float("nan")), dtype, machine.wrote)
+
+    def split(x: Value) -> tuple[Value, Value]:
+        return Value(x.data[..., 0], x.layout), Value(x.data[..., 1], x.layout)
 
     layouts = SimpleNamespace(
         SliceLayout=lambda dim, parent: SimpleNamespace(dim=dim, parent=parent),
@@ -225,9 +262,13 @@ def _language(machine: Machine) -> SimpleNamespace:
         maximum=lambda a, b: a.apply(torch.maximum, b),
         max=reduced(lambda x, axis: x.amax(axis)),
         sum=reduced(lambda x, axis: x.sum(axis)),
+        exp=unary(torch.exp),
         exp2=unary(torch.exp2),
         log2=unary(torch.log2),
         where=where,
+        reshape=lambda x, shape: Value(x.data.reshape(shape), x.layout),
+        permute=lambda x, order: Value(x.data.permute(order), x.layout),
+        split=split,
         load=load,
         store=store,
         allocate_shared_memory=allocate,
@@ -267,9 +308,12 @@ def simulate(launch: Launch, seed: int, arrivals: Callable[[int], int] = lambda 
         "gl": _language(machine),
         "mbarrier": barriers,
         "tma_load": machine.load,
+        "tma_store": machine.store,
+        "tma_store_wait": machine.await_stores,
         "warpgroup_mma": machine.multiply,
+        "warpgroup_mma_init": lambda sums: sums,
         "warpgroup_mma_wait": machine.await_products,
-        "fence_async_shared": lambda: None,
+        "fence_async_shared": machine.fence,
     }
     kernel = plain(launch.kernel, names)
     machine.num_programs = launch.grid[0]

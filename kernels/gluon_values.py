@@ -51,6 +51,9 @@ class Value:
     def __getitem__(self, key: Any) -> Value:
         return Value(self.data[key], self.layout)
 
+    def __neg__(self) -> Value:
+        return Value(-self.data, self.layout)
+
     def apply(self, operate: Callable[..., Tensor], other: Any) -> Value:
         data = other.data if isinstance(other, Value) else other
         wide = other if isinstance(other, Value) and other.data.dim() > self.data.dim() else self
@@ -99,30 +102,43 @@ class Barrier:
 
 
 class Shared:
-    """Shared memory, or a view of it. Barriers are its contents where it holds barriers."""
+    """Shared memory, or a view of it. Barriers are its contents where it holds barriers. `wrote` is told of stores."""
 
-    def __init__(self, data: Any, dtype: Any) -> None:
-        self.data, self.dtype = data, dtype
+    def __init__(self, data: Any, dtype: Any, wrote: Callable[[], None]) -> None:
+        self.data, self.dtype, self.wrote = data, dtype, wrote
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.data.shape)
 
     def index(self, place: int) -> Any:
-        return self.data[place] if isinstance(self.data, list) else Shared(self.data[place], self.dtype)
+        return self.data[place] if isinstance(self.data, list) else self._view(self.data[place])
 
     def reshape(self, shape: list[int]) -> Shared:
-        return Shared(self.data.view(shape), self.dtype)
+        return self._view(self.data.view(shape))
 
     def permute(self, order: tuple[int, ...]) -> Shared:
-        return Shared(self.data.permute(order), self.dtype)
+        return self._view(self.data.permute(order))
+
+    def store(self, x: Value) -> None:
+        assert self.data.shape == x.data.shape
+        self.data.copy_(x.data)
+        self.wrote()
+
+    def _view(self, data: Tensor) -> Shared:
+        return Shared(data, self.dtype, self.wrote)
 
 
-class Product:
-    """An issued wgmma: no number until it has been waited for."""
+class Product(Value):
+    """An issued wgmma: no number until it has been waited for, but sums that the next one goes on from."""
 
-    def __init__(self, result: Value, operands: list[tuple[Tensor, Tensor]]) -> None:
-        self.result, self.operands, self.done = result, operands, False
+    def __init__(self, sums: Tensor, layout: Any, operands: list[tuple[Tensor, Tensor]]) -> None:
+        self.sums, self.layout, self.operands, self.done = sums, layout, operands, False
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        assert self.done, "a product is used before it was waited for"
+        return self.sums
 
     def retire(self) -> None:
         for view, issued in self.operands:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
+from trine.kernels.attention import hopper as attention_hopper
 from trine.kernels.cpu.measured import MEASURED_ON
 from trine.kernels.cpu.table import KINDS, Range, cpu_class, ranges
-from trine.kernels.hardware import INTERPRETING
+from trine.kernels.hardware import INTERPRETING, device_name
+from trine.kernels.quantized import hopper as products_hopper
+from trine.kernels.verified import is_verified
 
 # What each operation does on a CPU: (implementation, why).
 _ON_CPU: dict[str, tuple[str, str]] = {
@@ -55,6 +58,11 @@ _KERNEL_REASONS = {
     "rope": "cuts, normalises and turns in one pass",
     "sampling": "no sort, no wait for the device",
 }
+# What goes to a kernel of Gluon where that is verified, by the first word of a row: (its name, what it takes).
+_HOPPER = {
+    "attention": (attention_hopper.OPERATION, "forward of heads of 64, 128, 256 by the Hopper kernel"),
+    "quantized": (products_hopper.OPERATION, "large float8 products by the Hopper kernel"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +77,26 @@ class Choice:
 def implementations(device: torch.device, dtype: torch.dtype) -> tuple[Choice, ...]:
     """The choices for tensors of `dtype` on `device`, by operation in alphabetical order."""
     if device.type == "cuda" or INTERPRETING:
-        rows = [Choice(name, "Triton", reason) for name, reason in _KERNEL_REASONS.items()]
-        reason = "tiles outside the mask are skipped; gradients in one order"
-        rows += [Choice(f"attention {use}", "Triton", reason) for use in ("generation", "training")]
+        rows = _kernels(device_name(device) if device.type == "cuda" else "")
     else:
         rows = [Choice(name, *row) for name, row in _ON_CPU.items()]
         rows += _attention_on_cpu(device, dtype)
     return tuple(sorted(rows, key=lambda row: row.operation))
+
+
+def _kernels(gpu: str) -> list[Choice]:
+    """The choices on a GPU of this product name, or in the interpreter."""
+    reasons = dict(_KERNEL_REASONS)
+    for use in ("generation", "training"):
+        reasons[f"attention {use}"] = "tiles outside the mask are skipped; gradients in one order"
+    rows = []
+    for name, reason in reasons.items():
+        kernel, takes = _HOPPER.get(name.split()[0], ("", ""))
+        if is_verified(kernel, gpu):
+            rows.append(Choice(name, "Triton, Gluon", f"{reason}; {takes}"))
+        else:
+            rows.append(Choice(name, "Triton", reason))
+    return rows
 
 
 def products_on_cpu() -> tuple[str, tuple[Range, ...]]:

@@ -20,6 +20,7 @@ OPERATIONS = (
     "attention.hopper",
     "mlp.op",
     "quantized.registered",
+    "quantized.hopper",
     "quantized_moe.op",
     "paged_attention.launcher",
     "kv_write.op",

@@ -8,10 +8,14 @@ own check on a GPU adds the pair.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import triton
 
+from trine.kernels.target import Target
 from trine.kernels.tuning import TUNED
 
 VERIFIED = TUNED / "verified.json"
@@ -32,9 +36,40 @@ def is_verified(operation: str, gpu: str) -> bool:
 
 def mark_verified(operation: str, gpu: str) -> None:
     """Add the installed triton and `gpu` to the pairs of `operation`."""
+    _entries.cache_clear()
     entries = dict(_entries())
     pair = {"triton": triton.__version__, "gpu": gpu}
     if pair not in entries.get(operation, []):
         entries[operation] = [*entries.get(operation, []), pair]
     VERIFIED.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     _entries.cache_clear()
+
+
+class Experimental:
+    """A kernel with a twin: `operation` is its name among the verified, `title` what messages call it."""
+
+    def __init__(self, operation: str, title: str) -> None:
+        self.operation, self.title = operation, title
+        self._forced: ContextVar[bool | None] = ContextVar(f"{operation} forced", default=None)
+
+    @contextmanager
+    def force(self, use: bool) -> Iterator[None]:
+        """Within this block calls take this kernel (True, verified or not) or its twin (False); for tests, benches."""
+        token = self._forced.set(use)
+        try:
+            yield
+        finally:
+            self._forced.reset(token)
+
+    def selected(self, target: Target, worthwhile: bool, obstacle: Callable[[], str | None]) -> bool:
+        """Whether a call goes to this kernel: it has no obstacle, and is forced, or verified here and worthwhile.
+
+        Raises ValueError where it is forced but has an obstacle.
+        """
+        forced = self._forced.get()
+        if forced is False or (forced is None and not (worthwhile and is_verified(self.operation, target.gpu))):
+            return False
+        reason = obstacle()
+        if forced and reason is not None:
+            raise ValueError(f"{self.title} is forced but cannot be used: {reason}")
+        return reason is None

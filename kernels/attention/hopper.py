@@ -21,8 +21,6 @@ Source: FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608) for the roles and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
 
@@ -37,7 +35,7 @@ from trine.kernels.launch import ceil_div, launch
 from trine.kernels.samples import Sample, meta
 from trine.kernels.target import Target, target_of
 from trine.kernels.tuning import Config, Shape, Tunable
-from trine.kernels.verified import is_verified
+from trine.kernels.verified import Experimental
 
 OPERATION = "attention.hopper"
 HEAD_DIMS = (64, 128, 256)
@@ -50,7 +48,7 @@ ALIGNMENT = 16
 
 LOG2E = 1.4426950408889634
 
-_forced: ContextVar[bool | None] = ContextVar("Hopper attention forced", default=None)
+EXPERIMENTAL = Experimental(OPERATION, "the Hopper attention kernel")
 
 
 def obstacle(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Options, target: Target) -> str | None:
@@ -94,23 +92,8 @@ def selected(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, options: Options) -
 
     Raises ValueError where it is forced but not usable.
     """
-    forced, target = _forced.get(), target_of(q_BHTD)
-    if forced is False or (forced is None and not (target.is_hopper and is_verified(OPERATION, target.gpu))):
-        return False
-    reason = obstacle(q_BHTD, k_BKSD, v_BKSD, options, target)
-    if forced and reason is not None:
-        raise ValueError(f"the Hopper attention kernel is forced but cannot be used: {reason}")
-    return reason is None
-
-
-@contextmanager
-def force(use: bool) -> Iterator[None]:
-    """Within this block attention takes this kernel (True, verified or not) or its twin (False); for tests, benches."""
-    token = _forced.set(use)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    target = target_of(q_BHTD)
+    return EXPERIMENTAL.selected(target, target.is_hopper, lambda: obstacle(q_BHTD, k_BKSD, v_BKSD, options, target))
 
 
 def _shared_bytes(D: int, BLOCK_N: int, STAGES: int) -> int:

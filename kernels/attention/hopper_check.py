@@ -2,21 +2,14 @@
 
     python -m trine.kernels.attention.hopper_check [--group NAME ...] [--verify]
 
-Every group of cases is a process of its own with a time limit, for a wrong barrier makes a GPU wait for ever. Small
-groups come first, and a group that fails ends the check. With `--verify`, if all groups pass, the pair of this triton
-and this GPU is added to kernels/tuned/verified.json, and from then on attention takes the kernel there (`verified.py`).
-
-A case passes if errors against float64 are at most twice the twin's plus a floor, a second run gives the same bits, and
-no result is left unwritten (results hold NaN before).
+How groups of cases run, and what passing lets happen: `gpu_checks.py`. A case passes if errors against float64 are at
+most twice the twin's plus a floor, a second run gives the same bits, and no result is left unwritten (results hold NaN
+before).
 """
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +17,12 @@ from torch import Tensor
 
 from trine.kernels.attention.bounds import Bounds, document_bounds, make_bounds
 from trine.kernels.attention.forward import launch_forward
-from trine.kernels.attention.hopper import OPERATION, force, obstacle, options_of
+from trine.kernels.attention.hopper import EXPERIMENTAL, OPERATION, obstacle, options_of
 from trine.kernels.attention.options import Options
 from trine.kernels.attention.reference import attend
+from trine.kernels.gpu_checks import Checks, new_tensors_hold_nan
 from trine.kernels.target import target_of
-from trine.kernels.verified import mark_verified
 
-TIME_LIMIT_SECONDS = 60
 BF16, FP16 = torch.bfloat16, torch.float16
 # Largest error that needs no comparison with the twin's: (output, log-sum-exp).
 FLOORS = {BF16: (4e-3, 1e-5), FP16: (5e-4, 1e-5)}
@@ -53,7 +45,6 @@ class Case:
     sinks: bool = False
 
 
-# Few kernels to compile in each, so that the time limit is one for running.
 GROUPS: dict[str, tuple[Case, ...]] = {
     "one block": (Case("full", 1, 1, 1, 1, 1, 128), Case("full", 1, 2, 1, 128, 128, 128)),
     "some blocks": tuple(Case("causal", 1, 2, 1, T, T, 128) for T in (128, 300, 1000)),
@@ -71,64 +62,17 @@ GROUPS: dict[str, tuple[Case, ...]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and run the groups; 0 if all passed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--group", nargs="*", choices=list(GROUPS), default=list(GROUPS), help="default: all")
-    parser.add_argument("--verify", action="store_true", help="if all groups pass, let attention use the kernel here")
-    parser.add_argument("--in-process", action="store_true", help="without a time limit, in this process")
-    options = parser.parse_args(arguments)
-    if options.verify and (options.in_process or set(options.group) != set(GROUPS)):
-        parser.error("--verify needs all groups, in processes of their own")
-    if options.in_process:
-        failed = [line for name in options.group for line in check_group(GROUPS[name])]
-        return 1 if failed else 0
-    for name in options.group:
-        reason = run_group(name)
-        if reason is not None:
-            print(f"FAIL group {name!r}: {reason}")
-            return 1
-    if options.verify:
-        gpu = target_of(torch.empty(0, device="cuda")).gpu
-        mark_verified(OPERATION, gpu)
-        print(f"{OPERATION} is verified on {gpu}")
-    return 0
-
-
-def run_group(name: str) -> str | None:
-    """Check a group in a process of its own; what went wrong, or None."""
-    command = [sys.executable, "-m", "trine.kernels.attention.hopper_check", "--in-process", "--group", name]
-    try:
-        done = subprocess.run(command, timeout=TIME_LIMIT_SECONDS, capture_output=True, text=True, check=False)
-    except subprocess.TimeoutExpired as error:
-        return f"stopped after {TIME_LIMIT_SECONDS} s; until then: {error.stdout!r}"
-    print(done.stdout, end="")
-    return None if done.returncode == 0 else f"exit status {done.returncode}\n{done.stdout}{done.stderr[-2000:]}"
-
-
-def check_group(cases: Sequence[Case]) -> list[str]:
-    """Check cases in this process and print a line for each; the lines of those that failed."""
-    failed = []
-    for case in cases:
-        problems = check(case)
-        line = f"{'; '.join(problems) if problems else 'ok'}  {case}"
-        print(line, flush=True)
-        if problems:
-            failed.append(line)
-    return failed
-
-
-def check(case: Case) -> list[str]:
-    """What is wrong with the kernel's results in a case."""
+def check(case: Case) -> tuple[list[str], str]:
+    """What is wrong with the kernel's results in a case; nothing else is noticed."""
     (q, k, v), options, bounds = make(case)
     reason = obstacle(q, k, v, options, target_of(q))
     if reason is not None:
-        return [f"not computed by the kernel: {reason}"]
-    with force(use=True), _new_tensors_hold_nan():
+        return [f"not computed by the kernel: {reason}"], ""
+    with EXPERIMENTAL.force(use=True), new_tensors_hold_nan():
         found = launch_forward(q, k, v, options)
         torch.cuda.synchronize()
         again = launch_forward(q, k, v, options)
-    with force(use=False):
+    with EXPERIMENTAL.force(use=False):
         twin = launch_forward(q, k, v, options)
     problems = []
     if not all(torch.equal(a, b) for a, b in zip(found, again, strict=True)):
@@ -138,17 +82,7 @@ def check(case: Case) -> list[str]:
     for name, error, twin_error, floor in zip(names, errors, twin_errors, FLOORS[case.dtype], strict=True):
         if not error <= 2 * twin_error + floor:
             problems.append(f"{name}: error {error:.2e}, the twin's {twin_error:.2e}")
-    return problems
-
-
-@contextmanager
-def _new_tensors_hold_nan() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+    return problems, ""
 
 
 def make(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor], Options, Bounds | None]:
@@ -236,5 +170,7 @@ def _visible(case: Case, bounds: Bounds | None, batch: int, rows: Tensor) -> Ten
     return ((keys >= low) & (keys < high))[None]
 
 
+CHECKS = Checks("trine.kernels.attention.hopper_check", OPERATION, GROUPS, check)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(CHECKS.main())

@@ -12,6 +12,8 @@ A program owns a tile of [features, rows], the weight as first operand: 64 featu
 tensor cores. Few rows are bound by reading the weight, N K bytes; there K is split over programs (`epilogue.py`).
 Operations: 2 M N K, twice that with a gate.
 
+Large float8 products go to the kernel in `hopper.py` where that has been verified.
+
 e4m3 needs sm_89 or newer. On gfx942, whose own format is e4m3fnuz, Triton converts to fp16 first: right, not fast.
 """
 
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
+from trine.kernels.quantized import hopper
 from trine.kernels.quantized.activations import BLOCK, check_float8
 from trine.kernels.quantized.epilogue import launch_combine, store_tile
 from trine.kernels.quantized.weight_only import splits_for
@@ -215,6 +218,8 @@ def launch_scaled(
     target = target_of(x_MK)
     check_float8(codes_NK.dtype, target)
     fast = fast or codes_NK.dtype == torch.int8 or not (target.is_hopper or target.interpreted)
+    if hopper.selected(x_MK, gate, up, activation, dtype):
+        return hopper.launch_hopper(x_MK, x_scales, gate, up, gate_bias, up_bias, dtype, fast)
     shape |= {"exact_products": 1 + (gate is not None), "exact_partial": int(blocked or not fast)}
     config = SCALED.pick(codes_NK.dtype, target, **shape)
     splits = config.blocks["SPLITS"]

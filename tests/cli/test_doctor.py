@@ -18,7 +18,7 @@ from trine.cli.main import app
 from trine.engine import env
 from trine.kernels.attention import op
 from trine.kernels.attention.blocked import blocked_attention
-from trine.kernels.implementations import implementations
+from trine.kernels.implementations import _kernels, implementations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +63,7 @@ def test_doctor_shows_gpus_and_a_busy_machine() -> None:
 def test_every_operation_of_the_kernel_room_has_a_row() -> None:
     infrastructure = {"aot", "hardware", "implementations", "joined", "language", "launch", "multi_tensor", "norm"}
     infrastructure |= {"cpu", "samples", "target", "tuning", "gluon_names", "gluon_simulator"}
-    infrastructure |= {"gluon_values", "operation", "verified"}
+    infrastructure |= {"gluon_values", "gpu_checks", "operation", "verified"}
     on_disk = {path.stem for path in (ROOT / "kernels").glob("*.py")} | {
         path.parent.name for path in (ROOT / "kernels").glob("*/*.py")
     }
@@ -71,6 +71,16 @@ def test_every_operation_of_the_kernel_room_has_a_row() -> None:
     assert [row.operation for row in rows] == sorted(row.operation for row in rows)
     assert {row.operation.split()[0] for row in rows} == on_disk - infrastructure
     assert all(row.implementation and row.reason for row in rows)
+
+
+def test_rows_say_which_kernels_are_verified_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of Gluon is named where its check has passed: attention's on an H200, nobody's elsewhere."""
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    rows = {row.operation: row for row in _kernels("NVIDIA H200")}
+    assert rows["attention generation"].implementation == rows["attention training"].implementation == "Triton, Gluon"
+    assert rows["attention training"].reason.endswith("by the Hopper kernel")
+    assert rows["rope"].implementation == "Triton"
+    assert {row.implementation for row in _kernels("NVIDIA A100")} == {"Triton"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

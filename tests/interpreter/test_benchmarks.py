@@ -18,8 +18,8 @@ from trine.kernels.tuning import Tunable, observing
 
 # What only larger cases than those of a CPU launch: many rows of packed weights, few rows that are split.
 LARGE = {"dequantize", "quantized_combine"}
-# A variant of attention, where it has been verified; and kernels of features that no case has.
-ELSEWHERE = {"attention_hopper", "attention_backward_bias", "norm_backward_means"}
+# Kernels that are chosen where they have been verified; and those of features that no case has.
+ELSEWHERE = {"attention_hopper", "scaled_hopper", "attention_backward_bias", "norm_backward_means"}
 
 
 def asked_by(case: Case) -> set[str]:

@@ -235,7 +235,7 @@ def test_a_wrong_count_of_arrivals_is_noticed() -> None:
 def forced(use: bool | None, tensors: list[Tensor], options: Options, target: Target) -> str:
     """The kernel that a forward pass launches."""
     q, k, v = tensors
-    how = nullcontext() if use is None else hopper.force(use)
+    how = nullcontext() if use is None else hopper.EXPERIMENTAL.force(use)
     with recording(target) as launches, how:
         launch_forward(q, k, v, options)
     name: str = launches[0].kernel.__name__
@@ -262,7 +262,7 @@ def test_kernel_is_chosen_where_it_is_verified_or_forced(monkeypatch: pytest.Mon
 
 
 def test_nothing_is_verified_before_it_ran() -> None:
-    """Entries are written by hopper_check on a GPU; whoever adds one by hand should have to change this test."""
+    """Entries are written by the checks on a GPU; whoever adds one by hand should have to change this test."""
     entries = json.loads(verified.VERIFIED.read_text())
     assert set(entries) == {hopper.OPERATION}
     assert all(set(pair) == {"triton", "gpu"} for pair in entries[hopper.OPERATION])
