@@ -6,11 +6,14 @@ processes. Tests about threads ask for a number themselves.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +31,20 @@ ROOT = Path(__file__).resolve().parents[1]
 def repository() -> Path:
     """The root of the checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def pretended_gpu() -> Callable[[], AbstractContextManager[Any]]:
+    """What gives this machine a GPU within a `with` statement; see `pretended_gpu.py`."""
+    name = "pretended_gpu"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("pretended_gpu.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    pretend: Callable[[], AbstractContextManager[Any]] = sys.modules[name].pretended_gpu
+    return pretend
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trine.engine.errors import TrineError
 from trine.engine.generate.sampling import Sampler, check_choice, check_finite
+from trine.kernels.multi_tensor import upload
 from trine.kernels.sampling.op import add_bias, penalize, sample
 
 Choice = int | TrineError
@@ -97,13 +98,20 @@ def choose_ahead(logits_RV: Tensor, samplers: Sequence[Sampler]) -> Chosen:
     return Chosen(torch.tensor([choice if isinstance(choice, int) else 0 for choice in choices]), choices)
 
 
+def take_rows(x_NV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Those rows, without waiting for the device; `x_NV` itself where they are all of its own, in order."""
+    if list(rows) == list(range(len(x_NV))):
+        return x_NV
+    return x_NV[upload(rows, torch.int64, x_NV.device)]
+
+
 def _choose_on_gpu(logits_RV: Tensor, samplers: Sequence[Sampler], allowed_RV: Sequence[Allowed]) -> Chosen:
     device = logits_RV.device
     params = [sampler.params for sampler in samplers]
     uniforms = [0.0 if sampler.params.greedy else sampler.uniform() for sampler in samplers]
     tokens_R, _ = sample(
         adjusted(logits_RV, samplers, allowed_RV),
-        torch.tensor(uniforms, dtype=torch.float64).to(device, non_blocking=True),
+        upload(uniforms, torch.float64, device),
         temperature_R=_row([one.temperature for one in params], device),
         top_k_R=_row([min(one.top_k, logits_RV.shape[1]) for one in params], device, torch.int32),
         top_p_R=_row([one.top_p for one in params], device),
@@ -187,4 +195,4 @@ def _starts(counts: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _row(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return upload(values, dtype, device)

@@ -194,9 +194,9 @@ class Drafter:
         samplers = [lane.sampler for lane in lanes]
         adjusted_RV = adjusted(logits_RV[:, : self._vocab_size], samplers, [None] * len(lanes))
         values_R, best_R = adjusted_RV.max(1)
-        for row, (lane, best, usable) in enumerate(
-            zip(lanes, best_R.tolist(), values_R.isfinite().tolist(), strict=True)
-        ):
+        # Together, since the host waits for each.
+        found = torch.stack((best_R, values_R.isfinite().to(best_R.dtype))).tolist()
+        for row, (lane, best, usable) in enumerate(zip(lanes, *found, strict=True)):
             if not usable:
                 lane.limit = len(lane.draft.token_ids)
                 continue

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from trine.engine.errors import UsageError
 from trine.engine.generate.assembly import assemble
-from trine.engine.generate.batch_sampler import Chosen, choose_ahead
+from trine.engine.generate.batch_sampler import Chosen, choose_ahead, take_rows
 from trine.engine.generate.draft import Draft
 from trine.engine.generate.entry import Entry
 from trine.engine.generate.intake import Intake
@@ -389,9 +389,7 @@ class Engine:
         """
         turns, rows = self._turns(plan, computed)
         logits_RV = self._logits(computed, rows)
-        firsts = [turn.row for turn in turns]
-        if firsts != list(range(len(logits_RV))):
-            logits_RV = logits_RV[torch.tensor(firsts).to(logits_RV.device, non_blocking=True)]
+        logits_RV = take_rows(logits_RV, [turn.row for turn in turns])
         chosen = choose_ahead(logits_RV, [turn.completion.sampler for turn in turns])
         self._scheduler.commit(plan)
         for turn in turns:

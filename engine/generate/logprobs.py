@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trine.engine.model.transformer import Transformer
 from trine.kernels.invariant.elementwise import invariant_log_probs
+from trine.kernels.multi_tensor import upload
 
 # Bytes of fp32 logits that are formed at once.
 CHUNK_BYTES = 2**25
@@ -34,18 +35,21 @@ class TokenLogprobs:
 def token_logprobs(logits_NV: Tensor, ids: Sequence[int], count: int) -> list[TokenLogprobs]:
     """Of `ids` [N] under softmax(logits), each with the `count` likeliest ids, those equal in order of their ids."""
     log_probs_NV = invariant_log_probs(logits_NV)
-    ids_N1 = torch.tensor(ids, device=logits_NV.device)[:, None]
-    chosen_N1 = log_probs_NV.gather(1, ids_N1)
-    ranks = ((log_probs_NV > chosen_N1).sum(1) + 1).tolist()
-    chosen = chosen_N1[:, 0].tolist()
-    if count == 0:
-        return [TokenLogprobs(i, c, r, ()) for i, c, r in zip(ids, chosen, ranks, strict=True)]
+    chosen_N1 = log_probs_NV.gather(1, upload(ids, torch.int64, logits_NV.device)[:, None])
+    ranks_N1 = (log_probs_NV > chosen_N1).sum(1, keepdim=True) + 1
     values_NK, top_NK = log_probs_NV.topk(min(count, logits_NV.shape[1]), dim=1)
-    top = [
-        tuple(sorted(zip(row, values, strict=True), key=lambda pair: (-pair[1], pair[0])))
-        for row, values in zip(top_NK.tolist(), values_NK.tolist(), strict=True)
+    # Together, since the host waits for each; fp64 holds them all.
+    found = torch.cat([x.double() for x in (chosen_N1, ranks_N1, values_NK, top_NK)], dim=1).tolist()
+    K = values_NK.shape[1]
+    return [
+        TokenLogprobs(
+            token,
+            chosen,
+            int(rank),
+            tuple(sorted(zip(map(int, rest[K:]), rest[:K], strict=True), key=lambda pair: (-pair[1], pair[0]))),
+        )
+        for token, (chosen, rank, *rest) in zip(ids, found, strict=True)
     ]
-    return [TokenLogprobs(i, c, r, t) for i, c, r, t in zip(ids, chosen, ranks, top, strict=True)]
 
 
 def prompt_logprobs(

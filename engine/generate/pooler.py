@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -110,9 +111,9 @@ class Pooler:
         assert head is not None
         if head.config.task == "tagging":
             logits_ML = head.tag_logits(hidden_BTC).flatten(0, -2).float().cpu().numpy()
-            return [
-                logits_ML[begin : begin + length] for begin, length in zip(spans.start_N.tolist(), lengths, strict=True)
-            ]
+            T = hidden_BTC.shape[1]
+            starts = accumulate(lengths[:-1], initial=0) if self._packs else range(0, len(lengths) * T, T)
+            return [logits_ML[begin : begin + length] for begin, length in zip(starts, lengths, strict=True)]
         if head.config.task == "classification":
             vectors_RD = head.class_logits(hidden_BTC, spans)
         elif head.config.embedding is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.errors import TrineError
-from trine.engine.generate.batch_sampler import Allowed, Choice, adjusted, choose
+from trine.engine.generate.batch_sampler import Allowed, Choice, adjusted, choose, take_rows
 from trine.engine.generate.sampling import Sampler, SamplingParams, filter_logits, pick
 
 
@@ -47,7 +47,9 @@ def choose_over_guesses(
     over = [(row, guess) for row, guess in enumerate(guesses) if guess and not isinstance(allowed_RV[row], TrineError)]
     if over:
         rows = [row for row, _ in over]
-        adjusted_RV = adjusted(logits_RV[rows], [samplers[row] for row in rows], [allowed_RV[row] for row in rows])
+        adjusted_RV = adjusted(
+            take_rows(logits_RV, rows), [samplers[row] for row in rows], [allowed_RV[row] for row in rows]
+        )
         # A row that gives no distribution is left to `choose`, which says why.
         usable = adjusted_RV.amax(1).isfinite().tolist()
         for (row, guess), adjusted_V, is_usable in zip(over, adjusted_RV, usable, strict=True):
@@ -57,8 +59,7 @@ def choose_over_guesses(
                 sampler.count(token)
     rest = [row for row in range(len(samplers)) if row not in found]
     if rest:
-        logits_RV = logits_RV if len(rest) == len(samplers) else logits_RV[rest]
-        chosen = choose(logits_RV, [samplers[row] for row in rest], [allowed_RV[row] for row in rest])
+        chosen = choose(take_rows(logits_RV, rest), [samplers[row] for row in rest], [allowed_RV[row] for row in rest])
         found |= zip(rest, chosen, strict=True)
     return [found[row] for row in range(len(samplers))]
 

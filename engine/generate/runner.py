@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trine.engine.generate.batch_sampler import take_rows
 from trine.engine.generate.cpu_step import CpuDecoder, make_decoder
 from trine.engine.generate.graphs import Array, DecodeGraphs, Late
 from trine.engine.generate.plan import Chunk, Plan
@@ -138,10 +139,7 @@ class Runner:
         if computed.logits_NV is not None:
             return computed.logits_NV  # every row of a step that only decodes samples
         assert computed.hidden_NC is not None
-        hidden_RC = computed.hidden_NC
-        if len(rows) < len(hidden_RC):
-            hidden_RC = hidden_RC[torch.tensor(rows).to(hidden_RC.device, non_blocking=True)]
-        return self._logits(hidden_RC)
+        return self._logits(take_rows(computed.hidden_NC, rows))
 
     def _hidden(self, ids_1N: Tensor, step: PagedStep, chunks: SequenceOf[Chunk] = ()) -> Tensor:
         self.cache.step = step

@@ -363,6 +363,6 @@ def pick(weights_V: Tensor, point: float) -> int:
     cumulative_V = weights_V.cumsum(-1)
     # The first id whose cumulative weight exceeds the point: an id of weight 0 is never taken. Rounding could lift
     # the point to the total itself, which nothing exceeds.
-    total = cumulative_V[-1].item()
-    point = min(point * total, math.nextafter(total, 0.0))
-    return int(torch.searchsorted(cumulative_V, point, right=True))
+    total = cumulative_V[-1:]
+    points = torch.minimum(point * total, torch.nextafter(total, torch.zeros_like(total)))
+    return int(torch.searchsorted(cumulative_V, points, right=True))

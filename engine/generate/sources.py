@@ -19,6 +19,7 @@ from trine.engine.generate.sequence import Sequence
 from trine.engine.model.blocks import Block
 from trine.engine.model.cross_attention import KeysValues, Source
 from trine.engine.model.transformer import Transformer
+from trine.kernels.multi_tensor import upload
 
 
 class Sources:
@@ -70,8 +71,9 @@ class Sources:
         ids_BS = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
         for row, sequence in enumerate(batch):
             ids_BS[row, : lengths[row]] = torch.tensor(sequence.source_ids)
-        lengths_B = torch.tensor(lengths, device=self._model.device) if min(lengths) < max(lengths) else None
-        source = self._model.encode(ids_BS.to(self._model.device), lengths_B=lengths_B, compute_dtype=self._dtype)
+        lengths_B = _ragged(lengths, self._model.device)
+        ids_BS = ids_BS.to(self._model.device, non_blocking=True)
+        source = self._model.encode(ids_BS, lengths_B=lengths_B, compute_dtype=self._dtype)
         kept: dict[int, KeysValues] = {}
         for number, block in enumerate(self._model.layers):
             assert isinstance(block, Block)
@@ -104,5 +106,9 @@ def _laid_together(sources: SequenceOf[Source]) -> Source:
             assert source.kept is not None
             k_NHSD[row, :, : lengths[row]], v_NHSD[row, :, : lengths[row]] = (x[0] for x in source.kept[layer])
         kept[layer] = k_NHSD, v_NHSD
-    lengths_N = torch.tensor(lengths, device=hidden_NSC.device) if min(lengths) < max(lengths) else None
-    return Source(hidden_NSC, lengths_N, None, kept)
+    return Source(hidden_NSC, _ragged(lengths, hidden_NSC.device), None, kept)
+
+
+def _ragged(lengths: list[int], device: torch.device) -> Tensor | None:
+    """Lengths of sources that are padded together, int64; None where none is padded."""
+    return upload(lengths, torch.int64, device) if min(lengths) < max(lengths) else None

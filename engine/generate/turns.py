@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.errors import TrineError, UsageError
-from trine.engine.generate.batch_sampler import Allowed, Choice
+from trine.engine.generate.batch_sampler import Allowed, Choice, take_rows
 from trine.engine.generate.logprobs import TokenLogprobs, token_logprobs
 from trine.engine.generate.rejection import Guess, choose_over_guesses
 from trine.engine.generate.request import Request
@@ -89,7 +89,7 @@ def run_turns(turns: SequenceOf[Turn], logits_NV: Tensor) -> None:
     active = list(turns)
     while active:
         rows = [turn.row for turn in active]
-        logits_RV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[rows]
+        logits_RV = take_rows(logits_NV, rows)
         samplers = [turn.completion.sampler for turn in active]
         allowed = [_allowed(turn, logits_NV) for turn in active]
         choices = choose_over_guesses(logits_RV, samplers, allowed, [turn.guess for turn in active])
@@ -110,7 +110,7 @@ def _allowed(turn: Turn, logits_NV: Tensor) -> Allowed:
     from trine.engine.generate.grammar import unpack
 
     try:
-        return unpack(matcher.mask().to(logits_NV.device), logits_NV.shape[1])
+        return unpack(matcher.mask().to(logits_NV.device, non_blocking=True), logits_NV.shape[1])
     except UsageError as error:
         return error
 
@@ -125,7 +125,7 @@ def _logprobs(logits_RV: Tensor, turns: SequenceOf[Turn], choices: SequenceOf[Ch
     ]
     if wanted:
         rows, ids, counts = zip(*wanted, strict=True)
-        computed = token_logprobs(logits_RV[list(rows)], ids, max(counts))
+        computed = token_logprobs(take_rows(logits_RV, rows), ids, max(counts))
         for row, count, one in zip(rows, counts, computed, strict=True):
             found[row] = replace(one, top=one.top[:count])
     return found

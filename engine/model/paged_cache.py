@@ -23,6 +23,7 @@ from trine.engine.model.paged_bias import biased_paged_attention
 from trine.engine.model.positions import Biases
 from trine.kernels.invariant.attention import SPLIT
 from trine.kernels.kv_write.op import quantize
+from trine.kernels.multi_tensor import upload
 from trine.kernels.paged_attention.op import QUANTIZED, check_tables, paged_attention
 
 
@@ -87,9 +88,10 @@ class PagedCache:
         """Copy whole blocks (source, target) in every layer, all sources read before anything is written."""
         if not pairs:
             return
-        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
+        sources, targets = (upload(side, torch.int64, self.device) for side in zip(*pairs, strict=True))
         for pool in (self.k_LPSKD, self.v_LPSKD, self.k_scale_LPSK, self.v_scale_LPSK):
             if pool is not None:
+                pool = _indexable(pool)
                 pool[:, targets] = pool[:, sources]
 
 
@@ -193,4 +195,10 @@ class PagedStep:
             raise ValueError(
                 f"keys are {x_NKD.dtype} but the cache holds {pool_PSKD.dtype}; make it with the compute dtype"
             )
-        pool_PSKD.flatten(0, 1).index_copy_(0, self.slots_N, x_NKD.to(pool_PSKD.dtype))
+        slots = _indexable(pool_PSKD).flatten(0, 1)
+        slots.index_copy_(0, self.slots_N, _indexable(x_NKD.to(pool_PSKD.dtype)))
+
+
+def _indexable(x: Tensor) -> Tensor:
+    """The same memory in a dtype that torch can index: it has no indexed copies of float8, on no device."""
+    return x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x

@@ -21,14 +21,19 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.head_config import Pooling
+from trine.kernels.multi_tensor import upload
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where each sequence lies among B * T tokens: from `start_N` (int64), `length_N` tokens."""
+    """Where each sequence lies among B * T tokens: from `start_N` (int64), `length_N` tokens.
+
+    `longest`: of `length_N`, where the host knows it; otherwise pooling may have to wait for the device.
+    """
 
     start_N: Tensor
     length_N: Tensor
+    longest: int | None = None
 
     def __len__(self) -> int:
         return len(self.start_N)
@@ -59,10 +64,10 @@ def document_spans(segment_ids_BT: Tensor, *, padding: int | None = None) -> Spa
     return Spans(start_N[kept_N], (end_N - start_N)[kept_N])
 
 
-def packed_spans(lengths: Sequence[int], *, device: torch.device | str | None = None) -> Spans:
-    """Sequences of these lengths end to end in one row."""
-    length_N = torch.tensor(list(lengths), dtype=torch.int64, device=device)
-    return Spans(length_N.cumsum(0) - length_N, length_N)
+def packed_spans(lengths: Sequence[int], *, device: torch.device | None = None) -> Spans:
+    """Sequences of these lengths end to end in one row; on the CPU where no device is given."""
+    length_N = upload(lengths, torch.int64, device or torch.device("cpu"))
+    return Spans(length_N.cumsum(0) - length_N, length_N, max(lengths, default=0))
 
 
 def pool(hidden_BTC: Tensor, spans: Spans, modes: Sequence[Pooling]) -> Tensor:
@@ -70,7 +75,9 @@ def pool(hidden_BTC: Tensor, spans: Spans, modes: Sequence[Pooling]) -> Tensor:
     tokens_MC = hidden_BTC.flatten(0, -2)
     if tuple(modes) == ("cls",):  # the common case needs no copy of all tokens
         return tokens_MC[spans.start_N]
-    longest = int(spans.length_N.max()) if len(spans) else 0
+    longest = spans.longest
+    if longest is None:
+        longest = int(spans.length_N.max()) if len(spans) else 0
     steps_L = torch.arange(longest, device=tokens_MC.device)
     mask_NL = steps_L < spans.length_N[:, None]
     places_NL = torch.where(mask_NL, spans.start_N[:, None] + steps_L, spans.start_N[:, None])

@@ -26,6 +26,7 @@ from trine.engine.data.stream import Stream
 from trine.engine.errors import NonFiniteError
 from trine.engine.model.transformer import Transformer
 from trine.kernels.gradient_norm import gradient_norm
+from trine.kernels.multi_tensor import upload
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add d(sum of losses / num_valid) to `.grad`; returns that loss (scalar tensor, no graph)."""
     device = model.device
-    scale = torch.tensor([1.0 / max(1, count) for count in num_valid], dtype=torch.float32, device=device)
+    scale = upload([1.0 / max(1, count) for count in num_valid], torch.float32, device)
     scale = scale[0] if len(num_valid) == 1 else scale
     total = torch.zeros_like(scale)
     for piece in pieces:

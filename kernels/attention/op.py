@@ -168,7 +168,7 @@ def _attention(
     seed = None
     if dropout_p:
         # Drawn on the CPU: torch.manual_seed repeats it, activation checkpointing restores it, no device is waited for.
-        seed = torch.randint(2**31, (1,), dtype=torch.int64).to(q_BHTD.device)
+        seed = torch.randint(2**31, (1,), dtype=torch.int64).to(q_BHTD.device, non_blocking=True)
     bounds = mask.bounds
     result: tuple[Tensor, Tensor] = run(
         attention_forward,
