@@ -2,16 +2,18 @@
 
     python -m trine.benchmarks.generate '{"size": "1B", ..., "peers": true}'        (the fields of `Settings`)
 
-Contestants: the engine with all requests at once; transformers' `generate` one request after another; the same with all
-prompts in one padded batch; its continuous batching, where this version has it for this device. All are greedy, in the
-same dtype and threads, in one process; no text ends early, so each generates the same number of tokens. In every round
-each has a turn, in alternating order; figures are medians over rounds, ratios are taken within a round.
+Contestants: the engine with all requests at once, and again with weights rounded by `schemes`; transformers' `generate`
+one request after another; the same with all prompts in one padded batch; its continuous batching, where this version
+has it for this device. All are greedy, in the same dtype and threads, in one process; no text ends early, so each
+generates the same number of tokens. In every round each has a turn, in alternating order; figures are medians over
+rounds, ratios are taken within a round.
 
 Weights are random, which costs what trained ones cost. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
@@ -31,13 +33,20 @@ from trine.engine.log import say
 from trine.engine.model.config import ModelConfig
 from trine.engine.model.cost import count_parameters
 from trine.engine.model.init import initialize
+from trine.engine.model.layers import Linear
+from trine.engine.model.quantized.layers import install
+from trine.engine.model.quantized.scheme import make_scheme
 from trine.engine.model.transformer import Transformer
+from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`streams` requests of `prompt_tokens` / 2 to `prompt_tokens` tokens, `new_tokens` new ones each."""
+    """`streams` requests of `prompt_tokens` / 2 to `prompt_tokens` tokens, `new_tokens` new ones each.
+
+    `schemes`: of weights rounded to nearest, each with the engine as a contestant of its own.
+    """
 
     streams: int
     prompt_tokens: int
@@ -48,6 +57,7 @@ class Settings:
     dtype: str
     peers: bool
     size: str = "34M"
+    schemes: tuple[str, ...] = ()
 
 
 def compare(settings: Settings) -> None:
@@ -66,6 +76,8 @@ def compare(settings: Settings) -> None:
         f"requests of {settings.prompt_tokens // 2} to {settings.prompt_tokens} tokens, {settings.new_tokens} new each"
     )
     contestants = {"trine": _trine(model, tokenizer, settings)}
+    for scheme in settings.schemes:
+        contestants[f"trine, {scheme}"] = _trine(_quantized(model, scheme), tokenizer, settings)
     if settings.peers:
         contestants |= make_peers(model, settings.new_tokens)
     requests = make_requests(settings.streams, settings.prompt_tokens, tokenizer.vocab_size)
@@ -110,6 +122,17 @@ def _model_config(settings: Settings) -> ModelConfig:
     return llama(settings.size, settings.prompt_tokens + settings.new_tokens)
 
 
+def _quantized(model: Transformer, name: str) -> Transformer:
+    """A copy whose layers, the output layer excepted, are codes; in groups of 32 where usual ones do not fit."""
+    quantized, usual = copy.deepcopy(model), make_scheme(name)
+    for path, layer in list(quantized.layers.named_modules(prefix="layers")):
+        if isinstance(layer, Linear):
+            fits = not usual.group_size or layer.weight.shape[1] % usual.group_size == 0
+            scheme = usual if fits else make_scheme(name, group_size="32")
+            install(quantized, path, quantize_rtn(layer.weight.detach(), scheme).weight())
+    return quantized
+
+
 def _trine(model: Transformer, tokenizer: Tokenizer, settings: Settings) -> Turn:
     engine = Engine(model, tokenizer, EngineConfig(max_running=max(1, settings.streams), prefix_caching=False))
     params = SamplingParams(temperature=0, max_tokens=settings.new_tokens, ignore_eos=True)
@@ -121,4 +144,5 @@ def _trine(model: Transformer, tokenizer: Tokenizer, settings: Settings) -> Turn
 
 
 if __name__ == "__main__":
-    compare(Settings(**{"dtype": "auto", **json.loads(sys.argv[1])}))
+    given = {"dtype": "auto", **json.loads(sys.argv[1])}
+    compare(Settings(**{**given, "schemes": tuple(given.get("schemes", ()))}))

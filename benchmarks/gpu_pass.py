@@ -1,17 +1,20 @@
 """The GPU pass: does everything that works on a CPU work, and give the same, on this machine's GPU? And how fast?
 
     PYTHONPATH=.typing python -m trine.benchmarks.gpu_pass [--device cuda] [--minutes N] [--bench] [--tune] ...
+    ... --bench --minutes 9; ... --bench --only bench --minutes 5        (fifteen minutes, where a command has ten)
 
 For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest are enough, Trine need not be
 installed (without typer, doctor is left out). First, beside each other: `trine doctor`; a small model trained on both
 devices from the same weights and data, and generating on both; tests/gpu, in `--jobs` processes; on a Hopper GPU the
 checks of its own kernels, which are used from then on where they pass (kernels/tuned/verified.json). Then alone
-on the GPU: with `--bench` the benchmarks of kernels, of training and of generation (these two against transformers,
-where it is installed), whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
+on the GPU: with `--bench`, the most telling first, the benchmarks of generation (with quantized weights too), of the
+kernels of serving, of training, and of the other kernels (the first and the third against transformers, where it is
+installed), whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
 
 Every stage is a process of its own with a time limit, so that a kernel that hangs or breaks the device costs its stage
-and no other. With `--minutes` the whole ends in time, and what was not run is said. A table comes last; exit status 0
-only if everything asked for ran and was good. `--device cpu` compares the CPU with itself, which checks this script.
+and no other. With `--minutes` the whole ends in time, half of it for the benchmarks, and what was not run is said. Rows
+are printed as stages end, and all as a table last; exit status 0 only if everything asked for ran and was good.
+`--device cpu` compares the CPU with itself, which checks this script.
 """
 
 from __future__ import annotations
@@ -41,6 +44,12 @@ NEEDED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "pytest", "xd
 _LEAST_SECONDS = 20
 # What a test of tests/gpu may take.
 TEST_SECONDS = 180
+# The share of `--minutes` that checks may take where benchmarks follow.
+CHECKS_SHARE = 0.5
+# Kernels whose times say most of serving; those of quantized products have 16 rows, of decoding, and 4096, of prompts.
+SERVING = ("sample", "quantized_linear", "quantized_moe_mlp", "paged_attention", "quantize_rows", "kv_write")
+# Weights that the benchmark of generation runs beside the model's own.
+SCHEMES = ("w4a16", "w8a16", "fp8")
 _SHOWN_LINES = 40
 
 
@@ -95,19 +104,22 @@ def main() -> int:
     except UsageError as error:
         print(f"gpu_pass: {error}", file=sys.stderr)
         return error.exit_status
-    budget, logs = Budget(options.minutes), Path(options.logs or tempfile.mkdtemp(prefix="gpu-pass-"))
+    logs = Path(options.logs or tempfile.mkdtemp(prefix="gpu-pass-"))
     logs.mkdir(parents=True, exist_ok=True)
     together, alone = (
         [stage for stage in group if not options.only or options.only in stage.name]
         for group in _stages(device, options)
     )
+    budget, checks = Budget(options.minutes), Budget(options.minutes * (CHECKS_SHARE if alone else 1))
     with ThreadPoolExecutor(max(1, len(together))) as pool:
-        rows = [row for found in pool.map(lambda stage: run(stage, budget, logs), together) for row in found]
+        rows = [row for found in pool.map(lambda stage: run(stage, checks, logs), together) for row in found]
     rows += [row for stage in alone for row in run(stage, budget, logs)]
-    print(f"\nlogs: {logs}")
-    for row in rows:
-        print(f"{ {True: 'ok  ', False: 'FAIL', None: '----'}[row.good] }  {row.check:<34}  {row.detail}")
+    print("\n".join([f"\nlogs: {logs}", *map(_line, rows)]))
     return 0 if rows and all(row.good for row in rows) else 1
+
+
+def _line(row: Row) -> str:
+    return f"{ {True: 'ok  ', False: 'FAIL', None: '----'}[row.good] }  {row.check:<34}  {row.detail}"
 
 
 def _parse() -> argparse.Namespace:
@@ -148,29 +160,42 @@ def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list
     quick = options.quick or device == "cpu"
     settings: dict[str, object] = {"device": device, "quick": quick, "operations": operations}
     if options.bench:
-        stem = _gpu_name(device).lower().replace(" ", "-")
-        out = Path(options.results) / f"kernels-{stem}-{datetime.now(UTC):%Y-%m-%d}.json"
-        alone.append(Stage("bench kernels", kernels, 30, _benched, show=True, settings={**settings, "out": str(out)}))
-        alone += _end_to_end(device, quick=quick)
+        stem = f"{_gpu_name(device).lower().replace(' ', '-')}-{datetime.now(UTC):%Y-%m-%d}"
+        generating, training = _end_to_end(device, quick=quick)
+        groups = [("bench kernels", "kernels", 30.0, operations)]
+        if not operations:
+            groups = [("bench kernels of serving", "kernels-serving", 5, [*SERVING])]
+            groups += [("bench other kernels", "kernels", 30, _other_kernels())]
+        benches = []
+        for name, file, minutes, some in groups:
+            fields = {**settings, "operations": some, "out": str(Path(options.results) / f"{file}-{stem}.json")}
+            benches.append(Stage(name, kernels, minutes, _benched, show=True, settings=fields))
+        alone += [*generating[:1], *benches[:1], *training[:1], *generating[1:], *training[1:], *benches[1:]]
     if options.tune:
         alone.append(Stage("tune kernels", kernels, 120, show=True, settings={**settings, "tune": True}))
     return together, alone
 
 
-def _end_to_end(device: str, *, quick: bool) -> list[Stage]:
-    """Training and generating, at a size where the host counts and at one where the GPU does; on a CPU hardly any."""
-    sizes = [("34M", 8, 512), ("1B", 8, 2048)][: 1 if quick else 2]
+def _other_kernels() -> list[str]:
+    from trine.benchmarks.kernel_problem import all_cases
+
+    return [name for name in dict.fromkeys(case.operation for case in all_cases()) if name not in SERVING]
+
+
+def _end_to_end(device: str, *, quick: bool) -> tuple[list[Stage], list[Stage]]:
+    """Generating and training, at a size where the GPU counts and at one where the host does; on a CPU hardly any."""
+    sizes = [("1B", 8, 2048), ("34M", 8, 512)][1 if quick else 0 :]
     peers = device != "cpu" and importlib.util.find_spec("transformers") is not None
     steps, rounds, streams, tokens = (5, 3, 16, 64) if device != "cpu" else (1, 1, 2, 4)
     common = {"threads": 0, "device": device, "peers": peers}
-    stages = []
+    stages: dict[str, list[Stage]] = {"generate": [], "train": []}
     for size, batch, length in sizes if device != "cpu" else [("34M", 1, 64)]:
         train = {"size": size, "batch_size": batch, "seq_len": length, "steps": steps, "turns": rounds}
         generate = {"size": size, "streams": streams, "prompt_tokens": 128, "new_tokens": tokens, "rounds": rounds}
-        for name, fields in (("train", train), ("generate", generate)):
+        for name, fields in (("generate", {**generate, "schemes": SCHEMES}), ("train", train)):
             command = [sys.executable, "-m", f"trine.benchmarks.{name}", json.dumps({**fields, **common})]
-            stages.append(Stage(f"bench {name} {size}", command, 4, _raced, show=True))
-    return stages
+            stages[name].append(Stage(f"bench {name} {size}", command, 4, _raced, show=True))
+    return stages["generate"], stages["train"]
 
 
 def _pytest(options: argparse.Namespace) -> list[str]:
@@ -215,12 +240,12 @@ def run(stage: Stage, budget: Budget, logs: Path) -> list[Row]:
     output = log.read_text(encoding="utf-8", errors="replace")
     lines = output.splitlines()
     shown = lines if stage.show else [] if status == 0 else lines[-_SHOWN_LINES:]
-    print("\n".join([f"== {stage.name}: {seconds:.0f} s", *shown]), flush=True)
     rows = [] if stage.read is None else stage.read(stage.name, output)
     if status is None:
         rows.insert(0, Row(stage.name, False, f"stopped after {seconds:.0f} s"))
     elif status != 0 or not rows:
         rows.insert(0, Row(stage.name, status == 0, f"exit status {status}, {seconds:.0f} s"))
+    print("\n".join([f"== {stage.name}: {seconds:.0f} s", *shown, *map(_line, rows)]), flush=True)
     return rows
 
 

@@ -146,10 +146,14 @@ def test_seeded_requests_equal_the_plain_generator(model: Transformer, tiny_toke
     assert_equal(run(engine_for(model, tiny_tokenizer), tiny_tokenizer, every), expected)
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["bf16 cache", "int8 cache"])
+@pytest.mark.parametrize(
+    "kv_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=["bf16 cache", "int8 cache", "fp8 cache"]
+)
 def test_bfloat16_log_probabilities_stay_near_the_plain_forward(
     tiny_tokenizer: Tokenizer, kv_dtype: torch.dtype | None
 ) -> None:
+    if kv_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("caches in fp8 need sm_89")
     half = make_model("qwen3", tiny_tokenizer.vocab_size).bfloat16()
     engine = engine_for(half, tiny_tokenizer, kv_dtype=kv_dtype)
     params = [dataclasses.replace(GREEDY, logprobs=0)] * len(PROMPTS)

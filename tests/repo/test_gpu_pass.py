@@ -16,6 +16,7 @@ import torch
 
 from trine.benchmarks import gpu_compare, gpu_pass
 from trine.benchmarks.gpu_pass import Budget, Row, Stage
+from trine.benchmarks.kernel_problem import all_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +28,8 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def python(code: str, minutes: float = 1.0, **options: object) -> Stage:
-    return Stage("a stage", [sys.executable, "-c", code], minutes, **options)  # type: ignore[arg-type]
+def python(code: str, minutes: float = 1.0, name: str = "a stage", **options: object) -> Stage:
+    return Stage(name, [sys.executable, "-c", code], minutes, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -49,14 +50,51 @@ def test_the_cpu_agrees_with_itself(tmp_path: Path) -> None:
             for file in sorted((ROOT / "tests/gpu").glob("test_*.py"))
             if file != gpu_pass.HOPPER
         ),
-        "bench kernels",
-        "bench train 34M",
         "bench generate 34M",
+        "bench kernels of serving",
+        "bench train 34M",
+        "bench other kernels",
     ]
     assert {result for result, _ in table} == {"ok"}
-    (result,) = (tmp_path / "results").glob("kernels-cpu-*.json")
-    assert json.loads(result.read_text())["rows"]
-    assert len(list((tmp_path / "logs").glob("*.log"))) == 6
+    for name in ("kernels-cpu-*.json", "kernels-serving-cpu-*.json"):
+        (result,) = (tmp_path / "results").glob(name)
+        assert json.loads(result.read_text())["rows"]
+    assert len(list((tmp_path / "logs").glob("*.log"))) == 7
+
+
+def test_what_says_most_is_timed_first_and_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(sys, "argv", ["gpu_pass", "--bench"])
+    _, alone = gpu_pass._stages("cuda:0", gpu_pass._parse())
+    assert [stage.name.removeprefix("bench ") for stage in alone] == [
+        "generate 1B", "kernels of serving", "train 1B", "generate 34M", "train 34M", "other kernels",
+    ]  # fmt: skip
+    operations = [name for stage in alone if stage.settings for name in stage.settings["operations"]]  # type: ignore[attr-defined]
+    assert sorted(operations) == sorted({case.operation for case in all_cases()})
+    sizes = {case.sizes.get("M", case.sizes.get("N")) for case in all_cases() if "quantized" in case.operation}
+    assert {1, 16, 4096} <= sizes
+    monkeypatch.setattr(sys, "argv", ["gpu_pass", "--bench", "--operations", "sample,mlp"])
+    _, alone = gpu_pass._stages("cuda:0", gpu_pass._parse())
+    assert [stage.settings["operations"] for stage in alone if stage.settings] == [["sample", "mlp"]]
+
+
+def test_benchmarks_have_half_of_the_minutes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends: dict[str, float] = {}
+
+    def run(stage: Stage, budget: Budget, logs: Path) -> list[Row]:
+        ends[stage.name] = budget.end - time.monotonic()
+        return [Row(stage.name, True, "")]
+
+    monkeypatch.setattr(gpu_pass, "run", run)
+    monkeypatch.setattr(gpu_pass, "_stages", lambda *_: ([python("", name="checks")], [python("", name="benches")]))
+    monkeypatch.setattr(sys, "argv", ["gpu_pass", "--device", "cpu", "--minutes", "10", "--bench"])
+    assert gpu_pass.main() == 0
+    assert 295 < ends["checks"] <= 300
+    assert 595 < ends["benches"] <= 600
+    assert re.findall(r"^ok +(\w+)", capsys.readouterr().out, re.MULTILINE) == ["checks", "benches"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
