@@ -116,13 +116,16 @@ def _sum_in_tensor_cores(
 
 
 @gluon.jit
-def _product(x, w, turns, turn, HALF: gl.constexpr, TAKE_TURNS: gl.constexpr):
+def _product(x, w, loaded, parity, turns, turn, HALF: gl.constexpr, TAKE_TURNS: gl.constexpr):
     """x w^T of one piece, summed from zero by the tensor cores."""
     FEATURES: gl.constexpr = w.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, FEATURES, 32])
     zeros = gl.zeros((ROWS, FEATURES), gl.float32, layout)
     if TAKE_TURNS:
         mbarrier.wait(turns.index(HALF), (turn & 1) ^ (1 - HALF))
+    else:
+        # Passed before. As the wait for a turn it keeps the compiler from adding the last product after this one.
+        mbarrier.wait(loaded, parity)
     product = warpgroup_mma(x, w.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if TAKE_TURNS:
         mbarrier.arrive(turns.index(1 - HALF), count=1)
@@ -151,13 +154,14 @@ def _sum_in_fp32(
             next_x, next_0 = gl.load(x_places + after), gl.load(scales_0_ptr + after)
             next_1 = gl.load(scales_1_ptr + after)
         x = x_smem.index(2 * slot + HALF)
-        mbarrier.wait(full.index(slot), (count // STAGES) & 1)
-        product, turn = _product(x, w_smem.index(2 * slot), turns, turn, HALF, TAKE_TURNS)
+        loaded, parity = full.index(slot), (count // STAGES) & 1
+        mbarrier.wait(loaded, parity)
+        product, turn = _product(x, w_smem.index(2 * slot), loaded, parity, turns, turn, HALF, TAKE_TURNS)
         if BLOCKED:
             product = product * scale_0[:, None]
         # Nothing to wait for, but the compiler must add before the next product: registers do not last for two.
         sums_0 = warpgroup_mma_wait(0, deps=(sums_0 + product,))
-        product, turn = _product(x, w_smem.index(2 * slot + 1), turns, turn, HALF, TAKE_TURNS)
+        product, turn = _product(x, w_smem.index(2 * slot + 1), loaded, parity, turns, turn, HALF, TAKE_TURNS)
         mbarrier.arrive(empty.index(slot), count=1)
         if BLOCKED:
             product = product * scale_1[:, None]

@@ -150,9 +150,9 @@ MISTAKES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "no wait for a piece": (
         "_sum_in_tensor_cores", r"mbarrier\.wait\(full.*", "pass", ("fast",)),
     "no wait for a piece, fp32": (
-        "_sum_in_fp32", r"mbarrier\.wait\(full.*", "pass", ("fp32", "blocks")),
+        "_sum_in_fp32", r"mbarrier\.wait\(loaded.*", "pass", ("fp32", "blocks")),
     "wrong parity of a piece": (
-        "_sum_in_fp32", r"\(count // STAGES\) & 1\)", "((count // STAGES) & 1) ^ 1)", ("fp32",)),
+        "_sum_in_fp32", r"\(count // STAGES\) & 1", "((count // STAGES) & 1) ^ 1", ("fp32",)),
     "no wait for an empty slot": (
         "_load_role", r"mbarrier\.wait\(empty.*", "pass", ("fast", "fp32")),
     "wrong parity of an empty slot": (
