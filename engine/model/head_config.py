@@ -84,9 +84,9 @@ class HeadConfig:
     """The task, and of which parts its head is made.
 
     `labels`: names of the classes, or of the numbers of a regression. `pooling`: of classification. `pooler`: a square
-    layer with tanh on the pooled vector. `transform`: a layer before the output. `dropout`: before the output, in
-    training. `embedding`: of features alone. `score_activation`: what turns the one logit of a cross-encoder into its
-    score, as a class of torch; None where the file leaves that to its readers.
+    layer on the pooled vector, with `pooler_activation`. `transform`: a layer before the output. `dropout`: before the
+    output, in training. `embedding`: of features alone. `score_activation`: what turns the one logit of a cross-encoder
+    into its score, as a class of torch; None where the file leaves that to its readers.
     """
 
     task: Task
@@ -94,6 +94,7 @@ class HeadConfig:
     problem: Problem | None = None
     pooling: Literal["cls", "mean"] = "cls"
     pooler: bool = False
+    pooler_activation: HeadActivation = "tanh"
     transform: TransformConfig | None = None
     dropout: float = 0.0
     embedding: EmbeddingConfig | None = None
@@ -102,6 +103,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         _one_of("task", self.task, get_args(Task))
         _one_of("pooling of a head", self.pooling, ("cls", "mean"))
+        _one_of("activation of a pooler", self.pooler_activation, get_args(HeadActivation))
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout of the head is {self.dropout}; it must be at least 0 and below 1")
         if bool(self.labels) != (self.task in ("classification", "tagging")):

@@ -114,7 +114,9 @@ class Head(nn.Module):
     def pooled(self, hidden_BTC: Tensor, spans: Spans) -> Tensor:
         """The vector of every sequence that its classes are read from, [N, C]."""
         pooled_NC = pool(hidden_BTC, spans, (self.config.pooling,))
-        return pooled_NC if self.pooler is None else torch.tanh(self.pooler(pooled_NC))
+        if self.pooler is None:
+            return pooled_NC
+        return activate(self.pooler(pooled_NC), self.config.pooler_activation)
 
     def _classified(self, x: Tensor) -> Tensor:
         assert self.classifier is not None

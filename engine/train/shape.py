@@ -76,7 +76,7 @@ def new_settings(
             "architectures": [FAMILIES[family].tasks[task]],
             **labels_to_hf(tuple(labels), wanted_problem(objective)),
         }
-        return {**head, "classifier_dropout": dropout}
+        return {**head, "classifier_dropout": dropout, "seq_classif_dropout": dropout}
     if wanted_shape(objective) == "decoder":
         return {}
     ids = {"pad_token": tokenizer.pad_id, "eos_token": tokenizer.eos_id}

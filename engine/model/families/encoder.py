@@ -9,7 +9,7 @@ from trine.engine.errors import CheckpointError
 from trine.engine.model.config import DropoutConfig, ModelConfig
 from trine.engine.model.families.base import HfConfig
 from trine.engine.model.families.settings import read_decoder, require, write_decoder
-from trine.engine.model.head_config import HeadConfig, Problem, Task, TransformConfig
+from trine.engine.model.head_config import HeadActivation, HeadConfig, Problem, Task, TransformConfig
 
 _PROBLEMS: dict[str, Problem] = {
     "single_label_classification": "single_label",
@@ -103,6 +103,7 @@ def read_head(
     vocabulary: TransformConfig,
     classes: TransformConfig | None = None,
     pooler: tuple[Task, ...] = (),
+    pooler_activation: HeadActivation = "tanh",
     pooling: Any = "cls",
 ) -> HeadConfig:
     """The head of the class that config.json names, by default one for masked language modelling.
@@ -111,14 +112,14 @@ def read_head(
     labels. `pooler`: which tasks have one. `pooling`: of classification.
     """
     task = read_task(hf, tasks)
-    values: dict[str, Any] = {"dropout": read_dropout(hf), "pooler": task in pooler}
+    pooled: dict[str, Any] = {"pooler": True, "pooler_activation": pooler_activation} if task in pooler else {}
     if task in ("masked_lm", "pretraining"):
-        return HeadConfig(task=task, transform=vocabulary, pooler=task in pooler)
+        return HeadConfig(task=task, transform=vocabulary, **pooled)
     if task == "features":
-        return HeadConfig(task=task, pooler=task in pooler)
-    labels = read_labels(hf)
+        return HeadConfig(task=task, **pooled)
+    labels, dropout = read_labels(hf), read_dropout(hf)
     if task == "tagging":
-        return HeadConfig(task=task, labels=labels, transform=classes, **values)
+        return HeadConfig(task=task, labels=labels, transform=classes, dropout=dropout, **pooled)
     if pooling not in ("cls", "mean"):
         raise CheckpointError(f"config.json has classifier_pooling {pooling!r}; supported: cls, mean")
     name = hf.get("problem_type") or ("regression" if len(labels) == 1 else "single_label_classification")
@@ -126,7 +127,7 @@ def read_head(
         raise CheckpointError(f"config.json has problem_type {name!r}; supported: {', '.join(_PROBLEMS)}")
     return HeadConfig(
         task=task, labels=labels, problem=_PROBLEMS[name], transform=classes, pooling=pooling,
-        score_activation=read_score_activation(hf), **values,
+        score_activation=read_score_activation(hf), dropout=dropout, **pooled,
     )  # fmt: skip
 
 

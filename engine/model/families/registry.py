@@ -17,6 +17,7 @@ from trine.engine.model.config import MOST_LAYERS, DropoutConfig, ModelConfig
 from trine.engine.model.families.base import Family, HfConfig
 from trine.engine.model.families.bert import BERT
 from trine.engine.model.families.cohere import COHERE
+from trine.engine.model.families.distilbert import DISTILBERT
 from trine.engine.model.families.gemma import GEMMA
 from trine.engine.model.families.gemma2 import GEMMA2
 from trine.engine.model.families.gemma3 import GEMMA3
@@ -52,7 +53,7 @@ FAMILIES: dict[str, Family] = {
         GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3, PHI3, PHI, SMOLLM3, OLMO2, OLMO3, STARCODER2,
         GPT_NEOX, STABLELM, COHERE, GRANITE, OPT, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS,
         T5, MT5, MARIAN,
-        BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT,
+        BERT, DISTILBERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, MODERNBERT,
     )
 }  # fmt: skip
 # Those that write text from text alone.
@@ -173,19 +174,35 @@ def new_config(family: str, *, sizes: Mapping[str, int], settings: HfConfig) -> 
 # What each size is called in the files of one family or another.
 _SIZE_KEYS = {
     "vocab_size": ("vocab_size",),
-    "width": ("hidden_size", "n_embd", "d_model"),
+    "width": ("hidden_size", "n_embd", "d_model", "dim"),
     "num_layers": (
         "num_hidden_layers",
         "n_layer",
+        "n_layers",
         "num_layers",
         "num_decoder_layers",
         "encoder_layers",
         "decoder_layers",
     ),
-    "num_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+    "num_heads": (
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+    ),
     "num_kv_heads": ("num_key_value_heads",),
     "head_dim": ("head_dim", "d_kv"),
-    "ffn_width": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"),
+    "ffn_width": (
+        "intermediate_size",
+        "n_inner",
+        "hidden_dim",
+        "ffn_dim",
+        "d_ff",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+    ),
     "max_positions": ("max_position_embeddings", "n_positions"),
 }
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, CamembertConfig, ModernBertConfig, RobertaConfig, XLMRobertaConfig
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    DistilBertConfig,
+    ModernBertConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from trine.engine.model.pooling import Spans
 from trine.engine.model.transformer import Transformer
@@ -37,6 +44,11 @@ def _roberta(name: str, config: Any = RobertaConfig, **changes: Any) -> Callable
     return lambda: _make(f"{class_name}{name}", config(**{**sizes, **changes}))
 
 
+def _distilbert(name: str, **changes: Any) -> Callable[[], Any]:
+    sizes = {**_SIZES, "hidden_dim": _SIZES["intermediate_size"]}
+    return lambda: _make(f"DistilBert{name}", DistilBertConfig(**{**sizes, **changes}))
+
+
 def _modernbert(name: str, **changes: Any) -> Callable[[], Any]:
     sizes = {**_SIZES, "num_hidden_layers": 4, "local_attention": 8, "pad_token_id": 0}
     return lambda: _make(f"ModernBert{name}", ModernBertConfig(**{**sizes, **changes}))
@@ -60,6 +72,10 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "bert_base": _bert("Model", hidden_act="gelu_new"),
     # Embeddings so small that the epsilon of the norm after them is seen.
     "bert_small_embeddings": _bert("ForMaskedLM"),
+    "distilbert_mlm": _distilbert("ForMaskedLM"),
+    "distilbert_cls": _distilbert("ForSequenceClassification", activation="relu"),
+    "distilbert_tagging": _distilbert("ForTokenClassification"),
+    "distilbert_base": _distilbert("Model"),
     "roberta_mlm": _roberta("ForMaskedLM", hidden_act="gelu_new"),
     "roberta_cls": _roberta("ForSequenceClassification"),
     "roberta_tagging": _roberta("ForTokenClassification", type_vocab_size=2),
@@ -78,7 +94,8 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 
 # One of each family and task.
 MAIN_ENCODERS = {
-    "bert_pretraining", "bert_cls", "bert_tagging", "bert_base", "roberta_mlm", "roberta_cls", "modernbert_mlm",
+    "bert_pretraining", "bert_cls", "bert_tagging", "bert_base", "distilbert_mlm", "distilbert_cls",
+    "roberta_mlm", "roberta_cls", "modernbert_mlm",
     "modernbert_cls_mean", "modernbert_tagging",
 }  # fmt: skip
 
@@ -93,7 +110,7 @@ class Encoder:
 
     @property
     def takes_types(self) -> bool:
-        return not self.name.startswith("modernbert")
+        return not self.name.startswith(("modernbert", "distilbert"))
 
     def theirs(self, ids: Tensor, **options: Any) -> dict[str, Tensor]:
         """What transformers gives for whole rows: for each token, and for each row."""

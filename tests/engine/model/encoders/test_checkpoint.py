@@ -24,6 +24,8 @@ from trine.engine.model.init import initialize
 from trine.engine.model.new_head import load_for_task
 from trine.engine.model.pooling import row_spans
 from trine.engine.model.transformer import Transformer
+from trine.engine.train.recipe_objective import ObjectiveSettings
+from trine.engine.train.shape import new_settings
 
 MakeEncoder = Callable[[str], Any]
 Run = Callable[..., dict[str, Tensor]]
@@ -100,7 +102,7 @@ def test_old_names_of_norms_and_buffers_are_read(
     _same(load_model(folder), encoder, texts[0], run_ours)
 
 
-@pytest.mark.parametrize("name", ["bert_base", "roberta_base", "modernbert_base"])
+@pytest.mark.parametrize("name", ["bert_base", "distilbert_base", "roberta_base", "modernbert_base"])
 def test_a_base_class_is_read_with_the_prefix_too(
     make_encoder: MakeEncoder, texts: tuple[Tensor, Tensor], run_ours: Run, tmp_path: Path, name: str
 ) -> None:
@@ -220,7 +222,7 @@ def test_heads_that_cannot_be_are_refused(
         load_for_task(make_encoder(name).folder, task, labels=labels)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert"])
 def test_new_models_are_made(family: str, tmp_path: Path) -> None:
     sizes = {"vocab_size": 128, "width": 64, "num_layers": 3, "num_heads": 4, "ffn_width": 96, "max_positions": 64}
     model = Transformer(new_config(family, sizes=sizes, settings={}))
@@ -231,6 +233,18 @@ def test_new_models_are_made(family: str, tmp_path: Path) -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     save_model(model, tmp_path)
     assert load_model(tmp_path).config == model.config
+
+
+def test_dropout_before_the_classes_of_distilbert_has_a_key_of_its_own(make_encoder: MakeEncoder) -> None:
+    rates = {name: read_config(make_encoder(name).folder).head for name in ("distilbert_cls", "distilbert_tagging")}
+    assert [head.dropout for head in rates.values() if head is not None] == [0.2, 0.1]
+    sizes = {"vocab_size": 128, "width": 64, "num_layers": 1, "num_heads": 4, "max_positions": 64}
+    objective = ObjectiveSettings(kind="classification")
+    tokenizer: Any = None  # of no use to an encoder
+    settings = new_settings(objective, "distilbert", tokenizer, ("no", "yes"), 0.0)
+    head = new_config("distilbert", sizes=sizes, settings=settings).head
+    assert head is not None
+    assert (head.dropout, head.pooler_activation) == (0.0, "relu")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -250,6 +264,8 @@ def test_new_models_are_made(family: str, tmp_path: Path) -> None:
         ("bert_cls", {"id2label": {"0": "a", "2": "b"}}, r"id2label for \[0, 2\]"),
         ("bert_cls", {"id2label": ["a", "b"]}, "expected a name for each of 0, 1, 2"),
         ("bert_cls", {"id2label": None, "num_labels": 10**12}, "num_labels 1000000000000; it must be from 1"),
+        ("distilbert_mlm", {"sinusoidal_pos_embds": True}, "sinusoidal_pos_embds = True; only False"),
+        ("distilbert_mlm", {"n_heads": None}, "config.json has no 'n_heads'"),
         ("roberta_mlm", {"max_position_embeddings": 2}, "max_position_embeddings 2, of which 2 stand before the text"),
         ("modernbert_mlm", {"sparse_prediction": True}, "sparse_prediction = True"),
         ("modernbert_cls", {"classifier_pooling": "max"}, "classifier_pooling 'max'; supported: cls, mean"),

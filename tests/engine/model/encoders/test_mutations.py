@@ -159,6 +159,14 @@ MUTATIONS: list[tuple[str, str, Mutation]] = [
     ("classifier bias dropped", "bert_cls", _fill("classifier.bias", 0.0)),
     ("bias of the next sentence dropped", "bert_pretraining", _fill("next_sentence_output.bias", 0.0)),
     ("bias of tags dropped", "bert_tagging", _fill("classifier.bias", 0.0)),
+    ("layer norm eps 1e-5 in DistilBERT", "distilbert_mlm", _switch(norm_eps=1e-5)),
+    ("activation of DistilBERT's head", "distilbert_mlm", _transform(activation="gelu_tanh")),
+    ("decoder bias of DistilBERT dropped", "distilbert_mlm", _fill("lm_bias", 0.0)),
+    ("norms of a DistilBERT layer exchanged", "distilbert_mlm", _swap(
+        "post_attention_layernorm.weight", "post_feedforward_layernorm.weight"
+    )),
+    ("tanh for ReLU before the classes", "distilbert_cls", _head(pooler_activation="tanh")),
+    ("layer before the classes of DistilBERT left out", "distilbert_cls", _head(pooler=False)),
     ("positions from 0", "roberta_mlm", _switch(position_offset=0, max_positions=256, pad_has_no_position=False)),
     ("positions from the padding id", "roberta_mlm", _switch(
         position_offset=1, max_positions=255, pad_has_no_position=False
