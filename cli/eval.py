@@ -176,11 +176,13 @@ def _print_tasks(record: dict[str, Any]) -> None:
 
 
 def _print_perplexity(result: PerplexityResult, tokenizer: Tokenizer) -> None:
+    from trine.engine.log import counted
+
     print(
         f"perplexity      {result.perplexity:.4f}\n"
         f"loss            {result.loss:.4f} nats per token\n"
         f"bits per byte   {result.bits_per_byte:.4f}\n"
-        f"scored          {result.tokens:,} tokens; {result.bytes:,} bytes in {result.texts} text(s)\n"
+        f"scored          {result.tokens:,} tokens; {result.bytes:,} bytes in {counted(result.texts, 'text')}\n"
         f"window, stride  {result.window}, {result.stride} tokens\n"
         f"tokenizer       {tokenizer.vocab_size} ids, fingerprint {result.tokenizer[:12]}, "
         f"{'with' if result.bos else 'without'} a beginning-of-text token"

@@ -76,6 +76,8 @@ def import_model(
         result = import_nano_gpt(state, out, dtype=chosen, heads=heads, activation=activation)
     else:
         refuse_pickled_state(path)
+        if (path / "config.json").is_file():
+            raise UsageError(f"{path} is a checkpoint already; every command takes it as it is")
         raise CheckpointError(
             f"{path} is nothing that trine import reads: a .gguf file, a folder with params.json and "
             "consolidated.*.safetensors, or a safetensors file with GPT-2's names"

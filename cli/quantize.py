@@ -136,13 +136,14 @@ def quantize(
     if check is not None:
         if given or (method, form, dtype, speed) != ("rtn", "compressed-tensors", "auto", True):
             raise UsageError("--check DIR stands alone; leave out CHECKPOINT and every other option")
+        from trine.engine.log import counted
         from trine.engine.quantize.check import check_folder
 
         findings = check_folder(check)
         for line in findings:
             print(line)
         if findings:
-            raise CheckpointError(f"{check} has {len(findings)} fault(s)")
+            raise CheckpointError(f"{check} has {counted(len(findings), 'fault')}")
         print(f"{check}: no fault found")
         return
     if checkpoint is None or scheme is None or out is None:

@@ -46,6 +46,8 @@ _CUTS: Mapping[str, dict[str, Any]] = {
 def tokenizer_of(file: GgufFile) -> Tokenizer:
     """The tokenizer of the file. Raises `CheckpointError` where it cannot be rebuilt exactly."""
     kind = file.metadata.get(f"{_PREFIX}model")
+    if kind is None:
+        raise CheckpointError(f"{file.path} holds no tokenizer")
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"{file.path} has a tokenizer of kind {kind!r}; trine import rebuilds gpt2 and llama")
     tokens = _strings(file, "tokens")

@@ -27,6 +27,7 @@ from typing import Protocol
 import torch
 
 from trine.engine.errors import ContextLengthError, DataError, NonFiniteError, UsageError
+from trine.engine.log import counted
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.cross_entropy.token_log_probs import token_log_probs
@@ -120,7 +121,9 @@ def perplexity(
     tokens = sum(one.num_scored for one in windows)
     num_bytes = sum(len(text.encode()) for text in texts)
     if tokens == 0:
-        raise DataError(f"nothing to score: {num_bytes} bytes in {len(texts)} text(s) leave no token with a context")
+        raise DataError(
+            f"nothing to score: {num_bytes} bytes in {counted(len(texts), 'text')} leave no token with a context"
+        )
     batches = make_batches(windows, TOKENS_PER_BATCH)
     shown: Iterable[list[Window]] = batches
     if progress is not None:

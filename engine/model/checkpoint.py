@@ -66,6 +66,11 @@ def resolve_checkpoint(path: Path | str) -> Path:
     Says which one was taken when it is not `path` itself. Raises `CheckpointError` where there is none.
     """
     path = Path(path)
+    if path.is_file():
+        remedy = (
+            f"make one of it: trine import {path} --out DIR" if path.suffix == ".gguf" else "give the one it lies in"
+        )
+        raise CheckpointError(f"{path} is a file, and a checkpoint is a folder; {remedy}")
     if not path.is_dir():
         raise CheckpointError(
             f"there is no folder {path}; give a local checkpoint or run folder (nothing is downloaded)"

@@ -57,7 +57,7 @@ def read_calibration(
     pieces = [piece for group in _packed(sources, tokenizer, length - len(end)) for piece in group]
     if not pieces:
         raise DataError(
-            f"{names_of(sources)} hold less than one sample of {length} tokens; give more text, or a smaller "
+            f"{names_of(sources)}: less than one sample of {length} tokens; give more text, or a smaller "
             "--calibration-length"
         )
     what = f"{names_of(sources)} hold {len(pieces)} samples of {length} tokens"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trine.engine.log import format_bytes, format_duration
+from trine.engine.log import counted, format_bytes, format_duration
 from trine.engine.model.quantized.cache_scheme import STATIC
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import write_json
@@ -177,7 +177,7 @@ def page(report: Report) -> str:
             for layer in report.layers
         ],
         note=f"{'; '.join([*data, *report.overrides]) or 'no data'}; {report.machine['device_name']}, "
-        f"{report.machine['threads']} threads; {format_duration(report.seconds)}",
+        f"{counted(report.machine['threads'], 'thread')}; {format_duration(report.seconds)}",
     )
 
 
@@ -214,7 +214,8 @@ def summary(report: Report) -> list[tuple[str, str]]:
         speed = report.speed
         words = (
             f"decoding {speed.decode_before:.1f} to {speed.decode_after:.1f} tokens/s, prompts "
-            f"{speed.prompt_before:.0f} to {speed.prompt_after:.0f} (one stream, {report.machine['threads']} threads)"
+            f"{speed.prompt_before:.0f} to {speed.prompt_after:.0f} "
+            f"(one stream, {counted(report.machine['threads'], 'thread')})"
         )
         lines.append(("speed", words))
     elif report.why_no_speed:

@@ -98,13 +98,22 @@ def test_folders_of_meta_and_states_of_gpt2(succeeds: Callable[..., str], tmp_pa
     assert [load_model(tmp_path / name).config.family for name in "ab"] == ["llama", "gpt2"]
 
 
+def test_commands_that_want_a_folder_say_how_to_make_one(trine: Trine, file: Path) -> None:
+    status, _, said = trine("generate", file, "--prompt", "x")
+    assert status == 1
+    assert f"{file} is a file, and a checkpoint is a folder; make one of it: trine import {file} --out DIR" in said
+
+
 def test_options_and_files_that_do_not_belong_are_refused(trine: Trine, file: Path, tmp_path: Path) -> None:
     (tmp_path / "ckpt.pt").write_bytes(b"x")
     (tmp_path / "odd").mkdir()
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.json").write_text("{}")
     for arguments, words in (
         ((file, "--heads", 2), "--heads does not belong to a model like"),
         ((tmp_path / "ckpt.pt",), "ckpt.pt is a pickle file, which can run code and is never opened"),
         ((tmp_path / "odd",), "odd is nothing that trine import reads: a .gguf file"),
+        ((tmp_path / "made",), "made is a checkpoint already; every command takes it as it is"),
         ((tmp_path / "none.gguf",), "none.gguf; give a local file or folder"),
     ):
         status, _, said = trine("import", *arguments, "--out", tmp_path / "out")

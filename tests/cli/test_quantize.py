@@ -45,7 +45,7 @@ def test_check_lists_the_faults(trine: Trine, tiny_checkpoint: Path, tmp_path: P
     status, printed, said = trine("quantize", "--check", tiny_checkpoint)
     assert status == 1
     assert "no quantization_config" in printed
-    assert said == f"trine: {tiny_checkpoint} has 1 fault(s)\n"
+    assert said == f"trine: {tiny_checkpoint} has 1 fault\n"
     assert trine("quantize", "--check", tmp_path / "none")[0] == 1
 
 

@@ -60,6 +60,7 @@ BAD = [
     (["--on-spike=later"], 2, "spike.action = 'later' should be"),
     (["model={init_from='prepared'}"], 1, "prepared"),
     (["model={init_from='nowhere'}"], 1, "there is no folder nowhere"),
+    (["model={init_from='recipe.toml'}"], 1, "recipe.toml is a file, and a checkpoint is a folder"),
     (["data.path=nowhere"], 1, "no prepared data in nowhere"),
     (["data.seq_len=100000"], 1, "give more text or a shorter seq_len"),
     (["train.device=tpu"], 2, "'tpu'"),

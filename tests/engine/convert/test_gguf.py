@@ -298,7 +298,7 @@ def test_a_tokenizer_with_scores_merges_the_best_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({}, "tokenizer of kind None"),
+        ({}, "holds no tokenizer"),
         ({"model": "bert"}, "tokenizer of kind 'bert'"),
         ({"model": "gpt2", "tokens": ["a"], "pre": "odd"}, "cuts text as 'odd'"),
         ({"model": "gpt2"}, "no list tokenizer.ggml.tokens"),
