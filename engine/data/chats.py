@@ -73,12 +73,16 @@ class ChatLayout:
         trained[0] = False  # nothing stands before it
         return np.array(found.ids[: self.seq_len], dtype=np.int32), trained
 
+    def rows(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which conversations stand in which row, for the lengths of their inputs."""
+        return pack([(one,) for one in lengths], (self.seq_len,)) if self.packed else [[i] for i in range(len(lengths))]
+
     def batch(self, rendered: Sequence[tuple[Ids, Flags]]) -> Batch:
         """Conversations as a batch."""
         inputs = [ids[:-1].astype(np.int64) for ids, _ in rendered]
         targets = [np.where(trained[1:], ids[1:], IGNORED).astype(np.int64) for ids, trained in rendered]
         lengths = [len(ids) for ids in inputs]
-        rows = pack([(one,) for one in lengths], (self.seq_len,)) if self.packed else [[i] for i in range(len(inputs))]
+        rows = self.rows(lengths)
         ids_BT, segments_BT, positions_BT = laid_out(inputs, rows, filler=self.pad_id)
         alone = len(rows) == len(inputs)
         return Batch(

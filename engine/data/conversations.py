@@ -4,10 +4,12 @@
     {"conversations": [{"from": "human", "value": "..."}, ...]}                     ShareGPT; "system" beside it
     {"prompt": "...", "completion": "..."}                                          texts, or lists of messages
     {"instruction": "...", "input": "...", "output": "..."}                         Alpaca
+    {"prompt" or "messages": ..., "chosen": ..., "rejected": ...}                   two answers, one of them preferred
 
-The first of these that a line has is taken. Content that is a list of text parts becomes one text; calls of tools have
-their arguments as an object, as templates want them, where they were written as JSON in a string. What is null is as if
-it were not there: tables give every message the keys of all. What is not right is one `DataError` with file and line.
+Of the first four, the first that a line has is taken. Content that is a list of text parts becomes one text; calls of
+tools have their arguments as an object, as templates want them, where they were written as JSON in a string. What is
+null is as if it were not there: tables give every message the keys of all. What is not right is one `DataError` with
+file and line.
 """
 
 from __future__ import annotations
@@ -44,6 +46,38 @@ def conversation_of(record: Record) -> Messages:
         return _with_system(record, [{"role": "user", "content": asked}, answer])
     known = ", ".join(map(repr, fields)) or "none"
     raise DataError(f"{record.place}: no conversation; the line has {known}, wanted are {_LAYOUTS}")
+
+
+def preference_of(record: Record) -> tuple[Messages, Messages, Messages]:
+    """What was asked, the answer that is preferred, and the other one.
+
+    Answers are texts, messages or lists of messages; lists may be whole conversations, which begin alike.
+    """
+    chosen, rejected = (turns_of(record, name, "assistant") for name in ("chosen", "rejected"))
+    alike = next((n for n, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other), None)
+    if alike is None:
+        raise DataError(f"{record.place}: 'chosen' and 'rejected' are equal, or one goes on where the other ends")
+    asked = _asked(record, chosen[:alike])
+    for name, answer in (("chosen", chosen[alike:]), ("rejected", rejected[alike:])):
+        if answer[0]["role"] != "assistant":
+            raise DataError(f"{record.place}: {name!r} differs from the other in a message of {answer[0]['role']!r}")
+    return asked, chosen[alike:], rejected[alike:]
+
+
+def _asked(record: Record, begun: Messages) -> Messages:
+    """The prompt, with what both answers begin with: that may be the prompt itself."""
+    field = next((name for name in ("prompt", "messages", "conversations") if record.fields.get(name)), None)
+    if field is None:
+        if not begun:
+            raise DataError(f"{record.place}: no prompt; give 'prompt' or 'messages', or answers that begin with it")
+        return _with_system(record, begun)
+    prompt = turns_of(record, field, "user")
+    in_words = isinstance(record.fields[field], str)
+    if begun[: len(prompt)] == prompt or (in_words and prompt[0] in begun):
+        return _with_system(record, begun)
+    if begun and begun[0]["role"] != "assistant":
+        raise DataError(f"{record.place}: 'chosen' and 'rejected' begin with another conversation than {field!r}")
+    return [*_with_system(record, prompt), *begun]
 
 
 def messages_of(record: Record, field: str) -> Messages:

@@ -9,7 +9,7 @@ Those of encoders are in `encoder_objectives.py`, that of encoder-decoders in `s
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class Objective(Protocol):
         checkpoint_activations: bool = False,
     ) -> tuple[Tensor, int]:
         """The summed losses, a scalar or one for each of `batch.counts`, and how many terms the first one has."""
+        ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """An objective with figures for the log beside its loss."""
+
+    def measures(self) -> dict[str, float]:
+        """Means since the last call, by name."""
         ...
 
 

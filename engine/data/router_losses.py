@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trine.engine.data.objectives import Objective
+from trine.engine.data.objectives import Measuring, Objective
 from trine.engine.model.moe import watched_routers
 from trine.engine.model.transformer import Transformer
 
@@ -48,7 +48,11 @@ class RouterLosses:
         return loss + (extra - extra.detach()), count
 
     def measures(self) -> dict[str, float]:
-        """Means over the pieces since the last call, of `expert_balance`, `router_z`, and `busiest_expert`."""
+        """Means over the pieces since the last call, of `expert_balance`, `router_z`, and `busiest_expert`.
+
+        Those of `inner`, where it has any, stand before them.
+        """
         means = torch.stack(self._seen).mean(dim=0).tolist() if self._seen else []
         self._seen.clear()
-        return dict(zip(("expert_balance", "router_z", "busiest_expert"), means, strict=False))
+        beside = self.inner.measures() if isinstance(self.inner, Measuring) else {}
+        return beside | dict(zip(("expert_balance", "router_z", "busiest_expert"), means, strict=False))

@@ -46,6 +46,12 @@ class Base:
         marks = {_EMBEDDINGS: self.embeddings, _NORM: self.norm, _LAYERS: self.layers}
         return {_NAME: self.name, **{key: mark for key, mark in marks.items() if mark is not None}}
 
+    @property
+    def marks(self) -> str:
+        """The marks of its weights, each cut short."""
+        marks = (self.embeddings, self.norm, self.layers)
+        return " ".join("none" if mark is None else mark[:8] for mark in marks)
+
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Base | None:
         """What `metadata` wrote; None where it is not there, as in files that PEFT has written."""
@@ -78,7 +84,7 @@ def check_base(base: Base | None, adapter: Path | str, checkpoint: Path | str) -
     if not base.agrees(found):
         raise CheckpointError(
             f"the adapter in {adapter} was trained on {base.name!r}, and {checkpoint} holds other weights (marks "
-            f"{_marks(base)}, here {_marks(found)}); give the checkpoint it was trained on"
+            f"{base.marks}, here {found.marks}); give the checkpoint it was trained on"
         )
 
 
@@ -118,8 +124,3 @@ def _some_rows(stored: StoredTensor, count: int) -> bytes:
         tensor = torch.cat([part[row : row + 1] for row in sorted({i * rows // count for i in range(count)})])
     numbers: bytes = tensor.bfloat16().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return f"{stored.shape}".encode() + numbers
-
-
-def _marks(base: Base) -> str:
-    marks = (base.embeddings, base.norm, base.layers)
-    return " ".join("none" if mark is None else mark[:8] for mark in marks)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class LoraWeights(nn.Module):
         super().__init__()
         self.parts, self.stable, self.dropout = tuple(parts), stable, dropout
         self.base, self.targets = base, tuple(targets)
+        self._added = True
         for part in self.parts:
             module: Any = self
             for name in f"{PREFIX}{part.path}".split("."):
@@ -158,7 +160,9 @@ class LoraWeights(nn.Module):
                 check_adaptable(model, layer)
                 places[layer] = part, number
 
-        def add(layer: str, x: Tensor, y: Tensor) -> Tensor:
+        def add(layer: str, x: Tensor, y: Tensor) -> Tensor | None:
+            if not self._added:
+                return None
             part, number = places[layer]
             a_RC, b_FR = self.matrices(part)
             x = F.dropout(x, self.dropout, training=model.training) if self.dropout else x
@@ -168,6 +172,15 @@ class LoraWeights(nn.Module):
         hooks = LoraHooks(model, active=lambda: True, add=add)
         for layer in places:
             hooks.put(layer)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Within, the model it is attached to computes without it, by the same operations as with it."""
+        self._added = False
+        try:
+            yield
+        finally:
+            self._added = True
 
     def write(self, folder: Path, *, dtype: torch.dtype) -> None:
         """adapter_config.json and adapter_model.safetensors, into a folder that exists."""

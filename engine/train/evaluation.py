@@ -120,7 +120,7 @@ class Evaluator:
                 with self.weights(kind), self.subject.computing():
                     result = validate(
                         self.subject.model,
-                        make_scorer(self.setup),
+                        make_scorer(self.setup, self.subject.objective),
                         data,
                         batch_size=batch_size,
                         compute_dtype=self.setup.compute_dtype,

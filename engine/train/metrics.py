@@ -6,8 +6,9 @@ Every line has `kind` and `step`. Kinds and their fields:
                 mfu, steps, tokens_per_step
     resume      time, differences (what may keep the continuation from being bit-identical)
     step        tokens (valid ones trained so far), loss (nats per token of this step's batch), lr, muon_lr (with Muon),
-                grad_norm (before clipping), of a mixture of experts expert_balance, router_z, busiest_expert (means
-                since the line before), tokens_per_second, mfu (null where no peak is known), seconds (of training so
+                grad_norm (before clipping), of a mixture of experts expert_balance, router_z, busiest_expert, of
+                preferences reward_accuracy, reward_margin, reward_chosen, reward_rejected (all of them means since the
+                line before), tokens_per_second, mfu (null where no peak is known), seconds (of training so
                 far, without evaluations and checkpoints), memory_bytes (peak), joules (so far, null where unknown)
     eval        one line for each set and kind of weights: set, weights (raw, ema), loss, bits_per_byte (null where
                 bytes are unknown), the scores of the objective (`SCORES`), tokens (texts, words: terms of the loss),
@@ -44,6 +45,10 @@ SCORES = {
     "exact_match": "exact match",
     "f1": "macro F1",
     "entity_f1": "entity F1",
+    "reward_accuracy": "reward accuracy",
+    "reward_margin": "reward margin",
+    "reward_chosen": "reward of chosen answers",
+    "reward_rejected": "reward of rejected answers",
     "pearson": "Pearson",
     "spearman": "Spearman",
 }

@@ -30,6 +30,7 @@ CARD = "README.md"
 _PIPELINES = {
     "causal_lm": "text-generation",
     "chat": "text-generation",
+    "preference": "text-generation",
     "masked_lm": "fill-mask",
     "span_corruption": "text2text-generation",
     "seq2seq": "text2text-generation",
@@ -40,6 +41,7 @@ _PIPELINES = {
 _MODELS = {
     "causal_lm": "A language model",
     "chat": "A language model, trained on conversations,",
+    "preference": "A language model, trained on preferences between answers,",
     "masked_lm": "An encoder, trained to find hidden tokens,",
     "span_corruption": "An encoder-decoder, trained to find hidden spans,",
     "seq2seq": "An encoder-decoder from one text to another",
@@ -50,6 +52,7 @@ _MODELS = {
 _CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "chat": "AutoModelForCausalLM",
+    "preference": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "span_corruption": "AutoModelForSeq2SeqLM",
     "seq2seq": "AutoModelForSeq2SeqLM",

@@ -55,7 +55,8 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     parameters = trained_parameters(setup)
     by_muon = _muon_parameters(config) if recipe.optim.name == "muon" else 0
     moment_bytes = EIGHT_BIT_BYTES if recipe.optim.state_dtype == "int8" else FP32_BYTES
-    tokens = setup.micro_batch_size * recipe.data.seq_len
+    conversations = 2 if recipe.objective.kind == "preference" else 1
+    tokens = conversations * setup.micro_batch_size * recipe.data.seq_len
     itemsize = setup.compute_dtype.itemsize
     rows = min(tokens, default_chunk_rows(config.vocab_size, setup.compute_dtype, setup.device))
     optimizer = round(FP32_BYTES * by_muon + 2 * moment_bytes * (parameters - by_muon))
@@ -111,7 +112,8 @@ def plan_lines(setup: Setup) -> str:
 
 def _examples(setup: Setup) -> list[str]:
     kind, stream = setup.recipe.objective.kind, setup.stream
-    named = "trained, between ⟪ and ⟫" if kind in CHATS else f"{TERMS.get(kind, 'target tokens')} with a loss"
+    named = "trained" if kind == "chat" else TERMS.get(kind, "tokens of targets")
+    named += ", what is trained between ⟪ and ⟫" if kind in CHATS else ""
     return stream.preview(named) if isinstance(stream, ExampleStream) else []
 
 

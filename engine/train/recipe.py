@@ -277,10 +277,20 @@ class Recipe(Settings):
 
     def _check_objective(self) -> None:
         kind, data = self.objective.kind, self.data
-        if kind not in ("causal_lm", "chat"):
-            for section in ("adapter", "quantization", "distill"):
-                if getattr(self, section) is not None:
-                    raise ValueError(f'[{section}] goes with objective.kind = "causal_lm" or "chat", not "{kind}"')
+        for section in ("adapter", "quantization", "distill"):
+            kinds = ("causal_lm", "chat", "preference") if section == "adapter" else ("causal_lm", "chat")
+            if getattr(self, section) is not None and kind not in kinds:
+                named = ", ".join(f'"{one}"' for one in kinds)
+                raise ValueError(f'[{section}] goes with objective.kind {named}, not "{kind}"; leave it out')
+        if kind == "preference" and self.model.init_from is None:
+            raise ValueError(
+                'objective.kind = "preference" measures from the checkpoint that it begins with; give model.init_from'
+            )
+        if kind == "preference" and self.adapter is not None and self.adapter.init_from is not None:
+            raise ValueError(
+                'objective.kind = "preference" measures from the base without its adapter, so adapter.init_from would '
+                "count as learned; merge it first: trine merge BASE ADAPTER --out DIR"
+            )
         belongs = {
             "document_mask": kind in ("causal_lm", "masked_lm") and not self.objective.next_sentence,
             "target_len": kind == "seq2seq",

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from trine.engine.config import Settings
-from trine.engine.train.recipe_types import BelowOne, Fraction
+from trine.engine.train.recipe_types import BelowOne, Fraction, Rate
 
 Kind = Literal[
-    "causal_lm", "chat", "masked_lm", "span_corruption", "seq2seq", "classification", "regression", "tagging"
+    "causal_lm", "chat", "preference", "masked_lm", "span_corruption", "seq2seq", "classification", "regression",
+    "tagging",
 ]  # fmt: skip
 Name = Annotated[str, Field(min_length=1)]
 
@@ -20,6 +21,7 @@ _TEXT = {"text_field": "text", "pair_field": None, "label_field": "label"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "causal_lm": {},
     "chat": {"train_on": "assistant", "chat_template": None},
+    "preference": {"chat_template": None, "beta": 0.1, "label_smoothing": 0.0},
     "masked_lm": _HIDDEN,
     "span_corruption": {"noise_density": 0.15, "mean_span": 3.0, "label_smoothing": 0.0},
     "seq2seq": {"source_field": "source", "target_field": "target", "label_smoothing": 0.0},
@@ -28,13 +30,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "tagging": {"words_field": "words", "labels_field": "labels", "labels": None},
 }
 # What a loss is per term, by kind; of the others nats per token.
-LOSS_UNITS = {"classification": "nats per text", "tagging": "nats per word", "regression": "squared error"}
+LOSS_UNITS = {
+    "preference": "nats per pair",
+    "classification": "nats per text",
+    "tagging": "nats per word",
+    "regression": "squared error",
+}
 # What the terms of a loss are, likewise; of the others tokens.
-TERMS = {"classification": "texts", "tagging": "words", "regression": "texts"}
+TERMS = {"preference": "pairs", "classification": "texts", "tagging": "words", "regression": "texts"}
 # Kinds that learn from examples, lines of a file, instead of prepared text.
-EXAMPLES = ("chat", "seq2seq", "classification", "regression", "tagging")
+EXAMPLES = ("chat", "preference", "seq2seq", "classification", "regression", "tagging")
 # Kinds that learn from conversations.
-CHATS = ("chat",)
+CHATS = ("chat", "preference")
 PAIRS = ("span_corruption", "seq2seq")
 assert set(DEFAULTS) == set(get_args(Kind))
 
@@ -55,6 +62,7 @@ class ObjectiveSettings(Settings):
     kind: Kind = "causal_lm"
     train_on: Literal["assistant", "last", "all"] | None = None
     chat_template: Name | None = None
+    beta: Rate | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     mask_share: Fraction | None = None
     random_share: Fraction | None = None
@@ -80,6 +88,11 @@ class ObjectiveSettings(Settings):
                 raise ValueError(f'{name} has no effect with kind = "{self.kind}"; it belongs to {kinds}: remove it')
         if (shares := (self.value("mask_share") or 0) + (self.value("random_share") or 0)) > 1:
             raise ValueError(f"mask_share and random_share are {shares:g} together; they are shares of one, at most 1")
+        if self.kind == "preference" and (self.label_smoothing or 0) >= 0.5:
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing:g} takes half of the pairs or more to be the wrong way "
+                "round; give less than 0.5"
+            )
         return self
 
     def value(self, name: str) -> Any:

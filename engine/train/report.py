@@ -311,6 +311,8 @@ def _panels(log: RunLog) -> list[Panel]:
     panels.append(_panel(log, "Learning rate", "", rates, from_zero=True, format_y=plain))
     for key, title, unit, from_zero, format_y in (
         ("grad_norm", "Gradient norm", "before clipping", True, plain),
+        ("reward_accuracy", "Reward accuracy", "pairs of each batch the right way round", True, plain),
+        ("reward_margin", "Reward margin", "of the pairs of each batch", False, plain),
         ("busiest_expert", "Busiest expert", "tokens, in even shares", True, plain),
         ("tokens_per_second", "Speed", "tokens per second", True, format_count),
         ("memory_bytes", "Memory", "GiB", True, plain),

@@ -65,7 +65,8 @@ def check_continuation(setup: Setup, origin: Path, state: TrainerState, environm
     _refuse_breaking(changes, origin)
     if state.data_fingerprint != setup.stream.fingerprint:
         raise DataError(
-            f"the data (or its mixing weights) is not what {origin} was trained on; restore it, "
+            f"the data (its mixing weights, or what preferences are measured from) is not what {origin} was trained "
+            "on; restore it, "
             f"or start a new run with run.dir=NEW_FOLDER and model.init_from={origin}"
         )
     if state.data_stamps != setup.stream.stamps():

@@ -1,6 +1,7 @@
 """What an evaluation says of a model: the loss, and the scores that belong to the objective.
 
     causal LM        bits per byte                     masked LM       accuracy of the chosen tokens; of the pairs
+    chat             the loss alone                    preference      accuracy, margin and size of rewards
     span corruption  accuracy of the next token        seq2seq         the same; exact matches of generated targets
     classification   accuracy, macro F1                regression      Pearson and Spearman correlation
     tagging          accuracy, macro F1, and F1 of entities where labels mark them (B-, I-)
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trine.engine.data.batch import IGNORED, Batch
+from trine.engine.data.dpo import Preference, preference_loss, reward_measures
 from trine.engine.data.encoder_batch import EncoderBatch
 from trine.engine.data.encoder_objectives import chosen, class_logits, encode, head_of, spans_of, tag_logits
 from trine.engine.data.objectives import CausalLM
+from trine.engine.data.preferences import PreferenceBatch
 from trine.engine.data.seq2seq import decode
 from trine.engine.data.seq2seq_batch import Seq2SeqBatch
 from trine.engine.evaluate.scores import entity_f1, macro_f1, mark_entities, pearson, spearman
@@ -128,6 +131,21 @@ class Seq2SeqScorer:
         if self.generated:
             scores["exact_match"] = self.matches / self.generated
         return Scores(self.total, self.terms, scores)
+
+
+@dataclass
+class PreferenceScorer:
+    """Loss of pairs of answers, and their rewards."""
+
+    objective: Preference
+    rewards: list[Tensor] = field(default_factory=list)
+
+    def add(self, model: Transformer, batch: PreferenceBatch, *, compute_dtype: torch.dtype) -> None:
+        self.rewards.append(self.objective.rewards(model, batch, compute_dtype=compute_dtype))
+
+    def result(self) -> Scores:
+        rewards_P2 = torch.cat(self.rewards)
+        return Scores(float(preference_loss(rewards_P2, 0.0)), len(rewards_P2), reward_measures(rewards_P2))
 
 
 @dataclass

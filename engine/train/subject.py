@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from trine.engine.data.dpo import Preference
 from trine.engine.data.encoder_objectives import Classification, MaskedLM, Regression, Tagging
-from trine.engine.data.objectives import CausalLM, Objective
+from trine.engine.data.objectives import CausalLM, Measuring, Objective
 from trine.engine.data.router_losses import RouterLosses
 from trine.engine.data.seq2seq import Seq2Seq
 from trine.engine.model.checkpoint import load_model, save_model
@@ -28,10 +29,20 @@ from trine.engine.model.transformer import Transformer
 from trine.engine.train.adapter import adapt
 from trine.engine.train.experts import with_router_losses
 from trine.engine.train.recipe_objective import PAIRS
+from trine.engine.train.reference import base_of, frozen_copy
 from trine.engine.train.resolve import Setup
 from trine.engine.train.rounding import Rounding
-from trine.engine.train.scoring import ClassScorer, MaskedScorer, NextTokenScorer, NumberScorer, Scorer, Seq2SeqScorer
+from trine.engine.train.scoring import (
+    ClassScorer,
+    MaskedScorer,
+    NextTokenScorer,
+    NumberScorer,
+    PreferenceScorer,
+    Scorer,
+    Seq2SeqScorer,
+)
 from trine.engine.train.shape import wanted_problem, wanted_task
+from trine.engine.train.task_data import reference_folder
 from trine.engine.train.teacher import distillation
 
 Trained = Transformer | LoraWeights
@@ -56,16 +67,14 @@ class Subject:
 
 def make_subject(setup: Setup) -> Subject:
     """New weights by the recipe's seed, or those that the run starts or continues from."""
-    recipe, objective = setup.recipe, make_objective(setup)
-    if recipe.distill is not None:
-        assert setup.teacher is not None
-        objective = distillation(recipe.distill, setup.teacher, dtype=setup.compute_dtype, device=setup.device)
+    recipe = setup.recipe
     if recipe.adapter is not None:
         model, adapter = adapt(setup)
-        return Subject(model=model, trained=adapter, objective=objective)
+        objective = make_objective(setup, adapter)
+        return Subject(model=model, trained=adapter, objective=objective, measures=_measures(objective))
     model = _whole_model(setup)
-    objective = with_router_losses(objective, recipe.experts)
-    measures = objective.measures if isinstance(objective, RouterLosses) else dict
+    objective = with_router_losses(make_objective(setup, None), recipe.experts)
+    measures = _measures(objective)
     if recipe.quantization is None:
         return Subject(model=model, trained=model, objective=objective, measures=measures)
     rounding = Rounding(model, recipe.quantization, stored=getattr(torch, recipe.export.dtype))
@@ -75,9 +84,16 @@ def make_subject(setup: Setup) -> Subject:
     )  # fmt: skip
 
 
-def make_objective(setup: Setup) -> Objective:
-    """The objective of the recipe, without a teacher."""
-    settings = setup.recipe.objective
+def make_objective(setup: Setup, adapter: LoraWeights | None) -> Objective:
+    """The objective of the recipe; `adapter` is what is trained where it is no whole model."""
+    recipe, settings = setup.recipe, setup.recipe.objective
+    if recipe.distill is not None:
+        assert setup.teacher is not None
+        return distillation(recipe.distill, setup.teacher, dtype=setup.compute_dtype, device=setup.device)
+    if settings.kind == "preference":
+        reference = frozen_copy(reference_folder(recipe), setup.device) if adapter is None else base_of(adapter)
+        smoothing = settings.value("label_smoothing")
+        return Preference(beta=settings.value("beta"), label_smoothing=smoothing, reference=reference)
     if settings.kind == "masked_lm":
         return MaskedLM(next_sentence=settings.value("next_sentence"))
     if settings.kind in PAIRS:
@@ -90,9 +106,13 @@ def make_objective(setup: Setup) -> Objective:
     return others[settings.kind]
 
 
-def make_scorer(setup: Setup) -> Scorer:
+def make_scorer(setup: Setup, objective: Objective) -> Scorer:
     """What an evaluation of the recipe's objective measures, before its first batch."""
     recipe, kind = setup.recipe, setup.recipe.objective.kind
+    if kind == "preference":
+        objective = objective.inner if isinstance(objective, RouterLosses) else objective
+        assert isinstance(objective, Preference)
+        return PreferenceScorer(objective)
     if kind in PAIRS:
         return Seq2SeqScorer(exact=recipe.eval.exact_match_examples or 0)
     if kind in ("classification", "tagging"):
@@ -101,6 +121,10 @@ def make_scorer(setup: Setup) -> Scorer:
         "causal_lm": NextTokenScorer, "chat": NextTokenScorer, "masked_lm": MaskedScorer, "regression": NumberScorer,
     }  # fmt: skip
     return others[kind]()
+
+
+def _measures(objective: Objective) -> Callable[[], dict[str, float]]:
+    return objective.measures if isinstance(objective, Measuring) else dict
 
 
 def save_weights(trained: Trained, folder: Path, *, dtype: torch.dtype) -> None:

@@ -1,7 +1,8 @@
 """What the kinds of runs cost beside a plain one: parameters that are trained, FLOPs, and bytes of what is not trained.
 
 An adapter's base is not differentiated in its weights: forward and backward to the inputs are 4 FLOPs for each of them
-and token instead of 6; the adapter's own numbers are 6. A teacher is one forward pass more. Rounding a weight is not
+and token instead of 6; the adapter's own numbers are 6. A teacher is one forward pass more, and so is what preferences
+are measured from. Rounding a weight is not
 counted, as everything that is no matrix product.
 """
 
@@ -10,8 +11,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from trine.engine.data.batch import Batch
 from trine.engine.data.encoder_batch import EncoderBatch
+from trine.engine.data.preferences import PreferenceBatch
 from trine.engine.data.seq2seq_batch import Seq2SeqBatch
 from trine.engine.model.checkpoint import open_checkpoint
 from trine.engine.model.cost import Work, count_parameters, forward_flops
@@ -51,13 +55,15 @@ def training_flops_per_token(setup: Setup) -> int:
         # A product with each weight, without attention.
         flops -= sum(forward_flops(setup.config, replace(work, length=0, source_length=0)) for work in works)
         flops += 6 * trained_parameters(setup) * tokens
+    if setup.recipe.objective.kind == "preference":
+        flops += sum(forward_flops(setup.config, work) for work in works)
     if setup.teacher is not None:
         with open_checkpoint(setup.teacher) as opened:
             flops += sum(forward_flops(opened.model.config, work) for work in works)
     return round(flops / tokens)
 
 
-def _work(batch: Batch | EncoderBatch | Seq2SeqBatch) -> Work:
+def _work(batch: Batch | EncoderBatch | PreferenceBatch | Seq2SeqBatch) -> Work:
     length = batch.ids_BT.shape[1]
     if isinstance(batch, Seq2SeqBatch):
         targets = batch.counts[0]
@@ -72,11 +78,14 @@ def _work(batch: Batch | EncoderBatch | Seq2SeqBatch) -> Work:
         predicted = 0 if batch.targets_M is None else len(batch.targets_M)
         texts = 0 if batch.labels_B is None else len(batch.labels_B)
         return Work(tokens=batch.num_tokens, length=length, predicted=predicted, texts=texts)
-    return Work(tokens=batch.num_tokens, length=length, predicted=batch.num_tokens)
+    predicted = len(batch.places_M) if isinstance(batch, PreferenceBatch) else batch.num_tokens
+    return Work(tokens=batch.num_tokens, length=length, predicted=predicted)
 
 
 def frozen_bytes(setup: Setup) -> int:
-    """Memory of a base and of a teacher."""
+    """Memory of a base, of a teacher, and of the copy that preferences are measured from."""
+    if setup.recipe.objective.kind == "preference" and setup.recipe.adapter is None:
+        return count_parameters(setup.config).total * torch.float32.itemsize
     folders = [setup.teacher, setup.weights if setup.recipe.adapter is not None else None]
     return sum(_bytes(folder, setup) for folder in folders if folder is not None)
 

@@ -13,6 +13,7 @@ from trine.engine.data.examples import Task, read_records
 from trine.engine.data.labels import Labels, gather_labels
 from trine.engine.data.masking import MaskedRows, Masker, Masking
 from trine.engine.data.pairs import PairTask
+from trine.engine.data.preferences import PreferenceTask
 from trine.engine.data.rows import Rows
 from trine.engine.data.samples import SampleStream
 from trine.engine.data.sentence_pairs import PairRows
@@ -25,7 +26,9 @@ from trine.engine.data.texts import TextTask
 from trine.engine.data.validation import ValidationSet
 from trine.engine.errors import DataError, UsageError
 from trine.engine.log import warn
+from trine.engine.model.checkpoint import resolve_checkpoint
 from trine.engine.model.config import ModelConfig
+from trine.engine.model.lora_base import identify
 from trine.engine.text.assistant import teaches_to_end, turn_end
 from trine.engine.text.chat import ChatTemplate
 from trine.engine.text.chat_styles import STYLES, with_template
@@ -74,6 +77,12 @@ def load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
             "generated: nothing teaches the model to end its answers"
         )
     return tokenizer
+
+
+def reference_folder(recipe: Recipe) -> Path:
+    """The checkpoint that preferences are measured from: the one that the run began with."""
+    assert recipe.model.init_from is not None, "preferences ask for it"
+    return resolve_checkpoint(recipe.model.init_from)
 
 
 def sample_prompt(recipe: Recipe, tokenizer: Tokenizer, prompt: str) -> str | list[int]:
@@ -212,7 +221,9 @@ class TaskData:
                 packed=data.packing,
                 **common,
             )
-            return ChatTask(layout=layout, train_on=objective.value("train_on"))
+            if objective.kind == "chat":
+                return ChatTask(layout=layout, train_on=objective.value("train_on"))
+            return PreferenceTask(layout=layout, reference=identify(reference_folder(self.recipe)).marks)
         if objective.kind == "seq2seq":
             return PairTask(
                 layout=self._layout(data.target_len or data.seq_len),

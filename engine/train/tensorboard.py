@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trine.engine.data.dpo import MEASURES
 from trine.engine.errors import StorageError
 from trine.engine.train.durable import ASIDE
 from trine.engine.train.metrics import SCORES
@@ -33,8 +34,8 @@ from trine.engine.train.metrics import SCORES
 FOLDER = "tensorboard"
 _PREFIX = "events.out.tfevents."
 _STEP_TAGS = (
-    "loss", "lr", "muon_lr", "grad_norm", "expert_balance", "router_z", "busiest_expert", "tokens_per_second", "mfu",
-    "memory_bytes", "joules",
+    "loss", "lr", "muon_lr", "grad_norm", "expert_balance", "router_z", "busiest_expert", *MEASURES,
+    "tokens_per_second", "mfu", "memory_bytes", "joules",
 )  # fmt: skip
 _EVAL_TAGS = ("loss", "bits_per_byte", *SCORES)
 

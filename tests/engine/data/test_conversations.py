@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trine.engine.data.conversations import conversation_of, tools_of
+from trine.engine.data.conversations import conversation_of, preference_of, tools_of
 from trine.engine.data.examples import Record, read_records
 from trine.engine.errors import DataError
 
@@ -100,6 +100,59 @@ def test_every_layout_gives_the_messages_that_templates_take(fields: dict[str, A
 def test_what_is_wrong_is_said_with_its_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"^talks\.jsonl:3: .*{message}"):
         conversation_of(record(**fields))
+
+
+HELLO, BYE = TALK[1], {"role": "assistant", "content": "Bye"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"}, TALK[:1]),
+        ({"prompt": "Hi", "chosen": HELLO, "rejected": BYE, "system": "Be brief."}, [SYSTEM, TALK[0]]),
+        ({"messages": [SYSTEM, TALK[0]], "chosen": [HELLO], "rejected": [BYE]}, [SYSTEM, TALK[0]]),
+        ({"chosen": TALK, "rejected": [TALK[0], BYE]}, TALK[:1]),
+        ({"prompt": "Hi", "chosen": TALK, "rejected": [TALK[0], BYE], "system": "Be brief."}, [SYSTEM, TALK[0]]),
+        ({"prompt": [TALK[0]], "chosen": TALK, "rejected": [TALK[0], BYE]}, TALK[:1]),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Hi"}],
+                "chosen": {"from": "gpt", "value": "Hello"},
+                "rejected": {"from": "gpt", "value": "Bye"},
+            },
+            TALK[:1],
+        ),
+    ],
+)
+def test_preferences_are_a_prompt_and_two_answers(fields: dict[str, Any], asked: Any) -> None:
+    assert preference_of(record(**fields)) == (asked, [HELLO], [BYE])
+
+
+def test_answers_may_begin_alike() -> None:
+    called = {"role": "assistant", "content": "Let me see."}
+    found = {"role": "tool", "content": "5"}
+    pair = preference_of(record(prompt="Hi", chosen=[called, found, HELLO], rejected=[called, found, BYE]))
+    assert pair == ([TALK[0], called, found], [HELLO], [BYE])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello"}, "no field 'rejected'"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "'chosen' and 'rejected' are equal"),
+        ({"chosen": TALK, "rejected": TALK[:1]}, "or one goes on where the other ends"),
+        ({"chosen": "Hello", "rejected": "Bye"}, "no prompt; give 'prompt' or 'messages'"),
+        ({"prompt": "Ho", "chosen": TALK, "rejected": [TALK[0], BYE]}, "begin with another conversation than 'prompt'"),
+        ({"chosen": TALK, "rejected": [SYSTEM, *TALK]}, "no prompt"),
+        (
+            {"prompt": "Hi", "chosen": [TALK[0]], "rejected": BYE},
+            "'chosen' differs from the other in a message of 'user'",
+        ),
+    ],
+)
+def test_what_is_no_preference_is_said_with_its_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=rf"^talks\.jsonl:3: .*{message}"):
+        preference_of(record(**fields))
 
 
 def test_tools_are_a_list_or_json_of_one() -> None:

@@ -134,6 +134,7 @@ def _examples(count: int, seed: int) -> str:
             "source": " ".join(words), "target": " ".join(reversed(words)), "text": " ".join(words),
             "label": "red" if "red" in words else "other", "score": len(words) / 6, "words": words,
             "labels": ["B-colour" if word in _WORDS[:3] else "O" for word in words],
+            "chosen": " ".join(words[::-1]), "rejected": " ".join([*words, "green"]),
             "messages": [
                 {"role": "user", "content": " ".join(words)},
                 {"role": "assistant", "content": " ".join(reversed(words))},
@@ -168,7 +169,7 @@ def _make_objective_data(folder: Path) -> None:
 def _objective_recipe(folder: Path, run: Path, base: str | dict[str, Any], **changes: dict[str, Any]) -> Recipe:
     """Eight steps in float32 of a model in `_MODELS` or another one; on examples where the objective is for them."""
     kind = changes.get("objective", {}).get("kind", "masked_lm" if base == "bert" else "span_corruption")
-    byte_level = ("span_corruption", "seq2seq", "chat")
+    byte_level = ("span_corruption", "seq2seq", "chat", "preference")
     shape = "encoder-decoder" if kind in byte_level else "encoder"
     data: dict[str, Any] = {"path": str(folder / shape), "seq_len": 32}
     if kind not in ("masked_lm", "span_corruption", "causal_lm"):
