@@ -20,10 +20,12 @@ from trine.engine.data.examples import Example, Record
 from trine.engine.data.packing import laid_out, pack
 from trine.engine.errors import DataError, UsageError
 from trine.engine.text.assistant import ASSISTANT, said_by_assistant
-from trine.engine.text.chat import ChatTemplate, EncodedChat, encode_spans
+from trine.engine.text.chat import ChatTemplate, EncodedChat, Span, encode_spans
 from trine.engine.text.tokenizer import Tokenizer
 
 MARKS = ("⟪", "⟫")  # around what is trained, where an example is shown
+_TEXT = 1 << 20  # characters that are encoded at once
+Rendered = tuple[str, list[Span]]
 Ids = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
 
@@ -43,26 +45,37 @@ class ChatLayout:
     def identity(self) -> str:
         return f"{self.seq_len} {self.truncate}"
 
-    def render(self, record: Record, messages: Messages, *, first: int = 0, whole: bool = False) -> tuple[Ids, Flags]:
-        """Ids, and which are trained: what the assistant said in `messages[first:]`, or with `whole` everything.
+    def render(self, record: Record, messages: Messages, *, first: int = 0, whole: bool = False) -> Rendered:
+        """The text, and what of it is trained: what the assistant said in `messages[first:]`; `whole`: everything.
 
-        Raises `DataError` with the line where the template refuses, or nothing is trained, or it is too long.
+        Raises `DataError` with the line where the template refuses.
         """
         tools = tools_of(record)
         try:
             if whole:
                 text = self.template.render(messages, tools=tools, add_generation_prompt=False)
-                spans = [(0, len(text))]
-            else:
-                text, spans = said_by_assistant(self.template, self.tokenizer, messages, first=first, tools=tools)
+                return text, [(0, len(text))]
+            return said_by_assistant(self.template, self.tokenizer, messages, first=first, tools=tools)
         except UsageError as error:
             raise DataError(f"{record.place}: {error}") from None
-        found = encode_spans(self.tokenizer, text, spans)
-        if not any(found.generated[1:]):
-            raise DataError(f"{record.place}: the template makes nothing of this that the assistant said; leave it out")
-        return self._cut(record, found)
+
+    def encode(self, records: Sequence[Record], rendered: Sequence[Rendered]) -> list[tuple[Ids, Flags]]:
+        """Ids of what was rendered of each record, and which are trained.
+
+        Raises `DataError` with the line where nothing is trained, or it is too long.
+        """
+        found, begin, size = list[tuple[Ids, Flags]](), 0, 0
+        for end, (text, _) in enumerate(rendered, start=1):
+            size += len(text)
+            if size >= _TEXT or end == len(rendered):
+                encoded = encode_spans(self.tokenizer, rendered[begin:end])
+                found += [self._cut(*one) for one in zip(records[begin:end], encoded, strict=True)]
+                begin, size = end, 0
+        return found
 
     def _cut(self, record: Record, found: EncodedChat) -> tuple[Ids, Flags]:
+        if not any(found.generated[1:]):
+            raise DataError(f"{record.place}: the template makes nothing of this that the assistant said; leave it out")
         if len(found.ids) > self.seq_len and not self.truncate:
             raise DataError(
                 f"{record.place}: the conversation has {len(found.ids)} tokens, data.seq_len leaves room for "
@@ -120,7 +133,8 @@ class ChatTask:
         return f"chats {self.layout.identity} {self.train_on}"
 
     def encode(self, records: Sequence[Record]) -> list[Example | None]:
-        return [self._example(record) for record in records]
+        encoded = self.layout.encode(records, [self._rendered(record) for record in records])
+        return [(ids, trained) if trained.any() else None for ids, trained in encoded]
 
     def tokens(self, example: Example) -> int:
         return len(example[0]) - 1
@@ -134,11 +148,10 @@ class ChatTask:
     def make(self, examples: Sequence[Example]) -> Batch:
         return self.layout.batch([(ids, trained) for ids, trained in examples])
 
-    def _example(self, record: Record) -> Example | None:
+    def _rendered(self, record: Record) -> Rendered:
         messages = conversation_of(record)
         said = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
         if not said and self.train_on != "all":
             raise DataError(f"{record.place}: no message of role assistant, so nothing to learn; take the line out")
         first = said[-1] if self.train_on == "last" else 0
-        ids, trained = self.layout.render(record, messages, first=first, whole=self.train_on == "all")
-        return (ids, trained) if trained.any() else None
+        return self.layout.render(record, messages, first=first, whole=self.train_on == "all")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.data.batch import IGNORED, moved
-from trine.engine.data.chats import ChatLayout
+from trine.engine.data.chats import ChatLayout, Rendered
 from trine.engine.data.conversations import preference_of
 from trine.engine.data.examples import Example, Record
 from trine.engine.data.packing import laid_out
@@ -61,7 +61,10 @@ class PreferenceTask:
         return f"preferences {self.layout.identity} {self.reference}"
 
     def encode(self, records: Sequence[Record]) -> list[Example | None]:
-        return [self._example(record) for record in records]
+        rendered = [one for record in records for one in self._rendered(record)]
+        encoded = self.layout.encode([record for record in records for _ in range(2)], rendered)
+        pairs = zip(encoded[::2], encoded[1::2], strict=True)
+        return [(*one, *other) if one[1].any() and other[1].any() else None for one, other in pairs]
 
     def tokens(self, example: Example) -> int:
         return len(example[0]) + len(example[2]) - 2
@@ -91,7 +94,7 @@ class PreferenceTask:
             num_tokens=batch.num_tokens,
         )
 
-    def _example(self, record: Record) -> Example | None:
+    def _rendered(self, record: Record) -> list[Rendered]:
+        """Both conversations."""
         asked, chosen, rejected = preference_of(record)
-        sides = [self.layout.render(record, [*asked, *answer], first=len(asked)) for answer in (chosen, rejected)]
-        return (*sides[0], *sides[1]) if all(trained.any() for _, trained in sides) else None
+        return [self.layout.render(record, [*asked, *answer], first=len(asked)) for answer in (chosen, rejected)]

@@ -117,8 +117,8 @@ class ChatTemplate:
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message], **values: Any) -> EncodedChat:
         """The conversation as ids, with what the template marks as generated, as transformers has it."""
-        text, spans = self.marked(messages, **values)
-        return encode_spans(tokenizer, text, spans)
+        [encoded] = encode_spans(tokenizer, [self.marked(messages, **values)])
+        return encoded
 
     def _render(self, messages: Sequence[Message], values: dict[str, Any], *, mark: str | None) -> str:
         try:
@@ -135,15 +135,18 @@ class ChatTemplate:
             raise UsageError(f"the model's chat template does not take this conversation: {reason}") from None
 
 
-def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> EncodedChat:
-    """The ids of a rendered conversation, and which of them have a character inside one of the ascending spans."""
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    generated, current = [], 0
-    for begin, end in offsets:
-        while current < len(spans) and spans[current][1] <= begin:
-            current += 1
-        generated.append(current < len(spans) and spans[current][0] < end)
-    return EncodedChat(ids, generated)
+def encode_spans(tokenizer: Tokenizer, rendered: Sequence[tuple[str, Sequence[Span]]]) -> list[EncodedChat]:
+    """The ids of rendered conversations, and which of them have a character inside one of the ascending spans."""
+    encoded = tokenizer.encode_with_offsets([text for text, _ in rendered])
+    chats = []
+    for (ids, offsets), (_, spans) in zip(encoded, rendered, strict=True):
+        generated, current = [], 0
+        for begin, end in offsets:
+            while current < len(spans) and spans[current][1] <= begin:
+                current += 1
+            generated.append(current < len(spans) and spans[current][0] < end)
+        chats.append(EncodedChat(ids, generated))
+    return chats
 
 
 def _named(message: Message) -> dict[str, Any]:

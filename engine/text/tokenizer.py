@@ -160,10 +160,13 @@ class Tokenizer:
         )
         return [(encoding.ids, encoding.word_ids) for encoding in encodings]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `text`, special tokens in it parsed, and the stretch of characters that each stands for."""
-        encoding = self._parsing.encode(text, add_special_tokens=False)
-        return list(encoding.ids), list(encoding.offsets)
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each text, special tokens in it parsed, and the stretch of characters that each id stands for.
+
+        All cores help; memory is some 400 bytes for each token.
+        """
+        found = self._parsing.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in found]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary are a `DataError`."""

@@ -113,7 +113,7 @@ def plan_lines(setup: Setup) -> str:
 def _examples(setup: Setup) -> list[str]:
     kind, stream = setup.recipe.objective.kind, setup.stream
     named = "trained" if kind == "chat" else TERMS.get(kind, "tokens of targets")
-    named += ", what is trained between ⟪ and ⟫" if kind in CHATS else ""
+    named += " (between ⟪ and ⟫)" if kind in CHATS else ""
     return stream.preview(named) if isinstance(stream, ExampleStream) else []
 
 

@@ -108,7 +108,7 @@ def test_a_style_is_written_into_the_tokenizer_and_read_by_transformers(
     assert template is not None
     theirs: Any = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     expected = theirs.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
-    found = encode_spans(again, *said_by_assistant(template, again, TALK))
+    [found] = encode_spans(again, [said_by_assistant(template, again, TALK)])
     assert (found.ids, [int(said) for said in found.generated]) == (expected["input_ids"], expected["assistant_masks"])
     assert teaches_to_end(template, again)
     end = "</s>" if style == "plain" else "<|im_end|>"

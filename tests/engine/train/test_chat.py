@@ -47,7 +47,7 @@ def test_the_dry_run_counts_and_shows_an_example(
     setup = resolve(chat_recipe())
     answers = [json.loads(line)["target"] for line in (objectives_dir / "train.jsonl").read_text().splitlines()]
     trained = sum(len(setup.tokenizer.encode(answer)) + 1 for answer in answers)
-    assert f"{trained:,} trained, between" in said
+    assert f"{trained:,} trained (between" in said
     assert not (tmp_path / "run").exists()
 
 
