@@ -47,7 +47,15 @@ TEST_SECONDS = 180
 # The share of `--minutes` that checks may take where benchmarks follow.
 CHECKS_SHARE = 0.5
 # Kernels whose times say most of serving; those of quantized products have 16 rows, of decoding, and 4096, of prompts.
-SERVING = ("sample", "quantized_linear", "quantized_moe_mlp", "paged_attention", "quantize_rows", "kv_write")
+SERVING = (
+    "sample",
+    "quantized_linear",
+    "quantized_gated",
+    "quantized_moe_mlp",
+    "paged_attention",
+    "quantize_rows",
+    "kv_write",
+)
 # Weights that the benchmark of generation runs beside the model's own.
 SCHEMES = ("w4a16", "w8a16", "fp8")
 _SHOWN_LINES = 40

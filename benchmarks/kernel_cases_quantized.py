@@ -11,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trine.benchmarks.kernel_check import as_tuple
 from trine.benchmarks.kernel_peers import compiled, grouped_experts
 from trine.benchmarks.kernel_peers_inference import chosen_experts, int4_product, scaled_products
-from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, cases
+from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, Results, cases
+from trine.kernels.mlp.activation import gated_reference
 from trine.kernels.mlp.op import gated_mlp_reference
 from trine.kernels.moe.op import moe_mlp_reference
 from trine.kernels.quantized import hopper
-from trine.kernels.quantized.activations import BLOCK, quantize_reference
-from trine.kernels.quantized.op import quantize_rows, quantized_linear
+from trine.kernels.quantized.activations import BLOCK, QuantizedRows, quantize_reference
+from trine.kernels.quantized.op import quantize_rows, quantized_gated, quantized_linear
 from trine.kernels.quantized.packing import pack
 from trine.kernels.quantized.reference import block_scales, dequantize_reference
-from trine.kernels.quantized.scaled_weight import scaled_weight
+from trine.kernels.quantized.scaled_weight import ScaledWeight, scaled_weight
 from trine.kernels.quantized_moe.experts import PackedExperts, float8_experts, mxfp4_experts, pack_experts
 from trine.kernels.quantized_moe.op import quantized_moe_mlp
 from trine.kernels.quantized_moe.reference import float8_reference, mxfp4_reference, packed_reference
@@ -93,6 +95,36 @@ def _of_codes(new: Inputs, x: Tensor, N: int, kind: str) -> Problem:
     Float8 has scales of rows or of blocks; `fast` lets tensor cores keep less exact sums.
     """
     (M, K), dtype, blocks, fast = x.shape, CODES[kind], "blocks" in kind, "fast" in kind
+    weight, dense = _coded(new, N, K, kind)
+    rows, scales = quantize_rows(x, dtype, blocks=blocks), weight.scales
+
+    def exact(x: Tensor) -> Tensor:
+        return quantize_reference(x.float(), dtype, blocks=blocks).dequantize(x.dtype) @ dense(x.dtype).t()
+
+    def ours() -> Tensor:
+        return quantized_linear(rows, weight, fast_sums=fast)
+
+    same = dense(torch.float32).to(new.dtype)
+    return Problem(
+        ours=ours,
+        plain=lambda: F.linear(rows.dequantize(new.dtype), same),
+        variants={
+            "quantizing x": lambda: quantized_linear(x, weight, fast_sums=fast),
+            **_plain_kernel(new, rows, None, weight, ours),
+        },
+        peers={"cuBLAS": lambda: F.linear(x, same), **dict(scaled_products(new, rows, weight))} if new.on_gpu else {},
+        forward=Cost(
+            2.0 * M * N * K, M * K + N * K + new.itemsize * M * N + 4.0 * (rows.scales.numel() + scales.numel())
+        ),
+        cut=(x[:ROWS],),
+        exact=exact,
+        part=lambda x: x[:ROWS],
+    )
+
+
+def _coded(new: Inputs, N: int, K: int, kind: str) -> tuple[ScaledWeight, Callable[[torch.dtype], Tensor]]:
+    """A weight of codes, and its numbers in a dtype."""
+    dtype, blocks = CODES[kind], "blocks" in kind
     if dtype == torch.int8:
         codes_NK = new.integers(255, N, K, dtype=torch.int16).sub_(127).to(torch.int8)
     else:
@@ -100,30 +132,68 @@ def _of_codes(new: Inputs, x: Tensor, N: int, kind: str) -> Problem:
     shape = (N // BLOCK, K // BLOCK) if blocks else (N, 1)
     size = K**-0.5 / (64 if dtype == torch.int8 else 1)
     scales = new.normal(*shape, scale=size, grad=False, dtype=torch.float32).abs()
-    weight, rows = scaled_weight(codes_NK, scales), quantize_rows(x, dtype, blocks=blocks)
 
     def dense(work: torch.dtype) -> Tensor:
         return codes_NK.to(work) * (block_scales(scales, N, K, BLOCK) if blocks else scales).to(work)
 
-    def exact(x: Tensor) -> Tensor:
-        return quantize_reference(x.float(), dtype, blocks=blocks).dequantize(x.dtype) @ dense(x.dtype).t()
+    return scaled_weight(codes_NK, scales), dense
 
-    def on_twin() -> Tensor:
+
+def _plain_kernel(
+    new: Inputs, rows: QuantizedRows, gate: ScaledWeight | None, up: ScaledWeight, ours: Forward
+) -> dict[str, Forward]:
+    """Where ours goes to the Hopper kernel, its twin beside it."""
+    weights = [None if of is None else (of.codes, of.scales) for of in (gate, up)]
+    activation = "none" if gate is None else "silu"
+    if not (new.on_gpu and hopper.selected(rows.codes, weights[0], (up.codes, up.scales), activation, new.dtype)):
+        return {}
+
+    def on_twin() -> Results:
         with hopper.EXPERIMENTAL.force(False):
-            return quantized_linear(rows, weight, fast_sums=fast)
+            return ours()
 
-    variants = {"quantizing x": lambda: quantized_linear(x, weight, fast_sums=fast)}
-    if new.on_gpu and hopper.selected(rows.codes, None, (weight.codes, weight.scales), "none", new.dtype):
-        variants["plain"] = on_twin
-    same = dense(torch.float32).to(new.dtype)
+    return {"plain": on_twin}
+
+
+@cases(
+    "quantized_gated",
+    gpu=[{"M": 4096, "N": 14336, "K": 4096, "kind": kind} for kind in ("fp8", "fp8, blocks")],
+    cpu=[{"M": 4, "N": 256, "K": 256, "kind": kind} for kind in ("int8", "fp8", "fp8, blocks")],
+)
+def quantized_gated_case(new: Inputs, M: int, N: int, K: int, kind: str) -> Problem:
+    """silu(gate) * up of a feed-forward layer, codes on both sides."""
+    x, blocks = new.normal(M, K, grad=False), "blocks" in kind
+    (gate, gate_dense), (up, up_dense) = (_coded(new, N, K, kind) for _ in range(2))
+    rows = quantize_rows(x, CODES[kind], blocks=blocks)
+
+    def ours() -> Tensor:
+        return quantized_gated(rows, gate, up, activation="silu")
+
+    def unit(gate_product: Forward, up_product: Forward) -> Forward:
+        def both() -> Tensor:
+            (gate_MN,), (up_MN,) = as_tuple(gate_product()), as_tuple(up_product())
+            return F.silu(gate_MN) * up_MN
+
+        return both
+
+    def exact(x: Tensor) -> Tensor:
+        x = quantize_reference(x.float(), CODES[kind], blocks=blocks).dequantize(x.dtype)
+        return gated_reference(x @ gate_dense(x.dtype).t(), x @ up_dense(x.dtype).t(), "silu")
+
+    def of_numbers(x: Tensor) -> Forward:
+        return unit(lambda: F.linear(x, gate_NK), lambda: F.linear(x, up_NK))
+
+    gate_NK, up_NK = (dense(torch.float32).to(new.dtype) for dense in (gate_dense, up_dense))
+    peers = {"cuBLAS": of_numbers(x)}
+    if new.on_gpu:
+        products = zip(scaled_products(new, rows, gate), scaled_products(new, rows, up), strict=True)
+        peers |= {name: unit(first, second) for (name, first), (_, second) in products}
     return Problem(
-        ours=lambda: quantized_linear(rows, weight, fast_sums=fast),
-        plain=lambda: F.linear(rows.dequantize(new.dtype), same),
-        variants=variants,
-        peers={"cuBLAS": lambda: F.linear(x, same), **dict(scaled_products(new, rows, weight))} if new.on_gpu else {},
-        forward=Cost(
-            2.0 * M * N * K, M * K + N * K + new.itemsize * M * N + 4.0 * (rows.scales.numel() + scales.numel())
-        ),
+        ours=ours,
+        plain=of_numbers(rows.dequantize(new.dtype)),
+        variants=_plain_kernel(new, rows, gate, up, ours),
+        peers=peers if new.on_gpu else {},
+        forward=Cost(4.0 * M * N * K, M * K + 2.0 * N * K + new.itemsize * M * N),
         cut=(x[:ROWS],),
         exact=exact,
         part=lambda x: x[:ROWS],
