@@ -15,6 +15,7 @@ from trine.benchmarks.kernel_check import as_tuple
 from trine.benchmarks.kernel_peers import compiled, grouped_experts
 from trine.benchmarks.kernel_peers_inference import chosen_experts, int4_product, scaled_products
 from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, Results, cases
+from trine.kernels.hardware import device_name
 from trine.kernels.mlp.activation import gated_reference
 from trine.kernels.mlp.op import gated_mlp_reference
 from trine.kernels.moe.op import moe_mlp_reference
@@ -27,6 +28,7 @@ from trine.kernels.quantized.scaled_weight import ScaledWeight, scaled_weight
 from trine.kernels.quantized_moe.experts import PackedExperts, float8_experts, mxfp4_experts, pack_experts
 from trine.kernels.quantized_moe.op import quantized_moe_mlp
 from trine.kernels.quantized_moe.reference import float8_reference, mxfp4_reference, packed_reference
+from trine.kernels.verified import is_verified
 
 # Numbers of a row that share a scale of 4 or 8 bits.
 GROUP = 128
@@ -143,9 +145,10 @@ def _plain_kernel(
     new: Inputs, rows: QuantizedRows, gate: ScaledWeight | None, up: ScaledWeight, ours: Forward
 ) -> dict[str, Forward]:
     """Where ours goes to the Hopper kernel, its twin beside it."""
-    weights = [None if of is None else (of.codes, of.scales) for of in (gate, up)]
-    activation = "none" if gate is None else "silu"
-    if not (new.on_gpu and hopper.selected(rows.codes, weights[0], (up.codes, up.scales), activation, new.dtype)):
+    if not (new.on_gpu and is_verified(hopper.OPERATION, device_name(new.device))):
+        return {}
+    other, activation = (None, "none") if gate is None else ((gate.codes, gate.scales), "silu")
+    if not hopper.selected(rows.codes, other, (up.codes, up.scales), activation, new.dtype):
         return {}
 
     def on_twin() -> Results:
@@ -180,17 +183,16 @@ def quantized_gated_case(new: Inputs, M: int, N: int, K: int, kind: str) -> Prob
         x = quantize_reference(x.float(), CODES[kind], blocks=blocks).dequantize(x.dtype)
         return gated_reference(x @ gate_dense(x.dtype).t(), x @ up_dense(x.dtype).t(), "silu")
 
-    def of_numbers(x: Tensor) -> Forward:
-        return unit(lambda: F.linear(x, gate_NK), lambda: F.linear(x, up_NK))
-
+    numbers = rows.dequantize(new.dtype)
     gate_NK, up_NK = (dense(torch.float32).to(new.dtype) for dense in (gate_dense, up_dense))
-    peers = {"cuBLAS": of_numbers(x)}
+    plain = unit(lambda: F.linear(numbers, gate_NK), lambda: F.linear(numbers, up_NK))
+    peers = {"cuBLAS": plain}
     if new.on_gpu:
         products = zip(scaled_products(new, rows, gate), scaled_products(new, rows, up), strict=True)
         peers |= {name: unit(first, second) for (name, first), (_, second) in products}
     return Problem(
         ours=ours,
-        plain=of_numbers(rows.dequantize(new.dtype)),
+        plain=plain,
         variants=_plain_kernel(new, rows, gate, up, ours),
         peers=peers if new.on_gpu else {},
         forward=Cost(4.0 * M * N * K, M * K + 2.0 * N * K + new.itemsize * M * N),
