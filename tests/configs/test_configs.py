@@ -15,7 +15,7 @@ ALL_CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.t
 CONFIGS = [path for path in ALL_CONFIGS if not path.stem.startswith(("wikitext-", "numbers-"))]
 MILLIONS = {
     "quickstart": (5.0, 7.0), "quickstart-student": (2.4, 2.8), "shakespeare-char": (0.75, 0.85),
-    "shakespeare-char-6layer": (10.5, 11.0),
+    "shakespeare-char-6layer": (10.5, 11.0), "quickstart-experts": (15.0, 16.0),
 }  # fmt: skip
 # Recipes that begin at the quickstart's model, and what is trained of it.
 ON_QUICKSTART = {"quickstart-lora": (0.45, 0.5), "quickstart-w4a16": (5.0, 7.0)}
