@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,7 +19,16 @@ MILLIONS = {
     "shakespeare-char-6layer": (10.5, 11.0), "quickstart-experts": (15.0, 16.0),
 }  # fmt: skip
 # Recipes that begin at the quickstart's model, and what is trained of it.
-ON_QUICKSTART = {"quickstart-lora": (0.45, 0.5), "quickstart-w4a16": (5.0, 7.0)}
+ON_QUICKSTART = {
+    "quickstart-lora": (0.45, 0.5), "quickstart-w4a16": (5.0, 7.0), "quickstart-chat": (5.0, 7.0),
+    "quickstart-preference": (5.0, 7.0),
+}  # fmt: skip
+# What the examples of recipes look like that users write themselves.
+_TURN = {"role": "user", "content": "abq"}
+EXAMPLES: dict[str, Any] = {
+    "quickstart-chat": {"messages": [_TURN, {"role": "assistant", "content": "arq"}]},
+    "quickstart-preference": {"prompt": "abq", "chosen": "arq", "rejected": "bsq"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +87,17 @@ def test_dry_run_accepts_every_shipped_recipe(
     from trine.engine.train.subject_cost import trained_parameters
 
     characters = path.stem.startswith("shakespeare")
-    overrides = [f"data.path={tokenizers['char' if characters else 'bpe']}", f"run.dir={tmp_path / 'run'}"]
+    data = tokenizers["char" if characters else "bpe"]
+    if path.stem in EXAMPLES:
+        data = tmp_path / "examples.jsonl"
+        data.write_text(16 * f"{json.dumps(EXAMPLES[path.stem])}\n")
+    overrides = [f"data.path={data}", f"run.dir={tmp_path / 'run'}"]
     if path.stem in ON_QUICKSTART:
         overrides.append(f"model.init_from={quickstart}")
     elif not characters:
         overrides.append("model.vocab_size=4096")
+    if path.stem == "quickstart-preference":  # begins at a model that has learned a template
+        overrides.append("objective.chat_template=plain")
     if "[distill]" in path.read_text():
         overrides.append(f"distill.teacher={quickstart}")
     recipe = load_recipe(path, overrides)
