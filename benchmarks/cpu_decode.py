@@ -2,14 +2,14 @@
 
     python -m trine.benchmarks.cpu_decode [--llama PYTHON] [--models 34M,350M] [--weights bf16,int8,int4]
         [--rows 1,4,16,64] [--threads N] [--rounds N] [--real-time]
-    python -m trine.benchmarks.cpu_decode --weights w4a16,w8a16,w8a8 --rows 1 --threads 1
-    python -m trine.benchmarks.cpu_decode --ways --weights bf16,int8,int4,w4a16,w8a16,w8a8 --rows 2,4,8,16
+    python -m trine.benchmarks.cpu_decode --weights w4a16,w8a16,w8a8,fp8,fp8-block --rows 1 --threads 1
+    python -m trine.benchmarks.cpu_decode --ways --weights bf16,int8,int4,w4a16,w8a16,w8a8,fp8,fp8-block --rows 2,4,8,16
 
 Every contestant decodes greedily from a context of 128 tokens with random weights of Llama's shape; a step includes the
 embedding, the output projection and the choice of the next token. llama.cpp runs in a process of the Python that is
 named (with llama-cpp-python and gguf), with bf16, q8_0 and q4_0 weights; transformers runs bf16. Weights as quantized
-checkpoints hold them (w4a16, w8a16, w8a8) run beside our own bf16 ones instead. With `--ways` our two ways to compute a
-step run beside each other, all in compiled loops or with the products of more rows: `STEP_ROWS` of
+checkpoints hold them (w4a16, w8a16, w8a8, fp8, fp8-block) run beside our own bf16 ones instead. With `--ways` our two
+ways to compute a step run beside each other, all in compiled loops or with the products of more rows: `STEP_ROWS` of
 `kernels/cpu/measured.py`. In every round each contestant takes a turn of 24 steps, in another order than the round
 before. Figures are medians over all steps; the ratios are medians over rounds of the ratio of the two turns' medians,
 so that a machine whose speed drifts, or that others use, slows both; with one thread they are in its time on a core.

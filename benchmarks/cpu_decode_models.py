@@ -46,13 +46,13 @@ SHAPES = (Shape("34M", 512, 1376, 8, 8, 8192), Shape("350M", 1024, 2816, 24, 16,
 
 
 # Weights as quantized checkpoints hold them, and the bits of their codes. The output projection stays bf16.
-CHECKPOINTS = {"w4a16": 4, "w8a16": 8, "w8a8": 8}
+CHECKPOINTS = {"w4a16": 4, "w8a16": 8, "w8a8": 8, "fp8": 8, "fp8-block": 8}
 
 
 class Trine:
     """Compiled steps with weights of "bf16", "int8" (a scale a row) or "int4" (a scale for 32 inputs), or of
-    `CHECKPOINTS` (4 bits in groups of 128, 8 bits with a scale a row). `loop_rows`: up to how many rows the loops
-    multiply, or as the table says.
+    `CHECKPOINTS` (4 bits in groups of 128, 8 bits with a scale a row or for 128 x 128). `loop_rows`: up to how many
+    rows the loops multiply, or as the table says.
     """
 
     def __init__(self, shape: Shape, weights: str, rows: int, loop_rows: int | None = None) -> None:
@@ -75,7 +75,7 @@ class Trine:
         weight = torch.randn(n, k) / k**0.5
         if kind == "bf16":
             return Projection(weight.bfloat16())
-        if kind in CHECKPOINTS and kind != "w8a8":
+        if kind in ("w4a16", "w8a16"):
             bits = CHECKPOINTS[kind]
             groups = weight.view(n, -1, 128 if bits == 4 else k)
             scales = (groups.abs().amax(dim=2) / (2 ** (bits - 1) - 1)).bfloat16()
@@ -83,6 +83,8 @@ class Trine:
             packed = pack(codes.to(torch.int8).view(n, k), scales, bits=bits)
             assert packed.lanes is not None
             return LanesProjection(packed.lanes, product=partial(_product, packed))
+        if kind.startswith("fp8"):
+            return self._float8(weight, kind == "fp8-block")
         if kind in ("int8", "w8a8"):
             scales = weight.abs().amax(dim=1) / 127
             codes = (weight / scales[:, None]).round().to(torch.int8)
@@ -93,6 +95,15 @@ class Trine:
         groups = weight.view(n, -1, 32)
         scales = groups.abs().amax(dim=2) / 7
         return int4_projection((groups / scales[:, :, None]).round().to(torch.int8).view(n, k), scales)
+
+    def _float8(self, weight: Tensor, blocks: bool) -> Projection:
+        n, k = weight.shape
+        shape = (-(-n // 128), -(-k // 128)) if blocks else (n,)
+        # All of one size, as all numbers of a random weight are.
+        scales = torch.full(shape, float(weight.abs().max()) / 448) * (1 + torch.rand(shape) / 8)
+        lines = scales.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k] if blocks else scales[:, None]
+        scaled = scaled_weight((weight / lines).clamp(-448, 448).to(torch.float8_e4m3fn), scales)
+        return Projection(scaled.codes, scales, product=partial(_product, scaled), spread=scaled.spread)
 
     def _layer(self, shape: Shape, blocks: int) -> DecodeLayer:
         kind, width, pools = (

@@ -1,12 +1,12 @@
 """Products of rows with plain and quantized weights on a CPU: the table that chooses their path, measured anew.
 
-    python -m trine.benchmarks.cpu_quantized [--threads N] [--class AMX|AVX512] [--quick]
+    python -m trine.benchmarks.cpu_quantized [--threads N] [--class AMX|AVX512] [--quick] [--kinds KIND,...]
     python -m trine.benchmarks.cpu_quantized --chosen [--shape 3072x1024] [--rows 64,128,256,512]
 
-Every path of every kind (`kernels/cpu/table.py`), then the public functions as they choose (`--chosen`: these alone,
-beside bf16 in oneDNN's layout). Contestants run in turns,
-on weights that rotate through 256 MiB; a turn's figure is its fastest call, with one thread in time on the core, for a
-busy machine takes a core away for longer than a call lasts; speeds are medians of each round's ratio to a bf16 product
+Every path of every kind (`kernels/cpu/table.py`), or of those that are named, then the public functions as they choose
+(`--chosen`: these alone, beside bf16 in oneDNN's layout). Contestants run in turns, on weights that rotate through 256
+MiB; a turn's figure is its fastest call, with one thread in time on the core, for a busy machine takes a core away for
+longer than a call lasts; speeds are medians of each round's ratio to a bf16 product
 by `torch.nn.functional.linear`. `--class` names the measurements: a CPU with tiles stands for one without under
 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16. The last line on stdout is one JSON object.
 """
@@ -34,9 +34,10 @@ from trine.engine.env import environment
 from trine.kernels.cpu import codes, matvec, planes, table
 from trine.kernels.cpu.measured import ROWS, SPEEDS
 from trine.kernels.quantized import cpu, op, packing
+from trine.kernels.quantized import scaled_weight as scaled_weights
 from trine.kernels.quantized.cpu_int8 import int8_product, kept_int8
 from trine.kernels.quantized.packing import PackedWeight, pack
-from trine.kernels.quantized.scaled_weight import scaled_weight
+from trine.kernels.quantized.scaled_weight import ScaledWeight, scaled_weight
 
 T = TypeVar("T")
 SHAPE = (2048, 2048)
@@ -83,8 +84,12 @@ class Contestants:
         self.weights = {(bits, layout): packed(bits, layout, shape) for bits in (4, 8) for layout in ("lanes", "rows")}
         self.scales, self.half_scales = torch.rand(N), torch.rand(N).bfloat16()
         self.scaled = pool(lambda: scaled_weight(self.bytes(), self.scales), N * K, opaque=True)
-        float8 = torch.float8_e4m3fn
-        self.float8 = pool(lambda: scaled_weight(torch.randn(N, K).to(float8), self.scales), 2 * N * K, opaque=True)
+        block_scales = torch.rand(-(-N // GROUP), -(-K // GROUP))
+        self.float8 = {
+            (name, coded): pool(partial(_float8, N, K, scales, coded), N * K * (1 if coded else 2), opaque=True)
+            for name, scales in (("float8", self.scales), ("float8 in blocks", block_scales))
+            for coded in (True, False)
+        }
 
     def of_kinds(self, rows: int) -> dict[str, dict[str, Call]]:
         """By kind and path, as in the table."""
@@ -125,6 +130,8 @@ class Contestants:
                 "loops": lambda: by_tokens(x_codes),
             },
         }  # fmt: skip
+        for name in ("float8", "float8 in blocks"):
+            found[f"{name} by float8"] = self._float8(name, half)
         for bits in (4, 8):
             for name, x in (("bfloat16", half), ("float32", single)):
                 found[f"{bits} bits by {name}"] = self._weight_only(bits, x)
@@ -166,6 +173,19 @@ class Contestants:
                 paths |= {"tiles": by_tiles, "slabs": by_slabs}
         return paths
 
+    def _float8(self, name: str, x: Tensor) -> dict[str, Call]:
+        """Numbers in bf16 with their scales, to bf16."""
+        x_scales = torch.rand(len(x), -(-self.shape[1] // GROUP) if "blocks" in name else 1)
+
+        def by(path: str, weight: Callable[[], ScaledWeight]) -> Tensor:
+            return cpu.float8_product(path, x, x_scales, weight(), None, torch.bfloat16, last=True).bfloat16()
+
+        codes, numbers = self.float8[name, True], self.float8[name, False]
+        paths = {path: partial(by, path, codes) for path in table.FLOAT8_PATHS if path != "torch"}
+        if not table.multiplies_bfloats():
+            del paths["panels"]
+        return {**paths, "torch": partial(by, "torch", numbers)}
+
     def as_chosen(self, rows: int) -> dict[str, Call]:
         """The public functions, for bf16 rows."""
         x, multiply = torch.randn(rows, self.shape[1]).bfloat16(), torch.ops.mkldnn._linear_pointwise
@@ -173,11 +193,19 @@ class Contestants:
             "W4A16, groups of 128": self.weights[4, "lanes"],
             "W8A16": self.weights[8, "lanes"],
             "W8A8": self.scaled,
-            "FP8": self.float8,
+            "FP8": self.float8["float8", True],
+            "FP8 in blocks": self.float8["float8 in blocks", True],
         }
         calls: dict[str, Call] = {name: partial(_linear, x, weight) for name, weight in linear.items()}
         kept = {"bf16 packed": lambda: multiply(x, self.half_packed(), None, "none", [], "")}
         return {"bf16": lambda: matvec.matvec(x, self.half()), **kept, **calls}
+
+
+def _float8(num_features: int, width: int, scales: Tensor, coded: bool) -> ScaledWeight:
+    """A weight kept as codes, or as bf16 numbers."""
+    codes_NK = torch.randn(num_features, width).to(torch.float8_e4m3fn)
+    with patch.object(scaled_weights, "keeps_codes", lambda codes: coded):
+        return scaled_weight(codes_NK, scales)
 
 
 def _linear(x: Tensor, weight: Callable[[], Any]) -> Tensor:
@@ -212,13 +240,15 @@ def _row_by_row(kind: str, path: str) -> bool:
 
 
 def measure(
-    contestants: Contestants, rows: int, rounds: int, chosen: bool
+    contestants: Contestants, rows: int, rounds: int, wanted: Sequence[str]
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Speeds relative to plain bf16: by kind and path (not if only what is chosen), and of the public functions."""
+    """Speeds relative to plain bf16: of wanted kinds by path, and of the public functions."""
     x = torch.randn(rows, contestants.shape[1]).bfloat16()
     base = {"base": lambda: F.linear(x, contestants.half())}
     kinds: dict[str, dict[str, float]] = {}
-    for kind, paths in ({} if chosen else contestants.of_kinds(rows)).items():
+    for kind, paths in contestants.of_kinds(rows).items():
+        if kind not in wanted:
+            continue
         few = {path: call for path, call in paths.items() if rows <= MANY or not _row_by_row(kind, path)}
         kinds[kind] = race({**base, **few}, rounds)
         kinds[kind] |= {path: 0.0 for path in paths if path not in few}
@@ -256,12 +286,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--class", dest="name", choices=tuple(SPEEDS), default=table.cpu_class())
     parser.add_argument("--quick", action="store_true", help="1 and 16 rows, 2 rounds")
     parser.add_argument("--chosen", action="store_true", help="the public functions alone")
+    parser.add_argument("--kinds", default=",".join(table.KINDS), help="of the table, with commas between")
     parser.add_argument("--shape", type=_numbers("x", 2), default=SHAPE, help="outputs x inputs, multiples of 128")
     parser.add_argument("--rows", type=_numbers(","), help="with --chosen: numbers of rows instead of the table's")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    wanted = [] if options.chosen else options.kinds.split(",")
+    if unknown := [kind for kind in wanted if kind not in table.KINDS]:
+        parser.error(f"--kinds has {', '.join(unknown)}; known are {', '.join(table.KINDS)}")
     if options.rows and not options.chosen:
         parser.error("--rows goes with --chosen: the table has numbers of rows of its own")
     number_of_rows, rounds = ((1, 16), 2) if options.quick else (options.rows or ROWS, ROUNDS)
@@ -269,7 +303,7 @@ def main(arguments: Sequence[str]) -> None:
     kinds, chosen = {}, {}
     with torch.inference_mode(), patch.object(table, "cpu_class", lambda: options.name):
         for rows in number_of_rows:
-            kinds[rows], chosen[rows] = measure(contestants, rows, rounds, options.chosen)
+            kinds[rows], chosen[rows] = measure(contestants, rows, rounds, wanted)
             for kind, speeds in kinds[rows].items():
                 best = max(speeds, key=lambda path: speeds[path])
                 others = "  ".join(f"{path} {speed:.2f}" for path, speed in speeds.items())

@@ -12,8 +12,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from trine.kernels.attention import hopper as attention_hopper
-from trine.kernels.cpu.measured import MEASURED_ON
-from trine.kernels.cpu.table import KINDS, Range, cpu_class, ranges
+from trine.kernels.cpu.measured import MEASURED_ON, SPEEDS
+from trine.kernels.cpu.table import Range, cpu_class, ranges
 from trine.kernels.hardware import INTERPRETING, device_name
 from trine.kernels.quantized import hopper as products_hopper
 from trine.kernels.verified import is_verified
@@ -101,7 +101,7 @@ def _kernels(gpu: str) -> list[Choice]:
 
 def products_on_cpu() -> tuple[str, tuple[Range, ...]]:
     """Which path multiplies how many rows by a weight on this CPU; before it, on what that was measured."""
-    return MEASURED_ON[cpu_class()], tuple(part for kind in KINDS for part in ranges(kind))
+    return MEASURED_ON[cpu_class()], tuple(part for kind in SPEEDS[cpu_class()] for part in ranges(kind))
 
 
 def _attention_on_cpu(device: torch.device, dtype: torch.dtype) -> tuple[Choice, Choice]:

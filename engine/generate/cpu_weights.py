@@ -38,8 +38,8 @@ def why_not_joined(layers: Sequence[nn.Module]) -> str | None:
     for weight in weights:
         if isinstance(weight, PackedWeight) and weight.lanes is None:
             return f"the model has weights in the layout {weight.layout}"
-        if isinstance(weight, ScaledWeight) and (weight.codes.dtype != weight.kind or weight.packed or weight.blocked):
-            return f"the model has weights in {weight.kind}" + (" with scales of blocks" if weight.blocked else "")
+        if isinstance(weight, ScaledWeight) and (weight.codes.dtype != weight.kind or weight.packed):
+            return f"the model has weights in {weight.kind}, kept in {weight.codes.dtype}"
         if isinstance(weight, ScaledWeight) and weight.width < SHORTEST:
             return f"the model has weights in {weight.kind} [{weight.num_features}, {weight.width}]"
     packed, scaled = _kinds(weights)
@@ -64,9 +64,9 @@ def joined(layers: Sequence[nn.Module], dtype: torch.dtype) -> AnyProjection:
     if isinstance(whole, PackedWeight):
         assert whole.lanes is not None
         return LanesProjection(whole.lanes, bias, _product(whole, bias, dtype))
-    scales = whole.scales.expand(whole.num_features)
-    per_row = whole.kind == torch.int8
-    return Projection(whole.codes, scales, bias, per_row=per_row, product=_product(whole, bias, dtype))
+    scales = whole.scales if whole.blocked else whole.scales.expand(whole.num_features)
+    per_row, product = whole.kind == torch.int8, _product(whole, bias, dtype)
+    return Projection(whole.codes, scales, bias, per_row=per_row, product=product, spread=whole.spread)
 
 
 def _join(layers: Sequence[nn.Module]) -> Weight:

@@ -32,7 +32,7 @@ from trine.kernels.cpu.vector_loops import LANES, STREAMS, block_of_row, load, m
 # Inputs of a block (of e2m1 those that share a scale), and outputs of a piece of work (of e4m3 those that share scales
 # of blocks).
 BLOCK, PIECE = 32, 128
-_HALF_SCALE = np.float32(2.0**8)
+HALF_SCALE = np.float32(2.0**8)
 _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 _I8, _I16, _I32, _I64, _F32 = (ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType())
@@ -46,11 +46,11 @@ def has_instructions() -> bool:
     return bool(features.get("avx512f")) and bool(features.get("avx512bw"))
 
 
-def _from_e4m3(builder: Any, address: Any) -> Any:
+def from_e4m3_lanes(builder: Any, address: Any) -> Any:
     """The numbers of 16 codes over 2^8."""
     if not has_instructions():
         return builder.fmul(
-            e4m3(builder, wide(builder, address)), ir.Constant(_FLOATS, [1 / float(_HALF_SCALE)] * LANES)
+            e4m3(builder, wide(builder, address)), ir.Constant(_FLOATS, [1 / float(HALF_SCALE)] * LANES)
         )
     moved = builder.sext(load(builder, address, _BYTES), _SHORTS)  # the sign stands twice once they are moved
     bits = builder.and_(builder.shl(moved, ir.Constant(_SHORTS, [7] * LANES)), ir.Constant(_SHORTS, [~0x4000] * LANES))
@@ -108,7 +108,7 @@ def _rows(count: int, *, of_e2m1: bool) -> Any:
                         numbers = _from_e2m1(builder, address)
                         scale = _power(builder, builder.add(factors[s], loop.index))
                     else:
-                        numbers = [_from_e4m3(builder, builder.add(address, _I64(at))) for at in (0, LANES)]
+                        numbers = [from_e4m3_lanes(builder, builder.add(address, _I64(at))) for at in (0, LANES)]
                     for m, (first, second) in enumerate(given):
                         total = builder.load(totals[m][s])
                         if of_e2m1:
@@ -137,29 +137,11 @@ def decode_lanes(typing: Any, codes: Any, scale: Any, numbers: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         codes, scale, numbers = arguments
-        scaled = builder.fmul(_from_e4m3(builder, codes), splat(builder, scale))
+        scaled = builder.fmul(from_e4m3_lanes(builder, codes), splat(builder, scale))
         builder.store(narrow(builder, types.uint16, scaled), builder.inttoptr(numbers, _SHORTS.as_pointer())).align = 2
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64), generate
-
-
-@parallel
-def decode_e4m3(codes_NK: Any, scales: Any, first: int, block: int, numbers_NK: Any) -> None:
-    """Numbers in bf16 of codes in uint8, none of which is NaN; times scales of blocks, of which n belongs to line
-    (first + n) / block, where there are any. K is 16 at least.
-
-    The last 16 of a row may overlap those before, which another scale may belong to: so the last block comes first.
-    """
-    N, K = codes_NK.shape
-    size = block if scales.shape[0] > 0 else K
-    for n in prange(N):
-        codes, numbers = codes_NK.ctypes.data + n * K, numbers_NK.ctypes.data + 2 * n * K
-        for b in range((K + size - 1) // size - 1, -1, -1):
-            scale = _HALF_SCALE * (scales[(first + n) // size, b] if scales.shape[0] > 0 else np.float32(1))
-            for begin in range(b * size, min(K, (b + 1) * size), LANES):
-                at = min(begin, K - LANES)
-                decode_lanes(codes + at, scale, numbers + 2 * at)
 
 
 @serial
@@ -228,7 +210,7 @@ def multiply_e4m3(codes_NK: Any, scales: Any, spread: int, x_MK: Any, y_MN: Any)
         multiply_piece(codes_NK.ctypes.data, K, 0, 0, x_MB, first, last, y_MN, False)
         for m in range(M):
             for n in range(first, last):
-                y_MN[m, n] *= _HALF_SCALE if spread > 1 else _HALF_SCALE * scales[n, 0]
+                y_MN[m, n] *= HALF_SCALE if spread > 1 else HALF_SCALE * scales[n, 0]
 
 
 @parallel

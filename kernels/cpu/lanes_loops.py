@@ -140,7 +140,7 @@ def no_sums(typing: Any, rows: Any) -> Any:
     return kind(rows), generate
 
 
-def _host_has(feature: str) -> bool:
+def host_has(feature: str) -> bool:
     """Whether code is compiled for a CPU that has an instruction: this one, unless the user says otherwise."""
     own = config.CPU_NAME is None and config.CPU_FEATURES is None
     return own and bool(llvmlite.binding.get_host_cpu_features().get(feature))
@@ -149,7 +149,7 @@ def _host_has(feature: str) -> bool:
 def codes_of(builder: Any, words: Any, count: int) -> list[Any]:
     """The codes of each word, of which there are `count`, as vectors of fp32."""
     bits = 32 // count
-    if bits == 4 and _host_has("avx512f"):  # a shift and a look-up instead of two shifts and a conversion
+    if bits == 4 and host_has("avx512f"):  # a shift and a look-up instead of two shifts and a conversion
         signature = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
         look_up = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512.permvar.sf.512")
         table = ir.Constant(_FLOATS, [float(code - 16 if code > 7 else code) for code in range(LANES)])
@@ -270,7 +270,7 @@ def store_totals(typing: Any, sums: Any, y: Any, rows: Any, n: Any) -> Any:
 # --- Dequantizing -----------------------------------------------------------------------------------------------------
 
 
-class _Bfloat(ir.Type):  # type: ignore[misc]
+class Bfloat(ir.Type):  # type: ignore[misc]
     """LLVM's bf16, which llvmlite has no name for."""
 
     def _to_string(self) -> str:
@@ -282,8 +282,8 @@ def narrow(builder: Any, kind: Any, vector: Any) -> Any:
     if kind == types.float32:
         return vector
     short = ir.VectorType(ir.IntType(16), LANES)
-    if _host_has("avx512bf16"):  # elsewhere LLVM would call a library
-        return builder.bitcast(builder.fptrunc(vector, ir.VectorType(_Bfloat(), LANES)), short)
+    if host_has("avx512bf16"):  # elsewhere LLVM would call a library
+        return builder.bitcast(builder.fptrunc(vector, ir.VectorType(Bfloat(), LANES)), short)
     bits = builder.bitcast(vector, _INTS)
     odd = builder.and_(builder.lshr(bits, same(16)), same(1))
     bits = builder.add(builder.add(bits, same(0x7FFF)), odd)

@@ -20,10 +20,12 @@ MEASURED_ON = {
 # (`python -m trine.benchmarks.cpu_decode --ways`).
 STEP_ROWS = {
     "AMX": {
-        "float32": 8, "bfloat16": 8, "int8 by float32": 8, "lanes": 8, "int8": 8, "int8 by int8": 8, "int4": 8,
+        "float32": 8, "bfloat16": 8, "int8 by float32": 8, "float8": 8, "lanes": 8, "int8": 8,
+        "int8 by int8": 8, "int4": 8,
     },
     "AVX512": {
-        "float32": 8, "bfloat16": 8, "int8 by float32": 8, "lanes": 16, "int8": 16, "int8 by int8": 16, "int4": 16,
+        "float32": 8, "bfloat16": 8, "int8 by float32": 8, "float8": 16, "lanes": 16, "int8": 16,
+        "int8 by int8": 16, "int4": 16,
     },
 }  # fmt: skip
 
@@ -105,6 +107,18 @@ SPEEDS: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
             "torch": (3.55, 1.14, 1.18, 1.17, 1.26, 1.53, 1.7),
             "packed": (3.42, 2.97, 3.08, 2.63, 2.44, 2.1, 1.89),
             "loops": (3.27, 3.07, 2.98, 3.5, 3.09, 1.94, 1.68),
+        },
+        "float8 by float8": {
+            "torch": (0.9, 0.9, 0.9, 0.9, 0.9, 0.95, 0.95),
+            "pieces": (0.5, 0.5, 0.5, 0.6, 0.7, 0.9, 0.95),
+            "loops": (5.0, 5.0, 4.0, 2.0, 1.3, 0.0, 0.0),
+            "panels": (0.5, 0.5, 0.5, 0.8, 1.5, 1.0, 0.97),
+        },
+        "float8 in blocks by float8": {
+            "torch": (0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2),
+            "pieces": (0.5, 0.5, 0.5, 0.6, 0.7, 0.9, 0.95),
+            "loops": (5.0, 5.0, 4.0, 2.0, 1.0, 0.0, 0.0),
+            "panels": (0.5, 0.5, 0.5, 0.8, 1.5, 1.0, 0.97),
         },
         "4 bits by bfloat16": {
             "loops": (5.87, 3.61, 2.01, 1.78, 1.08, 0.0, 0.0),

@@ -3,7 +3,7 @@
 Inputs are prepared once for all rows of a weight (`prepare`): cut into blocks, and rounded to int8 where the weight's
 codes are multiplied as they are. They are with a scale for every 64 inputs, an error about that of the weight's own
 rounding to 8 bits, or with one for the row, where that is what a quantized model asks for. Those of float8 become
-float8 numbers times a scale of the row, in fp32.
+float8 numbers, with a scale for the row or for every 128 of them (`float8_loops.py`).
 
 A projection is fourteen int64 (`FIELDS`); `prepare` and `multiply_range` are called by address.
 
@@ -18,11 +18,11 @@ import numpy as np
 
 from trine.kernels.cpu.compiled import callback, serial
 from trine.kernels.cpu.dots_loops import round_rows
-from trine.kernels.cpu.float_rows_loops import e4m3_rows, e4m3_rows_4
+from trine.kernels.cpu.float8_loops import GROUP, laid_bytes, round_float8, sum_float8
 from trine.kernels.cpu.memory_loops import bytes_at, call_with, floats, longs, shorts, words
-from trine.kernels.cpu.numbers_loops import add_product, dot, widen
-from trine.kernels.cpu.quantize import FLOAT8_LIMIT, LIMIT, SMALLEST_SCALE
-from trine.kernels.cpu.quantize_loops import quantize_row, round_e4m3, scale_of
+from trine.kernels.cpu.numbers_loops import add_product, dot
+from trine.kernels.cpu.quantize import LIMIT, SMALLEST_SCALE
+from trine.kernels.cpu.quantize_loops import quantize_row, scale_of
 from trine.kernels.cpu.rounding_loops import round_block
 from trine.kernels.cpu.vector_loops import (
     AHEAD_BYTES,
@@ -44,7 +44,7 @@ from trine.kernels.cpu.vector_loops import (
 
 # Kinds of weights. Those of codes are multiplied by inputs of int8, `INT8_TOKENS` with one scale a row. `TILES` and
 # `DOTS` are the layout "lanes" (`codes.py`), multiplied by the function at `multiply`, as fp32 or as whole numbers.
-# Scales of `FLOAT8` are those of its codes over 2^8.
+# Scales of `FLOAT8` are those of its codes over 2^8: `groups` in a line, which `chunk` outputs share.
 FLOAT32, BFLOAT16, INT8, FLOAT8, TILES, DOTS, INT8_CODES, INT8_TOKENS, INT4_CODES = range(9)
 # The longest chunk of a row of lanes.
 LONGEST_CHUNK = 128
@@ -79,6 +79,8 @@ def prepared_bytes(kind: int, num_inputs: int) -> Any:
     """Bytes of one prepared row."""
     if kind in (TILES, DOTS):
         return 4 * ((num_inputs + LONGEST_CHUNK - 1) // LONGEST_CHUNK * LONGEST_CHUNK)
+    if kind == FLOAT8:
+        return laid_bytes(num_inputs) + 4 * ((num_inputs + GROUP - 1) // GROUP)
     blocks, size = blocks_of(kind, num_inputs)
     return blocks * (size + 4 + 4 * LANES) if kind >= INT8_CODES else 4 * blocks * size
 
@@ -162,21 +164,13 @@ def sum_tokens(
             m += 1
 
 
-@serial
-def round_float8(x_K: Any, rounded_K: Any) -> None:
-    """A row as float8 numbers times its scale."""
-    numbers_K, scale = np.empty(x_K.shape[0], np.uint16), scale_of(x_K, FLOAT8_LIMIT, SMALLEST_SCALE)
-    round_e4m3(x_K, scale, FLOAT8_LIMIT, numbers_K)
-    for k in range(x_K.shape[0]):
-        rounded_K[k] = widen(numbers_K[k]) * scale
-
-
 @callback("void(int64, int64, int64, int64)")
 def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
     """Blocks of the rows at x (fp32, [M, K]) to `place`: numbers; or codes [M, B, 64], scales [M, B], sums [M, B, 16].
 
     The last block ends with the row (4 bits: is filled up), so that no weight is read beyond its row. Of lanes:
-    whole rows, filled up to chunks, or rounded (`dots_loops.py`). Of codes with one scale a row: `round_tokens`.
+    whole rows, filled up to chunks, or rounded (`dots_loops.py`). Of int8 with one scale a row: `round_tokens`. Of
+    float8: `float8_loops.round_float8`.
     """
     projection = longs(fields, len(FIELDS))
     kind, K = projection[KIND], projection[INPUTS]
@@ -189,20 +183,20 @@ def prepare(fields: int, x: int, num_rows: int, place: int) -> None:
     if kind == INT8_TOKENS:
         round_tokens(floats(x, num_rows * K), K, place)
         return
+    if kind == FLOAT8:
+        round_float8(x, num_rows, K, projection[GROUPS], place)
+        return
     if kind < INT4_CODES and K < CODE_BLOCK:
         return  # read as they are
     blocks, size = blocks_of(kind, K)
-    if kind < FLOAT8 and K % size == 0:
+    if kind < INT8_CODES and K % size == 0:
         return  # so are these
     x_MK = floats(x, num_rows * K)
     scales = floats(place + num_rows * blocks * size, num_rows * blocks)
     sums = place + num_rows * blocks * (size + 4)
-    part_S, rounded_K = np.empty(size, np.float32), np.empty(K if kind == FLOAT8 else 0, np.float32)
+    part_S = np.empty(size, np.float32)
     for m in range(num_rows):
         x_K = x_MK[m * K : (m + 1) * K]
-        if kind == FLOAT8:
-            round_float8(x_K, rounded_K)
-            x_K = rounded_K
         for b in range(blocks):
             begin = b * size
             first = min(begin, K - size) if kind != INT4_CODES else begin
@@ -267,8 +261,6 @@ def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: 
                         float32_rows_4(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
                     elif kind == BFLOAT16:
                         bfloat16_rows_4(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
-                    elif kind == FLOAT8:
-                        e4m3_rows_4(row, apart * step, K, 0, 0, x, x_step, to, 4 * apart, y_step)
                     else:
                         int8_rows_4(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
                     m += 4
@@ -277,8 +269,6 @@ def sum_streams(projection: Any, prepared: int, num_rows: int, begin: int, end: 
                     float32_rows(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
                 elif kind == BFLOAT16:
                     bfloat16_rows(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
-                elif kind == FLOAT8:
-                    e4m3_rows(row, apart * step, K, 0, 0, x, x_step, to, 4 * apart, y_step)
                 else:
                     int8_rows(row, apart * step, K, x, x_step, to, 4 * apart, y_step)
                 m += 1
@@ -306,10 +296,14 @@ def multiply_range(
         call_with(projection[MULTIPLY_LANES], (fields, x, prepared, num_rows, begin, end, y, y_step))
     elif projection[KIND] < INT4_CODES and projection[INPUTS] < CODE_BLOCK:
         sum_plain(projection, x, num_rows, begin, end, y, y_step)
+    elif projection[KIND] == FLOAT8:
+        K, groups = projection[INPUTS], projection[GROUPS]
+        weight = (projection[WEIGHT], K, projection[SCALES], groups, projection[CHUNK])
+        sum_float8(weight, prepared, prepared + num_rows * laid_bytes(K), num_rows, begin, end, y, y_step)
     else:
-        whole = projection[KIND] < FLOAT8 and projection[INPUTS] % FLOAT_BLOCK == 0
+        whole = projection[KIND] < INT8_CODES and projection[INPUTS] % FLOAT_BLOCK == 0
         sum_streams(projection, x if whole else prepared, num_rows, begin, end, y, y_step)
-    scaled = projection[KIND] in (INT8, FLOAT8, INT8_CODES, INT8_TOKENS)
+    scaled = projection[KIND] in (INT8, INT8_CODES, INT8_TOKENS)
     for m in range(num_rows):
         y_N = floats(y + m * y_step + 4 * begin, end - begin)
         if scaled:

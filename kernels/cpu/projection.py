@@ -1,6 +1,6 @@
 """What a step multiplies by: a weight in one of the forms that the loops read, with its bias.
 
-    Projection        fp32 or bf16; int8 with a scale a row; int4 with a scale for 32 inputs
+    Projection        fp32 or bf16; int8 with a scale a row; float8 with one a row or block; int4 with one for 32 inputs
     LanesProjection   4 or 8 bits in the layout "lanes" (`codes.py`), as a quantized checkpoint is held for all products
 
 Shapes: M rows, K inputs, N outputs, G groups.
@@ -21,11 +21,13 @@ from trine.kernels.cpu.compiled import address, array, single
 
 # Kinds of numbers, as in `product_loops.py` (which imports Numba). Inputs of a shorter row are not rounded.
 FLOAT32, BFLOAT16, INT8, FLOAT8, TILES, DOTS, INT8_CODES, INT8_TOKENS, INT4_CODES = range(9)
-# What `measured.py` calls them; float8 is read as fast as int8.
-NAMES = ("float32", "bfloat16", "int8 by float32", "int8 by float32", "lanes", "lanes", "int8", "int8 by int8", "int4")
+# What `measured.py` calls them.
+NAMES = ("float32", "bfloat16", "int8 by float32", "float8", "lanes", "lanes", "int8", "int8 by int8", "int4")
 SHORTEST = 64
 # Of int4: codes of one half of 64 bytes, and codes with one scale.
 CODES_OF_HALF, SCALED = 64, 32
+# Of float8 with scales of blocks: inputs with one.
+BLOCKED = 128
 # Of scales, as in `codes_loops.py`.
 _SCALE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # x w^T + bias of rows [M, K] in fp32.
@@ -40,8 +42,9 @@ class Projection:
     (always for int4): inputs are rounded to int8 with a scale for every 64 of them, which is about as large an error as
     that of the weight's own rounding to 8 bits, and a third of the arithmetic. `per_row`: with one scale for each row
     of inputs, as `quantized/activations.py` rounds them (int8 only, of at least 64 inputs). float8 (e4m3) codes, none
-    of which is NaN, have one scale a row, and inputs become float8 numbers so. `product`: of more rows than loops take;
-    without one, a copy of the weight is made for it.
+    of which is NaN, have one scale a row, and inputs become float8 numbers so; or scales [ceil(N / spread), ceil(K /
+    128)], each of `spread` outputs and 128 inputs, and inputs have one for as many. `product`: of more rows than loops
+    take; without one, a copy of the weight is made for it.
     """
 
     weight: Tensor
@@ -51,6 +54,7 @@ class Projection:
     num_inputs: int | None = None  # of int4, whose rows are filled up
     per_row: bool = False
     product: Product | None = None
+    spread: int = 1
 
     @property
     def inputs(self) -> int:
@@ -79,6 +83,9 @@ class Projection:
         """The weight [N, K] in fp32."""
         if self.scales is None:
             return self.weight.float()
+        if self.scales.dim() == 2 and self.num_inputs is None:
+            lines = self.scales.float().repeat_interleave(self.spread, 0)[: len(self.weight)]
+            return self.weight.float() * lines.repeat_interleave(BLOCKED, 1)[:, : self.inputs]
         if self.num_inputs is None:
             return self.weight.float() * self.scales.float()[:, None]
         pairs = self.weight.unflatten(1, (-1, CODES_OF_HALF))
@@ -109,10 +116,14 @@ class Projection:
             raise ValueError(f"scales are {'missing for' if quantized else 'given with'} {name} of {weight.dtype}")
         if self.scales is not None and weight.dtype == torch.uint8 and self.scales.dtype != torch.float16:
             raise ValueError(f"scales of {name} are {self.scales.dtype}; int4_projection makes fp16")
-        sizes = {"bias": self.bias, "scales": None if weight.dtype == torch.uint8 else self.scales}
-        for part, x in sizes.items():
-            if x is not None and tuple(x.shape) != (len(weight),):
-                raise ValueError(f"{part} of {name} have shape {tuple(x.shape)}; expected ({len(weight)},)")
+        blocked = self.scales is not None and self.scales.dim() == 2 and weight.dtype == torch.float8_e4m3fn
+        blocks = (-(-len(weight) // self.spread), -(-self.inputs // BLOCKED))
+        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"bias": (self.bias, (len(weight),))}
+        if weight.dtype != torch.uint8:
+            shapes["scales"] = self.scales, blocks if blocked else (len(weight),)
+        for part, (x, shape) in shapes.items():
+            if x is not None and tuple(x.shape) != shape:
+                raise ValueError(f"{part} of {name} have shape {tuple(x.shape)}; expected {shape}")
 
     def fields(self, keep: list[Any]) -> list[int]:
         """`FIELDS` of `product_loops.py`; the memory that they point to is put into `keep`."""
@@ -125,9 +136,10 @@ class Projection:
         bias = single(self.bias)
         keep += (weight, scales, bias)
         scales_step = scales.strides[0] if scales.size else 0
+        groups = 1 if scales.ndim == 1 else scales.shape[1]
         return [
             self.kind, weight.ctypes.data, len(weight), self.inputs, weight.strides[0], address(scales), scales_step,
-            address(bias), 0, 0, 0, 0, 0, 0,
+            address(bias), 0, 0, 0, self.spread, groups, 0,
         ]  # fmt: skip
 
 

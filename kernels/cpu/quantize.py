@@ -43,6 +43,16 @@ def float8_rows(x_MK: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return numbers_MK, scales_MB
 
 
+def scaled_numbers(numbers_MK: Tensor, scales_MB: Tensor, block: int) -> Tensor:
+    """Numbers in bf16 times their scales, those of `float8_rows`, rounded to bf16."""
+    from trine.kernels.cpu.quantize_loops import scale_numbers
+
+    use_torch_threads()
+    scaled_MK = torch.empty_like(numbers_MK)
+    scale_numbers(array(numbers_MK.contiguous()), single(scales_MB), block, array(scaled_MK))
+    return scaled_MK
+
+
 def scaled(sums_MN: Tensor, x_scales_M: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:
     """sums x_scales scales + bias in fp32, rounded to bf16, which the sums are in; in their place."""
     from trine.kernels.cpu.quantize_loops import scale_sums

@@ -88,6 +88,19 @@ def quantize_e4m3(x_MK: Any, block: int, limit: float, smallest: float, numbers_
 
 
 @parallel
+def scale_numbers(numbers_MK: Any, scales_MB: Any, block: int, scaled_MK: Any) -> None:
+    """Numbers in bf16 times their scales, of which every `block` numbers have one, rounded to bf16."""
+    K = numbers_MK.shape[1]
+    for m in prange(numbers_MK.shape[0]):
+        row_K = row_of(numbers_MK[m])
+        for b in range(scales_MB.shape[1]):
+            for k in range(b * block, min(K, (b + 1) * block)):
+                row_K[k] *= scales_MB[m, b]
+        for k in range(K):
+            store(scaled_MK[m], k, row_K[k])
+
+
+@parallel
 def scale_sums(sums_MN: Any, x_scales_M: Any, scales_N: Any, bias_N: Any, y_MN: Any) -> None:
     """y = sums x_scales scales + bias, in fp32 and rounded to the numbers of y; the bias may be empty, y the sums."""
     for m in prange(sums_MN.shape[0]):

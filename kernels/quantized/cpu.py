@@ -9,8 +9,9 @@ multiplied in fp32: torch's product of fp16 is 10 times slower than that where a
 
 int8 codes: exact integer sums, scaled before they leave the cache, by compiled loops (`kernels/cpu/matvec.py`) or, from
 some rows on, in matrix tiles (`kernels/cpu/byte_tiles.py`); elsewhere torch's integer product (`cpu_int8.py`), then the
-scales. float8 codes: few rows by loops that decode them in registers, more by bf16 numbers, which hold them exactly
-(`kernels/cpu/float_rows.py`); where there are no such loops the numbers are what is kept.
+scales. float8 codes: few rows by loops that decode them in registers, more in panels or by bf16 numbers, which hold
+them exactly (`kernels/cpu/float_rows.py`); where there are no such loops the numbers are what is kept. In pieces, for a
+result in bf16 by a weight with scales of blocks, rows and weight are multiplied by their scales and rounded before.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from trine.kernels.cpu.float8 import to_bfloat16
 from trine.kernels.cpu.matvec import compiled_codes_matvec
 from trine.kernels.cpu.planes import planes_matmul
 from trine.kernels.cpu.projection import SHORTEST
-from trine.kernels.cpu.quantize import can_quantize, scaled
-from trine.kernels.cpu.table import LANES_PATHS, ROWS_PATHS, choose
+from trine.kernels.cpu.quantize import can_quantize, scaled, scaled_numbers
+from trine.kernels.cpu.table import FLOAT8_PATHS, LANES_PATHS, ROWS_PATHS, choose
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import int8_product
 from trine.kernels.quantized.packing import PackedWeight, unpack
@@ -176,46 +177,88 @@ def scaled_rows(
         sums_MN = int8_product(x_codes_MK, codes_NK, num_features, packed=weight.packed)
         y_MN = sums_MN.mul_(x_scales.view(-1, 1)).mul_(scales)
     else:
-        y_MN = _float8_rows(_numbers(x_codes_MK), x_scales, weight, dtype)
-        half = y_MN.dtype == torch.bfloat16
-        if half and stored == torch.bfloat16 and not weight.blocked and can_quantize(y_MN):
-            return scaled(y_MN, x_scales.flatten().expand(len(y_MN)), scales.expand(num_features), bias_N)
-        y_MN = y_MN.float()
-        if not weight.blocked:
-            y_MN = y_MN.mul_(x_scales.view(-1, 1)).mul_(scales)
+        path = float8_path(len(x_codes_MK), weight)
+        return float8_product(path, _numbers(x_codes_MK), x_scales, weight, bias_N, dtype, last=last)
     return y_MN if bias_N is None else y_MN + bias_N.float()
 
 
-def _float8_rows(x_MK: Tensor, x_scales: Tensor, weight: ScaledWeight, dtype: torch.dtype) -> Tensor:
-    """Sums of codes as bf16 numbers, of blocks with their scales. For results in bf16, sums may be in that.
+def float8_path(num_rows: int, weight: ScaledWeight) -> str:
+    """Of `FLOAT8_PATHS` the one that multiplies so many rows by a weight of float8."""
+    if weight.codes.dtype != torch.float8_e4m3fn or torch.compiler.is_compiling() or not num_rows:
+        return "torch"
+    kind = "float8 in blocks by float8" if weight.blocked else "float8 by float8"
+    fits = float_rows.fits_panels(weight.num_features, weight.width)
+    return choose(kind, num_rows, FLOAT8_PATHS if fits else ("loops", "pieces"))
 
-    Those of many rows by blocks then take numbers that were multiplied by their scales and rounded to bf16.
-    """
+
+def float8_product(
+    path: str,
+    x_MK: Tensor,
+    x_scales: Tensor,
+    weight: ScaledWeight,
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    last: bool = False,
+) -> Tensor:
+    """`scaled_rows` of float8 numbers in bf16, by a path."""
     codes_NK, scales, num_features = weight.codes, weight.scales, weight.num_features
+    stored = torch.bfloat16 if last and dtype == torch.bfloat16 else torch.float32
+    if path == "panels":
+        return float_rows.float8_panels(x_MK, x_scales, codes_NK, scales, weight.spread, bias_N, stored)
+    if path == "loops":
+        y_MN = float_rows.float8_matvec(x_MK, x_scales, codes_NK, scales, weight.spread)
+    elif weight.blocked:
+        y_MN = _blocked_rows(x_MK, x_scales, weight, dtype)
+    else:
+        y_MN = _float8_rows(x_MK, weight, dtype)
+        if y_MN.dtype == stored == torch.bfloat16 and can_quantize(y_MN):
+            return scaled(y_MN, x_scales.flatten().expand(len(y_MN)), scales.expand(num_features), bias_N)
+        y_MN = y_MN.float().mul_(x_scales.view(-1, 1)).mul_(scales)
+    if bias_N is not None:
+        return y_MN.float() + bias_N.float()
+    return y_MN if last else y_MN.float()
+
+
+def _float8_rows(x_MK: Tensor, weight: ScaledWeight, dtype: torch.dtype) -> Tensor:
+    """Sums of codes as bf16 numbers, without scales; for results in bf16 in that."""
+    codes_NK, work = weight.codes, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if codes_NK.dtype != torch.float8_e4m3fn or torch.compiler.is_compiling():
+        w_NK = to_bfloat16(codes_NK) if codes_NK.dtype == torch.float8_e4m3fn else codes_NK
+        return F.linear(x_MK.to(work), w_NK.to(work))
+    return _linear_in_pieces(x_MK.to(work), weight.num_features, float_rows.e4m3_pieces(codes_NK))
+
+
+def _blocked_rows(x_MK: Tensor, x_scales: Tensor, weight: ScaledWeight, dtype: torch.dtype) -> Tensor:
+    """The product with its scales of blocks; for results in bf16 both sides are scaled and rounded to it before."""
+    codes_NK, scales, spread = weight.codes, weight.scales, weight.spread
     coded = codes_NK.dtype == torch.float8_e4m3fn
-    spread_MK = x_scales.repeat_interleave(BLOCK, 1)[:, : weight.width] if weight.blocked else None
-    if coded and float_rows.multiplies(len(x_MK), weight.width):
-        if spread_MK is None:
-            return float_rows.e4m3_matvec(x_MK, codes_NK, torch.ones(num_features, 1), 1)
-        return float_rows.e4m3_matvec(x_MK.float() * spread_MK, codes_NK, scales, BLOCK)
-    work = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    if not coded or torch.compiler.is_compiling():
-        w_NK = to_bfloat16(codes_NK) if coded else codes_NK
-        return _by_blocks(x_MK, x_scales, w_NK, scales) if weight.blocked else F.linear(x_MK.to(work), w_NK.to(work))
-    if spread_MK is not None and work == torch.float32:
+    if coded and torch.compiler.is_compiling():
+        codes_NK, coded = to_bfloat16(codes_NK), False
+    if not coded:
+        return _by_blocks(x_MK, x_scales, codes_NK, scales, spread)
+    if dtype != torch.bfloat16:
         pieces = float_rows.e4m3_pieces(codes_NK)
-        return torch.cat([_by_blocks(x_MK, x_scales, w_nK, scales, rows.start) for rows, w_nK in pieces], dim=1)
-    y_MN = torch.empty(len(x_MK), num_features, dtype=work)
-    rows_MK = (x_MK if spread_MK is None else x_MK * spread_MK).to(work)
-    of_blocks = () if spread_MK is None else (scales, BLOCK)
-    for outputs, w_nK in float_rows.e4m3_pieces(codes_NK, *of_blocks):
-        y_MN[:, outputs] = F.linear(rows_MK, w_nK.to(work))
+        return torch.cat([_by_blocks(x_MK, x_scales, w_nK, scales, spread, rows.start) for rows, w_nK in pieces], dim=1)
+    rows_MK = scaled_numbers(x_MK, x_scales, BLOCK)
+    return _linear_in_pieces(rows_MK, weight.num_features, float_rows.e4m3_pieces(codes_NK, scales, spread))
+
+
+def _linear_in_pieces(x_MK: Tensor, num_features: int, pieces: Iterator[tuple[slice, Tensor]]) -> Tensor:
+    """x w^T in the dtype of x, of some outputs after the other."""
+    y_MN = x_MK.new_empty(len(x_MK), 0)
+    for outputs, w_nK in pieces:
+        y_Mn = F.linear(x_MK, w_nK.to(x_MK.dtype))
+        if y_Mn.shape[1] == num_features:
+            return y_Mn
+        y_MN = y_MN if outputs.start else x_MK.new_empty(len(x_MK), num_features)
+        y_MN[:, outputs] = y_Mn
     return y_MN
 
 
-def _by_blocks(x_MK: Tensor, x_scales: Tensor, w_nK: Tensor, scales: Tensor, begin: int = 0) -> Tensor:
+def _by_blocks(x_MK: Tensor, x_scales: Tensor, w_nK: Tensor, scales: Tensor, spread: int, begin: int = 0) -> Tensor:
     """The products of blocks of 128 inputs, each times its scales, in fp32; `begin`: the first output."""
-    y_Mn, lines_n = torch.zeros(len(x_MK), len(w_nK)), torch.arange(begin, begin + len(w_nK)) // BLOCK
+    y_Mn, lines_n = torch.zeros(len(x_MK), len(w_nK)), torch.arange(begin, begin + len(w_nK)) // spread
     for block, first in enumerate(range(0, x_MK.shape[1], BLOCK)):
         part = slice(first, first + BLOCK)
         sums_Mn = F.linear(x_MK[:, part].float(), w_nK[:, part].float())

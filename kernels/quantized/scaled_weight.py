@@ -4,6 +4,8 @@
     one for all            [1]                             w[n, k] = q[n, k] s[0]
     one for each block     [ceil(N / 128), ceil(K / 128)]  w[n, k] = q[n, k] s[n // 128, k // 128]    (float8 only)
 
+Joined weights of blocks have as many outputs in a block as divide all of them (`spread`), 128 at most.
+
 Codes lie as [N, K], which is how tensor cores want both operands, and a CPU's compiled loops. Where a CPU has no loops
 for float8, or a code is NaN, they are kept as bf16 numbers (`kernels/cpu/float_rows.py`), and int8 codes without Numba
 in the layout of the product that multiplies them (`cpu_int8.py`).
@@ -11,6 +13,7 @@ in the layout of the product that multiplies them (`cpu_int8.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +26,6 @@ from trine.kernels.cpu.float_rows import keeps_codes
 from trine.kernels.launch import ceil_div
 from trine.kernels.quantized.activations import BLOCK
 from trine.kernels.quantized.cpu_int8 import kept_int8, plain_int8
-from trine.kernels.quantized.reference import block_scales
 from trine.kernels.target import on_device, uses_triton
 
 KINDS = (torch.int8, torch.float8_e4m3fn)
@@ -33,7 +35,7 @@ KINDS = (torch.int8, torch.float8_e4m3fn)
 class ScaledWeight:
     """A weight made by `scaled_weight`. `kind` is the dtype of its codes, whatever they are kept in.
 
-    `packed`: they are in oneDNN's layout.
+    `packed`: they are in oneDNN's layout. `spread`: outputs of a block, 1 where scales are not of blocks.
     """
 
     codes: Tensor
@@ -42,6 +44,7 @@ class ScaledWeight:
     num_features: int
     width: int
     packed: bool
+    spread: int = 1
 
     @property
     def blocked(self) -> bool:
@@ -66,14 +69,15 @@ class ScaledWeight:
         work = torch.promote_types(dtype, torch.float32)
         scales, codes_NK = self.scales.to(work), self.plain_codes().to(work)
         if self.blocked:
-            return (codes_NK * block_scales(scales, self.num_features, self.width, BLOCK)).to(dtype)
+            lines = scales.repeat_interleave(self.spread, 0)[: self.num_features]
+            return (codes_NK * lines.repeat_interleave(BLOCK, 1)[:, : self.width]).to(dtype)
         return (codes_NK * scales[:, None]).to(dtype)
 
 
 def can_join(weights: Sequence[ScaledWeight]) -> bool:
-    """Whether `join` takes them: plain codes of one kind, as wide, with a scale for each output or for all."""
-    kinds = {(one.kind, one.width) for one in weights}
-    return len(kinds) == 1 and not any(one.packed or one.blocked for one in weights)
+    """Whether `join` takes them: plain codes of one kind, as wide, with scales of blocks or with others."""
+    kinds = {(one.kind, one.width, one.blocked) for one in weights}
+    return len(kinds) == 1 and not any(one.packed for one in weights)
 
 
 def join(weights: Sequence[ScaledWeight]) -> tuple[ScaledWeight, list[ScaledWeight]]:
@@ -81,6 +85,14 @@ def join(weights: Sequence[ScaledWeight]) -> tuple[ScaledWeight, list[ScaledWeig
     assert can_join(weights)
     rows = [one.num_features for one in weights]
     codes = torch.cat([one.codes for one in weights])
+    if weights[0].blocked:
+        spread = math.gcd(*(one.spread for one in weights), *rows[:-1])
+        lines = [
+            one.scales.repeat_interleave(one.spread // spread, 0)[: ceil_div(one.num_features, spread)]
+            for one in weights
+        ]
+        whole = replace(weights[0], codes=codes, scales=torch.cat(lines), num_features=sum(rows), spread=spread)
+        return whole, [replace(one, codes=part) for one, part in zip(weights, codes.split(rows), strict=True)]
     scales = torch.cat([one.scales.expand(count) for one, count in zip(weights, rows, strict=True)])
     parts = zip(weights, codes.split(rows), scales.split(rows), strict=True)
     return (
@@ -125,4 +137,4 @@ def scaled_weight(codes_NK: Tensor, scales: Tensor) -> ScaledWeight:
         kept, packed = (_aligned(codes_NK), False) if available() else kept_int8(codes_NK)
     else:
         kept = codes_NK.contiguous() if keeps_codes(codes_NK) else to_bfloat16(codes_NK)
-    return ScaledWeight(kept, scales, codes_NK.dtype, num_features, width, packed)
+    return ScaledWeight(kept, scales, codes_NK.dtype, num_features, width, packed, BLOCK if blocked else 1)

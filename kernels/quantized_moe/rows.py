@@ -133,7 +133,7 @@ def linear_rows(x_MK: Tensor, weight: PackedWeight | FloatRows, bias_N: Tensor |
     """x w^T + bias in the dtype of x: few rows by the codes, more by rows of the weight dequantized some at a time."""
     if isinstance(weight, PackedWeight):
         return weight_only_rows(x_MK, weight, bias_N)
-    if float_rows.multiplies(len(x_MK), weight.width, float_rows.MOST_EXPERT_ROWS):
+    if float_rows.multiplies(len(x_MK), weight.width):
         y_MN = weight.multiply(x_MK)
         return (y_MN if bias_N is None else y_MN.add_(bias_N)).to(x_MK.dtype)
     y_MN = x_MK.new_empty(len(x_MK), weight.num_features)

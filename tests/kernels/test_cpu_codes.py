@@ -227,7 +227,7 @@ def test_rounding_to_bf16_does_not_need_the_instruction(monkeypatch: pytest.Monk
     from trine.kernels.cpu import codes_loops, lanes_loops
 
     weight, exact = lanes(4, True)
-    monkeypatch.setattr(lanes_loops, "_host_has", lambda feature: False)
+    monkeypatch.setattr(lanes_loops, "host_has", lambda feature: False)
     (parts, shifts), out = weight.arguments, torch.empty(192, 48, dtype=torch.bfloat16)
     source: Any = codes_loops.dequantize_codes
     anew = compiled.parallel(source.py_func)

@@ -90,5 +90,5 @@ def test_a_layer_takes_any_dtype_and_adds_its_bias(dtype: torch.dtype) -> None:
 def test_what_the_loops_do_not_take() -> None:
     assert not float_rows.multiplies(0, 64)
     assert not float_rows.multiplies(float_rows.MOST_ROWS + 1, 64)
-    assert float_rows.multiplies(float_rows.MOST_EXPERT_ROWS, 64, float_rows.MOST_EXPERT_ROWS)
+    assert float_rows.multiplies(float_rows.MOST_ROWS, 64)
     assert not float_rows.multiplies(1, float_rows.BLOCK - 1)

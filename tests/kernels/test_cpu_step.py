@@ -36,6 +36,10 @@ def quantize(weight: Tensor, kind: str) -> AnyProjection:
     if kind == "float8":
         scales = weight.abs().amax(dim=1) / 448
         return Projection((weight / scales[:, None]).to(torch.float8_e4m3fn), scales)
+    if kind == "float8 in blocks":  # those of 64 outputs, as of weights that were joined
+        scales = weight.abs().amax() / 448 * (1 + torch.rand(-(-len(weight) // 64), -(-weight.shape[1] // 128)))
+        lines = scales.repeat_interleave(64, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+        return Projection((weight / lines).to(torch.float8_e4m3fn), scales, spread=64)
     if kind.startswith("int8"):
         scales = weight.abs().amax(dim=1) / 127
         codes = (weight / scales[:, None]).round().to(torch.int8)
@@ -120,8 +124,22 @@ def by_float8(x: Tensor) -> Tensor:
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).double()
 
 
+def by_float8_of_128(x: Tensor) -> Tensor:
+    """Numbers rounded to float8 with a scale for every 128 of a row."""
+    return torch.cat([by_float8(part) for part in x.split(128, dim=-1)], dim=-1)
+
+
 def as_given(x: Tensor) -> Tensor:
     return x
+
+
+ROUNDING = {
+    "int8": by_64,
+    "int4": by_64,
+    "int8 by rows": by_rows,
+    "float8": by_float8,
+    "float8 in blocks": by_float8_of_128,
+}
 
 
 def by_float64(
@@ -172,6 +190,8 @@ def relative_rms(found: Tensor, exact: Tensor) -> float:
         ("int8 by rows", 3, 1e-5),
         ("float8", 2, 1e-5),
         ("float8", 6, 1e-5),
+        ("float8 in blocks", 1, 1e-5),
+        ("float8 in blocks", 7, 1e-5),
         ("int8 by rows", 7, 1e-5),
         ("lanes dots 4 32 bfloat16", 1, 1e-6),
         ("lanes floats 4 32 float16 zeros", 3, 1e-6),
@@ -191,13 +211,12 @@ def test_a_layer_equals_float64_at_any_number_of_rows(kind: str, rows: int, allo
     tensors, blocks = make_inputs([1 + 7 * row % 30 for row in range(rows)])
     arguments = make_layer(kind, 0, blocks)
     x = torch.randn(rows, C, generator=torch.Generator().manual_seed(1))
-    rounding = {"int8": by_64, "int4": by_64, "int8 by rows": by_rows, "float8": by_float8}.get(kind, as_given)
-    exact = by_float64(x, arguments, tensors, rounding if rows <= LOOP_ROWS else as_given)
+    exact = by_float64(x, arguments, tensors, ROUNDING.get(kind, as_given) if rows <= LOOP_ROWS else as_given)
     step = DecodeStep([DecodeLayer(**arguments)])
     step.loop_rows = LOOP_ROWS
     found = step.run(x.clone(), StepInputs(**tensors))
     errors = sorted(map(relative_rms, found, exact))
-    assert errors[-2 if allowed == 1e-5 else -1] < allowed
+    assert errors[-2 if allowed == 1e-5 and rows > 1 else -1] < allowed
     assert errors[-1] < 2e-2
     assert relative_rms(x, exact) > 0.1  # the layer does something
 

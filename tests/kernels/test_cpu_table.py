@@ -17,18 +17,20 @@ CLASSES = pytest.mark.parametrize("name", list(SPEEDS))
 def numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "available", lambda: True)
     monkeypatch.setattr(table, "multiplies_bytes", lambda: True)
+    monkeypatch.setattr(table, "multiplies_bfloats", lambda: True)
 
 
 @CLASSES
 def test_every_class_measured_every_kind_at_every_number_of_rows(name: str) -> None:
     assert name in MEASURED_ON
-    assert tuple(SPEEDS[name]) == table.KINDS
+    assert all("float8" in kind for kind in set(table.KINDS) - set(SPEEDS[name]))
     for kind, paths in SPEEDS[name].items():
         assert "torch" in paths
         assert all(len(speeds) == len(ROWS) for speeds in paths.values()), kind
         for path in ("tiles", "slabs"):
             assert (path in paths) == (name == "AMX" and kind.endswith("bits by bfloat16"))
         assert ("planes" in paths) == (name == "AVX512" and "bits" in kind)
+        assert ("panels" in paths) == ("float8" in kind)
     assert list(ROWS) == sorted(ROWS)
 
 
@@ -65,6 +67,18 @@ def test_without_the_instruction_for_bytes_nothing_is_chosen_that_lives_from_it(
     monkeypatch.setattr(table, "multiplies_bytes", lambda: False)
     assert "planes" not in {table.choose(kind, rows) for kind in table.KINDS for rows in ROWS}
     assert {table.choose("int8 by int8", rows, ("loops", "torch")) for rows in ROWS} == {"torch"}
+
+
+@pytest.mark.usefixtures("numba")
+def test_without_the_instruction_for_bf16_there_are_no_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ("float8 by float8", "float8 in blocks by float8")
+    for name in SPEEDS:  # a class that was not measured goes by the other
+        monkeypatch.setattr(table, "cpu_class", lambda name=name: name)
+        monkeypatch.setattr(table, "multiplies_bfloats", lambda: True)
+        assert {table.choose(kind, 64, table.FLOAT8_PATHS[:3]) for kind in kinds} == {"panels"}
+        monkeypatch.setattr(table, "multiplies_bfloats", lambda: False)
+        assert {table.choose(kind, 64, table.FLOAT8_PATHS[:3]) for kind in kinds} == {"pieces"}
+        assert {table.choose(kind, 1, table.FLOAT8_PATHS) for kind in kinds} == {"loops"}
 
 
 @CLASSES

@@ -162,6 +162,7 @@ QUANTIZED = {
     "w8a16": make_scheme("w8a16"),
     "w8a8": make_scheme("w8a8"),
     "fp8": make_scheme("fp8"),
+    "fp8-block": make_scheme("fp8-block"),
 }
 
 
@@ -183,7 +184,7 @@ def test_compiled_steps_of_quantized_models_give_the_plain_generators_texts(
 
 
 @needs_loops
-@pytest.mark.parametrize("name", ["w4a16", "w8a8"])
+@pytest.mark.parametrize("name", ["w4a16", "w8a8", "fp8-block"])
 def test_codes_of_joined_layers_are_held_once(name: str) -> None:
     model = make_model(width=64, ffn_width=128)
     quantize(model, QUANTIZED[name])
