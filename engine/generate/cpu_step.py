@@ -23,7 +23,7 @@ from trine.engine.generate.cpu_weights import joined, rounds_inputs, why_not_joi
 from trine.engine.log import say_once
 from trine.engine.model.blocks import MLP, Attention, Block
 from trine.engine.model.config import ModelConfig, RopeConfig
-from trine.engine.model.layers import LayerNorm, Linear, RMSNorm
+from trine.engine.model.layers import HeadNorm, LayerNorm, Linear, RMSNorm
 from trine.engine.model.moe import ExpertLinear, Experts, MixtureOfExperts
 from trine.engine.model.paged_cache import PagedCache, PagedStep
 from trine.engine.model.quantized.experts import QuantizedExpertLinear, QuantizedExperts
@@ -73,16 +73,19 @@ class CpuDecoder:
         slots: np.ndarray[Any, Any],
         table: np.ndarray[Any, Any],
         lengths: np.ndarray[Any, Any],
+        longer: np.ndarray[Any, Any] | None = None,
     ) -> Tensor:
         """fp32 logits [R, V], whose memory the next step uses again. ids, positions, slots: int64 [R]; lengths (the new
-        tokens counted): int32 [R]; table: int32 [R, M].
+        tokens counted): int32 [R]; table: int32 [R, M]. `longer`, bool [R]: whose rotation is that of long sequences,
+        for models that change it.
         """
         config = self._model.config
         # Rounded as in the model's forward, which wrote the keys that these queries meet.
         places_1R = torch.from_numpy(positions)[None]
         angles: list[tuple[Tensor, Tensor]] = []
+        longer_1R = None if longer is None else torch.from_numpy(longer)[None]
         for rope in _rotations(config):
-            tables = rotary_tables(rope, config.head_dim, places_1R, self._compute_dtype)
+            tables = rotary_tables(rope, config.head_dim, places_1R, self._compute_dtype, longer_1R)
             angles.append((tables[0][0], tables[1][0]))
         cos, sin = angles[0] if angles else (None, None)
         inputs = StepInputs(
@@ -132,12 +135,8 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
         return 'the model has placement = "post_sum"'
     if config.norm.startswith("layer") and config.placement in ("post", "both"):
         return f'the model has norm = "{config.norm}" behind its layers'
-    if config.qk_norm == "each_head" or (config.qk_norm is not None and config.norm.startswith("layer")):
-        return f'the model has qk_norm = "{config.qk_norm}"'
     if config.logit_scale != 1.0 and config.head_bias:
         return "the model has a bias beside scaled logits"
-    if config.rope_switch is not None:
-        return f"the model's rotation changes at {config.rope_switch} tokens"
     if model.dtype not in _TOLERANCE or compute_dtype != model.dtype:
         return f"weights are {model.dtype}, computed in {compute_dtype}"
     if cache.dtype not in (torch.float32, torch.bfloat16, torch.int8):
@@ -145,8 +144,8 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
     if not available():
         return why_not()
     known = {
-        Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm, LayerNorm, MixtureOfExperts, Experts,
-        ExpertLinear, QuantizedExperts, QuantizedExpertLinear,
+        Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm, LayerNorm, HeadNorm, MixtureOfExperts,
+        Experts, ExpertLinear, QuantizedExperts, QuantizedExpertLinear,
     }  # fmt: skip
     parts = [part for block in model.layers for part in block.modules()]
     other = [part for part in parts if type(part) not in known]
@@ -210,6 +209,14 @@ def _norm(norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
     return None if weight is None else weight.detach(), None if bias is None else bias.detach()
 
 
+def _head_norm(norm: nn.Module | None, config: ModelConfig, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias as `DecodeLayer` takes them: LayerNorm's for each head of its own."""
+    weight, bias = _norm(norm)
+    if config.norm.startswith("layer"):
+        return tuple(None if x is None else x.expand(heads, config.head_dim) for x in (weight, bias))  # type: ignore[return-value]
+    return weight, bias
+
+
 def _norms(block: Any, config: ModelConfig) -> LayerNorms:
     """Which of a block's norms stands where: `engine/model/blocks.py` names them after files."""
     second = block.post_attention_layernorm
@@ -239,6 +246,10 @@ def _rotations(config: ModelConfig) -> list[RopeConfig]:
 def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: torch.dtype) -> DecodeLayer:
     attention = block.self_attn
     layer = attention.layer
+    (q_norm, q_bias), (k_norm, k_bias) = (
+        _head_norm(norm, config, heads)
+        for norm, heads in ((attention.q_norm, config.num_heads), (attention.k_norm, config.num_kv_heads))
+    )
     qkv, out, *dense = (joined(layers, compute_dtype) for layers in _groups(block))
     gate_up, down = dense or (None, None)
     scales = (cache.k_scale_LPSK, cache.v_scale_LPSK)
@@ -253,8 +264,10 @@ def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: to
             cache.k_LPSKD[layer], cache.v_LPSKD[layer], *(None if scale is None else scale[layer] for scale in scales)
         ),
         num_heads=config.num_heads,
-        q_norm=_norm(attention.q_norm)[0],
-        k_norm=_norm(attention.k_norm)[0],
+        q_norm=q_norm,
+        k_norm=k_norm,
+        q_norm_bias=q_bias,
+        k_norm_bias=k_bias,
         activation=config.activation,
         gated=config.mlp == "gated",
         parallel="parallel" in config.placement,
@@ -275,26 +288,27 @@ def _difference(model: Transformer, cache: PagedCache, decoder: CpuDecoder, comp
     ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
     blocks = np.arange(-(-count // size), dtype=np.int32)[None]
     positions = np.arange(count)
-    step = PagedStep(
-        cache=cache,
-        positions_BT=torch.from_numpy(positions)[None],
-        slots_N=torch.from_numpy(positions),
-        block_table_RM=torch.from_numpy(blocks),
-        lengths_R=torch.tensor([count], dtype=torch.int32),
-        query_starts=torch.tensor([0, count], dtype=torch.int32),
-        max_queries=count,
-        num_slots=count,
-    )
-    cache.step = step
-    expected_V = model.logits(model(ids[None], cache=cache, compute_dtype=compute_dtype)[0, -1])
     last = slice(count - 1, count)
     worst = 0.0
-    for copies in (1, 4):  # both ways of computing a step
-        rows = np.repeat(positions[last], copies)
-        slots = np.where(np.arange(copies) == 0, rows, -1)
-        found_RV = decoder.run(
-            np.repeat(ids.numpy()[last], copies), rows, slots, np.repeat(blocks, copies, axis=0),
-            np.full(copies, count, np.int32),
-        )  # fmt: skip
-        worst = max(worst, float((found_RV - expected_V).abs().max() / expected_V.abs().max()))
+    for longer in (False,) if config.rope_switch is None else (False, True):
+        cache.step = PagedStep(
+            cache=cache,
+            positions_BT=torch.from_numpy(positions)[None],
+            slots_N=torch.from_numpy(positions),
+            block_table_RM=torch.from_numpy(blocks),
+            lengths_R=torch.tensor([count], dtype=torch.int32),
+            query_starts=torch.tensor([0, count], dtype=torch.int32),
+            max_queries=count,
+            num_slots=count,
+            longer_N=None if config.rope_switch is None else torch.full((count,), longer),
+        )
+        expected_V = model.logits(model(ids[None], cache=cache, compute_dtype=compute_dtype)[0, -1])
+        for copies in (1, 4):  # both ways of computing a step
+            rows = np.repeat(positions[last], copies)
+            slots = np.where(np.arange(copies) == 0, rows, -1)
+            found_RV = decoder.run(
+                np.repeat(ids.numpy()[last], copies), rows, slots, np.repeat(blocks, copies, axis=0),
+                np.full(copies, count, np.int32), None if config.rope_switch is None else np.full(copies, longer),
+            )  # fmt: skip
+            worst = max(worst, float((found_RV - expected_V).abs().max() / expected_V.abs().max()))
     return worst

@@ -31,6 +31,8 @@ from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, INT8, AnyProjection,
 # The second branch of a layer: rows [M, C] in fp32 to as many of any dtype.
 FeedForward = Callable[[Tensor], Tensor]
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+# What norms of q and k are taken over, as in `step_attention_loops.py`.
+EACH_HEAD, ALL_HEADS, LAYER_NORM_HEADS = range(3)
 _CACHE_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
@@ -116,6 +118,8 @@ class DecodeLayer:
         feed_forward: FeedForward | None = None,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
+        q_norm_bias: Tensor | None = None,
+        k_norm_bias: Tensor | None = None,
         activation: str = "silu",
         gated: bool = True,
         parallel: bool = False,
@@ -130,8 +134,9 @@ class DecodeLayer:
         """`qkv`, `gate_up`: joined rows, in this order (without a gate, up alone).
 
         Either `gate_up` and `down`, or `feed_forward` in their place, which gets rows [M, C] in fp32 and gives as many.
-        `q_norm`, `k_norm`: RMSNorm's weights [D] of each head, or [H D] and [K D] of all heads together. `rotation`:
-        which of the step's angles turn q and k; None turns neither. Other options as of `paged_attention` and
+        `q_norm`, `k_norm`: RMSNorm's weights [D] of each head, or [H D] and [K D] of all heads together; or LayerNorm's
+        [H, D] and [K, D], with biases or without. `rotation`: which of the step's angles turn q and k; None turns
+        neither. Other options as of `paged_attention` and
         `write_kv`. Raises ValueError for what does not fit, RuntimeError where Numba is not available.
         """
         if not available():
@@ -160,14 +165,23 @@ class DecodeLayer:
         norms.check(C)
         if parallel and (norms.after_attention_C is not None or norms.after_mlp_C is not None):
             raise ValueError("parallel branches have no norms after them")
-        full = q_norm is not None and len(q_norm) == num_heads * D != D
-        for name, x, size in (
-            ("q_norm", q_norm, num_heads * D if full else D),
-            ("k_norm", k_norm, K * D if full else D),
-            ("sinks", sinks_H, num_heads),
+        by_layer_norm = q_norm is not None and q_norm.dim() == 2
+        full = q_norm is not None and not by_layer_norm and len(q_norm) == num_heads * D != D
+        if not by_layer_norm and (q_norm_bias is not None or k_norm_bias is not None):
+            raise ValueError("q_norm_bias and k_norm_bias go with norms of q and k that are LayerNorm")
+
+        def shape_of(heads: int) -> tuple[int, ...]:
+            return (heads, D) if by_layer_norm else (heads * D if full else D,)
+
+        for name, x, shape in (
+            ("q_norm", q_norm, shape_of(num_heads)),
+            ("k_norm", k_norm, shape_of(K)),
+            ("q_norm_bias", q_norm_bias, (num_heads, D)),
+            ("k_norm_bias", k_norm_bias, (K, D)),
+            ("sinks", sinks_H, (num_heads,)),
         ):
-            if x is not None and tuple(x.shape) != (size,):
-                raise ValueError(f"{name} has shape {tuple(x.shape)}; expected ({size},)")
+            if x is not None and tuple(x.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {shape}")
         if isinstance(gate_up, LanesProjection) and gated and feed % LANES:
             raise ValueError(f"gate_up has {feed} rows of gate; tiles of codes need a multiple of {LANES}")
         self.head_dim, self.width, self.window = D, C, -1 if window is None else window
@@ -187,7 +201,7 @@ class DecodeLayer:
             single(x)
             for x in (
                 norms.attention_C, norms.attention_bias_C, norms.mlp_C, norms.mlp_bias_C, norms.after_attention_C,
-                norms.after_mlp_C, q_norm, k_norm,
+                norms.after_mlp_C, q_norm, k_norm, q_norm_bias, k_norm_bias,
             )
         ]  # fmt: skip
         pools, layout = pool_arguments(cache.k, cache.v, cache.k_scale, cache.v_scale)
@@ -198,7 +212,8 @@ class DecodeLayer:
         k, v, k_scale, v_scale = pools
         self.fields = [
             num_heads, K, D, ACTIVATIONS[activation], gated, parallel, norms.layer, interleaved,
-            -1 if rotation is None else rotation, self.window, address(sinks), *(address(row) for row in rows), full, 0,
+            -1 if rotation is None else rotation, self.window, address(sinks), *(address(row) for row in rows),
+            ALL_HEADS if full else LAYER_NORM_HEADS if by_layer_norm else EACH_HEAD, 0,
             attend_address(_CACHE_KINDS[cache.k.dtype]),
             address(k), k.size, address(v), v.size, address(k_scale), address(v_scale),
             k_scale.size, layout[0], *layout[2:],

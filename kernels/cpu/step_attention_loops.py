@@ -15,7 +15,7 @@ from trine.kernels.cpu.attention_loops import SPLIT, attend_split, merge, visibl
 from trine.kernels.cpu.compiled import callback, serial
 from trine.kernels.cpu.memory_loops import bytes_at, call_with, claim, doubles, finish, floats, longs, shorts, words
 from trine.kernels.cpu.product_loops import BFLOAT16, FLOAT32, INT8
-from trine.kernels.cpu.rows_loops import rms_factor, turn, write_head
+from trine.kernels.cpu.rows_loops import layer_norm, rms_factor, turn, write_head
 from trine.kernels.cpu.step_layout_loops import (
     ATTEND_HEADS,
     ATTENDED,
@@ -23,7 +23,6 @@ from trine.kernels.cpu.step_layout_loops import (
     COS,
     DONE,
     EPS,
-    FULL_QK,
     HEAD_DIM,
     HEADER,
     HEADS,
@@ -31,6 +30,7 @@ from trine.kernels.cpu.step_layout_loops import (
     K_BLOCK,
     K_HEAD,
     K_NORM,
+    K_NORM_BIAS,
     K_NUMBERS,
     K_SCALE,
     K_SLOT,
@@ -47,6 +47,8 @@ from trine.kernels.cpu.step_layout_loops import (
     PAIRS,
     PARTS,
     Q_NORM,
+    Q_NORM_BIAS,
+    QK_NORM,
     QKV,
     ROTATION,
     ROWS,
@@ -67,17 +69,23 @@ from trine.kernels.cpu.step_layout_loops import (
     V,
 )
 
+# What norms of q and k are taken over, as in `layer.py`.
+EACH_HEAD, ALL_HEADS, LAYER_NORM_HEADS = range(3)
+
 
 @serial
-def normed_head(layer: Any, options: Any, angles: Any, norm: int, heads: Any, x: int, y_D: Any) -> None:
+def normed_head(layer: Any, options: Any, angles: Any, norm: int, bias: int, heads: Any, x: int, y_D: Any) -> None:
     """Head x of those of q or k with its norm, or its part of the norm of all, and its rotation."""
     D = y_D.shape[0]
     x_D = heads[x * D : (x + 1) * D]
     if norm == 0:
         for d in range(D):
             y_D[d] = x_D[d]
+    elif layer[QK_NORM] == LAYER_NORM_HEADS:
+        bias_D = floats(bias + 4 * x * D, D if bias != 0 else 0)
+        layer_norm(x_D, floats(norm + 4 * x * D, D), bias_D, np.float32(options[EPS]), y_D)
     else:
-        full = layer[FULL_QK] != 0
+        full = layer[QK_NORM] == ALL_HEADS
         factor = rms_factor(heads if full else x_D, np.float32(options[EPS]))
         weight_D, offset = floats(norm + (4 * x * D if full else 0), D), np.float32(options[OFFSET])
         for d in range(D):
@@ -115,7 +123,8 @@ def attend_pools(
         k, v, k_scales, v_scales = pools
         k_D = np.empty(D, np.float32)
         for x in range(first_head, last_head):
-            normed_head(layer, options, angles, layer[K_NORM], qkv[H * D : (H + num_kv_heads) * D], x, k_D)
+            k_KD = qkv[H * D : (H + num_kv_heads) * D]
+            normed_head(layer, options, angles, layer[K_NORM], layer[K_NORM_BIAS], k_KD, x, k_D)
             v_D = qkv[(H + num_kv_heads + x) * D : (H + num_kv_heads + x + 1) * D]
             scale_place = slot * num_kv_heads + x
             write_head(k_D, k, slot * layer[K_SLOT] + x * layer[K_HEAD], k_scales, scale_place)
@@ -123,7 +132,7 @@ def attend_pools(
     first, G = first_head * group, (last_head - first_head) * group
     q_GD = np.empty((G, D), np.float32)
     for g in range(G):
-        normed_head(layer, options, angles, layer[Q_NORM], qkv[: H * D], first + g, q_GD[g])
+        normed_head(layer, options, angles, layer[Q_NORM], layer[Q_NORM_BIAS], qkv[: H * D], first + g, q_GD[g])
     layout = (
         layer[BLOCK_SIZE], num_kv_heads, layer[K_BLOCK], layer[K_SLOT], layer[K_HEAD], layer[V_BLOCK], layer[V_SLOT],
         layer[V_HEAD],

@@ -85,6 +85,9 @@ def make(
         quantized = {"k_scale": scales[0].contiguous(), "v_scale": scales[1].contiguous()}
     heads = {"q_norm": H, "k_norm": K} if qk_norm == "full" else {"q_norm": 1, "k_norm": 1}
     head_norms = {name: torch.rand(number * D, generator=generator) + 0.5 for name, number in heads.items()}
+    if qk_norm == "layer":
+        shapes = {"q_norm": (H, D), "k_norm": (K, D), "k_norm_bias": (K, D)}
+        head_norms = {name: torch.rand(shape, generator=generator) + 0.5 for name, shape in shapes.items()}
     return {
         "norms": norms_of(placement, norm, generator, eps=eps, unit_offset=unit_offset),
         "qkv": projection((H + 2 * K) * D, C, dtype, seed + 1, bias),
@@ -146,6 +149,12 @@ def by_torch(x: Tensor, arguments: dict[str, Any], cache: Cache, tensors: dict[s
         arguments[name].to(dtype) if name in arguments else None for name in ("q_norm", "k_norm")
     ]
     qkv = apply(arguments["qkv"], normed(x, norms, norms.attention_C, norms.attention_bias_C), dtype)
+    if qk[0] is not None and qk[0].dim() == 2:
+        heads = list(qkv.unflatten(1, (-1, D)).split([H, K, K], dim=1))
+        for i, name in enumerate(("q_norm", "k_norm")):
+            heads[i] = F.layer_norm(heads[i], (D,), eps=norms.eps) * arguments[name].to(dtype)
+        heads[1] += arguments["k_norm_bias"].to(dtype)
+        qkv, qk = torch.cat(heads, dim=1).flatten(1), [None, None]
     if qk[0] is not None and len(qk[0]) > D:
         parts = list(qkv.split([H * D, K * D, K * D], dim=1))
         parts[:2] = [
@@ -203,6 +212,7 @@ def with_call(arguments: dict[str, Any]) -> dict[str, Any]:
         (torch.float32, torch.float32, {"placement": "parallel", "norm": "layer", "gated": False, "bias": True}),
         (torch.float32, torch.float32, {"placement": "parallel", "norm": "layer without biases", "activation": "relu"}),
         (torch.float32, torch.float32, {"norm": "layer", "gated": False, "rotation": None, "activation": "gelu"}),
+        (torch.float32, torch.float32, {"norm": "layer", "qk_norm": "layer", "placement": "parallel"}),
         (torch.float32, torch.float32, {"called": True, "residual_scale": 0.5}),
         (torch.bfloat16, torch.float32, {"called": True, "placement": "both"}),
         (torch.int8, torch.bfloat16, {"norm": "layer", "residual_scale": 0.5, "activation": "gelu", "bias": True}),
@@ -274,6 +284,8 @@ WIDE = Projection(torch.ones(C, C))
         ),
         ({"q_norm": torch.ones(D)}, "q_norm and k_norm go together"),
         ({"k_norm": torch.ones(3), "q_norm": torch.ones(D)}, r"k_norm has shape \(3,\); expected \(16,\)"),
+        ({"q_norm_bias": torch.ones(H, D)}, "q_norm_bias and k_norm_bias go with norms of q and k"),
+        ({"k_norm": torch.ones(K, D), "q_norm": torch.ones(3, D)}, r"q_norm has shape \(3, 16\); expected \(4, 16\)"),
         ({"sinks_H": torch.ones(3)}, r"sinks has shape \(3,\); expected \(4,\)"),
         ({"window": -1}, "window is -1"),
         ({"rotation": 2}, "rotation is 2; give 0 or 1"),

@@ -271,8 +271,21 @@ def test_int4_codes_come_back_from_their_layout(columns: int) -> None:
 
 
 def test_the_constants_of_python_are_those_of_the_loops() -> None:
-    from trine.kernels.cpu import attention_loops, codes_loops, product_loops, projection, step, vector_loops
+    from trine.kernels.cpu import (
+        attention_loops,
+        codes_loops,
+        float8_loops,
+        layer,
+        product_loops,
+        projection,
+        step,
+        step_attention_loops,
+        vector_loops,
+    )
 
+    over = ("EACH_HEAD", "ALL_HEADS", "LAYER_NORM_HEADS")
+    assert [getattr(layer, name) for name in over] == [getattr(step_attention_loops, name) for name in over]
+    assert projection.BLOCKED == float8_loops.GROUP
     assert step.SPLIT == attention_loops.SPLIT
     assert projection.SHORTEST == vector_loops.CODE_BLOCK == projection.CODES_OF_HALF
     kinds = ("FLOAT32", "BFLOAT16", "INT8", "FLOAT8", "TILES", "DOTS", "INT8_CODES", "INT8_TOKENS", "INT4_CODES")
