@@ -40,10 +40,10 @@ from trine.kernels.cpu.step import DecodeStep, StepInputs
 _KNOWN = {
     "family", "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_width",
     "max_positions", "norm", "norm_eps", "placement", "embedding_norm", "positions", "position_offset", "rope",
-    "rope_interleaved", "window_rope", "unrotated_layers", "qkv_bias", "o_bias", "qk_norm", "window", "full_layers",
-    "attention_scale", "attention_softcap", "attention_sinks", "mlp", "moe", "activation", "mlp_bias", "tie_embeddings",
-    "head_bias", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap", "dropout", "init_std",
-    "bos_token_id", "eos_token_ids", "pad_token_id",
+    "rope_interleaved", "window_rope", "unrotated_layers", "qkv_bias", "o_bias", "qkv_clip", "qk_norm", "window",
+    "full_layers", "attention_scale", "attention_softcap", "attention_sinks", "mlp", "moe", "activation", "mlp_bias",
+    "tie_embeddings", "head_bias", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap", "dropout",
+    "init_std", "bos_token_id", "eos_token_ids", "pad_token_id",
 }  # fmt: skip
 # How far logits may be from those of the model's forward, relative to the largest: products round differently.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -277,6 +277,7 @@ def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: to
         scale=config.attention_scale,
         window=None if attention.window is None else attention.window - 1,
         softcap=config.attention_softcap,
+        qkv_clip=config.qkv_clip,
         sinks_H=None if attention.sinks is None else attention.sinks.detach(),
     )
 

@@ -130,13 +130,14 @@ class DecodeLayer:
         window: int | None = None,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
+        qkv_clip: float | None = None,
     ) -> None:
         """`qkv`, `gate_up`: joined rows, in this order (without a gate, up alone).
 
         Either `gate_up` and `down`, or `feed_forward` in their place, which gets rows [M, C] in fp32 and gives as many.
         `q_norm`, `k_norm`: RMSNorm's weights [D] of each head, or [H D] and [K D] of all heads together; or LayerNorm's
         [H, D] and [K, D], with biases or without. `rotation`: which of the step's angles turn q and k; None turns
-        neither. Other options as of `paged_attention` and
+        neither. `qkv_clip`: the bounds of q, k and v, behind their norms. Other options as of `paged_attention` and
         `write_kv`. Raises ValueError for what does not fit, RuntimeError where Numba is not available.
         """
         if not available():
@@ -153,6 +154,8 @@ class DecodeLayer:
             raise ValueError(f"activation is {activation!r}; supported are {', '.join(ACTIVATIONS)}")
         if rotation not in (None, 0, 1):
             raise ValueError(f"rotation is {rotation}; give 0 or 1, which of a step's angles turn the layer, or None")
+        if qkv_clip is not None and qkv_clip <= 0:
+            raise ValueError(f"qkv_clip is {qkv_clip}; give a positive number, or None for no bounds")
         if window is not None and window < 0:
             raise ValueError(f"window is {window}; give the number of keys before a token's own, or None")
         if (q_norm is None) != (k_norm is None):
@@ -221,6 +224,7 @@ class DecodeLayer:
         ]  # fmt: skip
         self.options = [
             norms.eps, float(norms.unit_offset), D**-0.5 if scale is None else scale, softcap or 0.0, residual_scale,
+            qkv_clip or 0.0,
         ]  # fmt: skip
 
 

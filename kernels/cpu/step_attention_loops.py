@@ -20,6 +20,7 @@ from trine.kernels.cpu.step_layout_loops import (
     ATTEND_HEADS,
     ATTENDED,
     BLOCK_SIZE,
+    CLIP,
     COS,
     DONE,
     EPS,
@@ -74,6 +75,14 @@ EACH_HEAD, ALL_HEADS, LAYER_NORM_HEADS = range(3)
 
 
 @serial
+def clip(options: Any, x_D: Any) -> None:
+    """A head within the layer's bounds."""
+    limit = np.float32(options[CLIP])
+    for d in range(x_D.shape[0]):
+        x_D[d] = min(max(x_D[d], -limit), limit)
+
+
+@serial
 def normed_head(layer: Any, options: Any, angles: Any, norm: int, bias: int, heads: Any, x: int, y_D: Any) -> None:
     """Head x of those of q or k with its norm, or its part of the norm of all, and its rotation."""
     D = y_D.shape[0]
@@ -90,6 +99,8 @@ def normed_head(layer: Any, options: Any, angles: Any, norm: int, bias: int, hea
         weight_D, offset = floats(norm + (4 * x * D if full else 0), D), np.float32(options[OFFSET])
         for d in range(D):
             y_D[d] = x_D[d] * factor * (weight_D[d] + offset)
+    if options[CLIP] > 0:
+        clip(options, y_D)
     turn(y_D, angles[0], angles[1], layer[INTERLEAVED] != 0)
 
 
@@ -126,6 +137,8 @@ def attend_pools(
             k_KD = qkv[H * D : (H + num_kv_heads) * D]
             normed_head(layer, options, angles, layer[K_NORM], layer[K_NORM_BIAS], k_KD, x, k_D)
             v_D = qkv[(H + num_kv_heads + x) * D : (H + num_kv_heads + x + 1) * D]
+            if options[CLIP] > 0:
+                clip(options, v_D)
             scale_place = slot * num_kv_heads + x
             write_head(k_D, k, slot * layer[K_SLOT] + x * layer[K_HEAD], k_scales, scale_place)
             write_head(v_D, v, slot * layer[V_SLOT] + x * layer[V_HEAD], v_scales, scale_place)

@@ -36,8 +36,8 @@ LAYER = (
 ) = range(len(LAYER))  # fmt: skip
 LAYER_LENGTH = len(LAYER) + 4 * len(FIELDS)
 # Fractions of a layer.
-OPTIONS = ("eps", "offset", "scale", "softcap", "residual")
-EPS, OFFSET, SCALE, SOFTCAP, RESIDUAL = range(len(OPTIONS))
+OPTIONS = ("eps", "offset", "scale", "softcap", "residual", "clip")
+EPS, OFFSET, SCALE, SOFTCAP, RESIDUAL, CLIP = range(len(OPTIONS))
 
 PHASES = ("project", "attend", "merge", "out", "gate", "down")
 PROJECT, ATTEND, MERGE, OUT, GATE, DOWN = range(len(PHASES))

@@ -99,6 +99,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "experts, one shared": {"moe": MoeConfig(num_experts=4, top_k=2, ffn_width=40, shared_width=24), "qk_norm": "head"},
     "norms of heads": {"norm": "layer_unbiased", "placement": "parallel", "qk_norm": "each_head"},
     "norm of heads with a bias": {"norm": "layer", "placement": "parallel", "mlp": "plain", "qk_norm": "head"},
+    "bounds of q, k and v": {"qkv_clip": 0.5, "qk_norm": "full"},
     "longrope": {
         "rope": RopeConfig(
             kind="longrope", short_factors=(1.0,) * 8, long_factors=(3.0,) * 8, original_max_positions=16
@@ -209,7 +210,6 @@ def test_codes_of_joined_layers_are_held_once(name: str) -> None:
     [
         ({"norm": "layer", "placement": "both"}, 'norm = "layer" behind its layers'),
         ({"placement": "post_sum"}, 'placement = "post_sum"'),
-        ({"qkv_clip": 2.0}, "qkv_clip"),
         ({"embedding_width": 16}, "embedding_width"),
         ({"logit_scale": 2.0, "head_bias": True}, "a bias beside scaled logits"),
         ({"rope": None, "positions": "sinusoidal"}, 'positions = "sinusoidal"'),
