@@ -126,7 +126,9 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
         lent.load_adapter(name, adapter)
     engine.prepare()
     pooling = describe(model, folder)
-    _warm_up(engine, model.config.max_positions, pools=pooling is not None)
+    # On a GPU a long prompt costs nothing, and goes through kernels that a short one does not need.
+    longest = 40 if model.device.type == "cpu" else config.max_batch_tokens - 3
+    _warm_up(engine, model.config.max_positions, longest, pools=pooling is not None)
     stats, context_len = engine.stats(), model.config.max_positions
     if engine.generates:
         context_len = min(context_len, stats.kv_blocks_total * stats.block_size)
@@ -146,7 +148,7 @@ def load(start: Start) -> tuple[RealEngine, Ready]:
     return lent, ready
 
 
-def _warm_up(engine: Engine, context_len: int, *, pools: bool) -> None:
+def _warm_up(engine: Engine, context_len: int, longest: int, *, pools: bool) -> None:
     """A few tokens, alone and side by side: what is compiled or allocated at first use is so before anybody waits."""
     began = time.monotonic()
     if pools:
@@ -158,6 +160,15 @@ def _warm_up(engine: Engine, context_len: int, *, pools: bool) -> None:
     for n in sorted({1, 3, engine.config.max_running}) if engine.generates else ():
         params = SamplingParams(max_tokens=new_tokens, n=n, seed=0, ignore_eos=True)
         engine.add(GenerationRequest(id="warm-up", prompt_ids=(0,), params=params, salt="warm-up"))
+        while engine.has_work:
+            engine.step()
+    # Prompts of some length, by themselves and beside another, with what is counted of a text.
+    length = max(1, min(longest, context_len - 1, engine.longest_source or context_len))
+    for together in (1, 2) if engine.generates else ():
+        for number in range(together):
+            params = SamplingParams(max_tokens=1, seed=0, repetition_penalty=1.1, ignore_eos=True)
+            name = f"warm-up {together}/{number}"
+            engine.add(GenerationRequest(id=name, prompt_ids=(0,) * length, params=params, salt=name))
         while engine.has_work:
             engine.step()
     say(f"warmed up in {format_duration(time.monotonic() - began)}")

@@ -215,12 +215,13 @@ class Gpu:
     def launched(self, one: launching.Launch) -> None:
         """Check the launch of a kernel, and run it in the interpreter if that is asked for."""
         name, values = one.kernel.__name__, one.arguments
-        if not INTERPRETING:
-            unknown = set(values) - {parameter.name for parameter in one.kernel.params}
-            assert not unknown, f"{name} has no parameters {sorted(unknown)}"
+        parameters = [] if INTERPRETING else [(one.name, one.is_constexpr) for one in one.kernel.params]
+        unknown = set(values) - {key for key, _ in parameters}
+        assert INTERPRETING or not unknown, f"{name} has no parameters {sorted(unknown)}"
         strangers = [key for key, x in values.items() if isinstance(x, Tensor) and not isinstance(x, GpuTensor)]
         assert not strangers, f"{name} got tensors of the CPU: {strangers}"
         assert all(isinstance(size, int) and size >= 0 for size in one.grid), f"{name}: grid {one.grid}"
+        assert launching._compare(parameters, values, [], []), f"{name}: Triton would be asked at every launch"
         self.launches.append(one)
         if not INTERPRETING or 0 in one.grid:
             return
@@ -309,14 +310,16 @@ def _made(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def made(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         assert _gpu is not None
-        if device is None or torch.device(device).type != "cuda":
-            x = make(*args, **kwargs, **({} if device is None else {"device": device}))
-            return _gpu.pin(x) if pin_memory else x
-        assert not pin_memory, f"{name}: memory of a GPU cannot be pinned"
-        if "tensor" in name and not isinstance(args[0], GpuTensor):
+        wanted = device is not None and torch.device(device).type == "cuda"
+        assert not (wanted and pin_memory), f"{name}: memory of a GPU cannot be pinned"
+        if wanted and "tensor" in name and not isinstance(args[0], GpuTensor):
             _gpu.note(f"{name} of numbers of the host")
-        x = make(*(on_cpu(x) if isinstance(x, Tensor) else x for x in args), device="cpu", **kwargs)
-        return on_gpu(x.zero_() if name.startswith("empty") else x)
+        if device is not None:
+            args = tuple(on_cpu(x) if isinstance(x, Tensor) else x for x in args)
+            kwargs["device"] = "cpu" if wanted else device
+        x = make(*args, **kwargs)
+        x = _gpu.pin(x) if pin_memory else x
+        return on_gpu(x.zero_() if name.startswith("empty") else x) if wanted else x
 
     return made
 
@@ -339,6 +342,7 @@ def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if wanted == there:
         where = {} if device is None or there else {"device": device}
         return _plain_to(x, dtype=dtype, copy=copy, **where, **kwargs)
+    assert not (there and blocks_not), "a copy to the CPU that nobody waits for: the host could read it too early"
     if there or not blocks_not:
         _note("copy to the CPU" if there else "copy to the GPU")
     return _Moved.apply(x, dtype)
@@ -358,18 +362,11 @@ class _Moved(torch.autograd.Function):
         return _Moved.apply(grads[0], ctx.dtype), None
 
 
-def _pinned(x: Tensor, *_: Any) -> Tensor:
-    """Stands for Tensor.pin_memory."""
-    assert _gpu is not None
-    assert not isinstance(x, GpuTensor), "memory of a GPU cannot be pinned"
-    return x if _gpu.is_pinned(x) else _gpu.pin(x.clone())
-
-
 _TENSOR: dict[str, Any] = {
     "to": _to,
     "cpu": lambda x: _to(x, "cpu"),
     "cuda": lambda x: _to(x, CUDA),
-    "pin_memory": _pinned,
+    "pin_memory": lambda x: torch.empty_like(x, pin_memory=True).copy_(x),
     "is_pinned": lambda x: _gpu is not None and _gpu.is_pinned(x),
 }
 _PROPERTIES = SimpleNamespace(

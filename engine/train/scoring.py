@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,7 +118,7 @@ class Seq2SeqScorer:
         hidden_NC = decode(model, batch, compute_dtype=compute_dtype).flatten(0, 1)[valid_N]
         total, hits = token_scores(model, hidden_NC, targets_N[valid_N])
         self.total, self.hits, self.terms = self.total + total, self.hits + hits, self.terms + batch.counts[0]
-        pairs = list(pairs_of(batch))[: self.exact - self.generated]
+        pairs = list(islice(pairs_of(batch), self.exact - self.generated))
         if pairs:
             sources, targets = zip(*pairs, strict=True)
             # One more than the longest, so that a target that does not end is no match.
@@ -219,11 +220,14 @@ def token_scores(model: Transformer, hidden_NC: Tensor, targets_N: Tensor) -> tu
 
 def pairs_of(batch: Seq2SeqBatch) -> Iterator[tuple[list[int], list[int]]]:
     """Source and target of each pair of a batch, packed or not, end-of-text counted."""
-    for row in range(len(batch.ids_BT)):
-        target_T = batch.targets_BT[row]
-        if batch.segment_ids_BT is None or batch.source_segments_BS is None:
-            yield batch.source_ids_BS[row].tolist(), target_T.tolist()
-            continue
-        for segment in torch.unique(batch.segment_ids_BT[row][target_T != IGNORED]).tolist():
-            source_S = batch.source_ids_BS[row][batch.source_segments_BS[row] == segment]
-            yield source_S.tolist(), target_T[batch.segment_ids_BT[row] == segment].tolist()
+    # Each once, instead of waiting for a device at every row.
+    source_ids_BS, targets_BT = batch.source_ids_BS.cpu(), batch.targets_BT.cpu()
+    if batch.segment_ids_BT is None or batch.source_segments_BS is None:
+        yield from zip(source_ids_BS.tolist(), targets_BT.tolist(), strict=True)
+        return
+    segment_ids_BT, source_segments_BS = batch.segment_ids_BT.cpu(), batch.source_segments_BS.cpu()
+    for source_S, sources_S, target_T, targets_T in zip(
+        source_ids_BS, source_segments_BS, targets_BT, segment_ids_BT, strict=True
+    ):
+        for segment in torch.unique(targets_T[target_T != IGNORED]).tolist():
+            yield source_S[sources_S == segment].tolist(), target_T[targets_T == segment].tolist()

@@ -94,7 +94,8 @@ def _visit(
     return acc_MD, sums_M, tops_M
 
 
-@triton.jit
+# Compiled once, however long the texts of a step are and how many: users wait while a kernel is compiled.
+@triton.jit(do_not_specialize=["table_stride", "num_requests", "num_splits"])
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, lengths_ptr, starts_ptr, sinks_ptr, o_ptr,
     parts_ptr, part_sums_ptr, part_tops_ptr,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +46,36 @@ def test_the_fullest_step_has_been_computed_before_it_says_it_is_ready(
     monkeypatch.setattr(Engine, "step", watched)
     load(start(tiny_checkpoint, max_running=9))
     assert {1, 3, 9} <= set(widths)
+
+
+def compiled(gpu: Any) -> set[tuple[object, ...]]:
+    """What Triton has compiled for the launches of a pretended GPU: kernels by constants and kinds of arguments."""
+    return {
+        (one.kernel.__name__, one.config.num_warps, one.config.num_stages, *(
+            value if parameter.is_constexpr or value is None
+            else (value == 1, value % 16 == 0) if type(value) is int and not parameter.do_not_specialize
+            else getattr(value, "dtype", type(value))
+            for parameter in one.kernel.params for value in [one.arguments[parameter.name]]
+        ))
+        for one in gpu.launches
+    }  # fmt: skip
+
+
+def test_nothing_is_left_to_compile_for_a_gpu_when_it_says_it_is_ready(
+    tiny_checkpoint: Path, pretended_gpu: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    with pretended_gpu() as gpu:
+        engine, ready = load(start(tiny_checkpoint, device="cuda", max_running=16, max_batch_tokens=64))
+        assert ready.device == "cuda:0"
+        before = compiled(gpu)
+        drawn = {"max_tokens": 6, "seed": 1, "top_p": 0.9, "ignore_eos": True}
+        for number, length in enumerate((1, 7, 16, 40, 57, 3, 30, 12, 9, 50) * 3):
+            sampling = Sampling(**drawn, repetition_penalty=1.1 if number % 3 else 1.0)  # type: ignore[arg-type]
+            engine.add(Submit(id=str(number), prompt_ids=[5 + number] * length, sampling=sampling))
+        while engine.has_work:
+            engine.step()
+        assert {names[0] for names in before} >= {"attend_kernel", "adjust_kernel", "choose_kernel"}
+        assert compiled(gpu) == before
 
 
 def test_a_cache_smaller_than_the_context_is_the_limit(tiny_checkpoint: Path) -> None:

@@ -106,3 +106,14 @@ def test_a_step_of_every_objective_waits_once(
 ) -> None:
     base, changes = OBJECTIVES[name]
     check(objective_recipe(tmp_path / "run", base, **on_gpu(changes)), set(), pretended_gpu, monkeypatch)
+
+
+def test_pairs_are_read_whole_where_targets_are_generated(
+    pretended_gpu: Pretend, objective_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = on_gpu({"objective": {"kind": "seq2seq"}, "eval": {"every": 3, "batch_size": 12}})
+    with pretended_gpu() as gpu:
+        _, evaluated = waits_of_steps(objective_recipe(tmp_path / "run", "marian", **changes), gpu, monkeypatch)
+    # Documents of a row are found on the host; row by row each look would be a wait.
+    assert "aten::_unique2" not in evaluated
+    assert evaluated.count("copy to the CPU") > 4
