@@ -1,6 +1,16 @@
-"""`python -m trine.cli`: the same command line where the `trine` script is not installed."""
+"""`trine`, and `python -m trine.cli` where the script is not installed."""
 
-from trine.cli.main import main
+import sys
+
+
+def main() -> None:
+    """As `trine.cli.main.main`, whose import takes long enough for a Ctrl-C."""
+    try:
+        from trine.cli.main import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

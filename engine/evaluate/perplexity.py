@@ -29,6 +29,7 @@ import torch
 from trine.engine.errors import ContextLengthError, DataError, NonFiniteError, UsageError
 from trine.engine.log import counted
 from trine.engine.model.transformer import Transformer
+from trine.engine.text.prompt import refuse_one_text
 from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.cross_entropy.token_log_probs import token_log_probs
 
@@ -100,11 +101,12 @@ def perplexity(
 
     Raises:
         ContextLengthError: the window is longer than the model's context.
-        UsageError: an impossible window or stride, `bos` where the tokenizer names no such token, or a model that does
-            not predict the next token.
+        UsageError: one text that is not in a list, an impossible window or stride, `bos` where the tokenizer names no
+            such token, or a model that does not predict the next token.
         DataError: nothing to score.
         NonFiniteError: the loss is not a number.
     """
+    refuse_one_text("texts", texts)
     if not model.config.causal or model.head is not None:
         raise UsageError("this model is an encoder and predicts no next token; it has no perplexity")
     if model.encoder is not None:

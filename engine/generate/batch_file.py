@@ -103,12 +103,12 @@ def run_file(
     made = engine if isinstance(engine, Engine) else engine()
     _begin_job(out, job)
     with _locked(out) as file:
-        done = _finished(out, choices)
+        done, failed = _finished(out, choices)
         if done:
             say(f"{out} has the completions of {done} of {len(choices)} prompts; going on with the rest")
         left = (line for number, line in enumerate(read_lines(prompts, params, named)) if number >= done)
         with BulkProgress(len(choices), done, what="generating", unit="prompts") as progress:
-            failed = _complete(made, left, choices, done, file, progress)
+            failed += _complete(made, left, choices, done, file, progress)
     return Summary(len(choices), done, failed, progress.tokens, progress.seconds)
 
 
@@ -262,9 +262,9 @@ def _note_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.job.json")
 
 
-def _finished(out: Path, choices: list[int]) -> int:
-    """Prompts whose completions are all there; the rest of the file is cut off."""
-    prompts = kept = position = have = 0
+def _finished(out: Path, choices: list[int]) -> tuple[int, int]:
+    """How many prompts have all their completions, and how many of these failed; the rest of the file is cut off."""
+    prompts = kept = position = have = failed = errors = 0
     with out.open("r+b") as file:
         for text in file:
             position += len(text)
@@ -273,11 +273,12 @@ def _finished(out: Path, choices: list[int]) -> int:
             record = _record(text)
             if record is None or record.get("prompt_index") != prompts:
                 break
-            have += 1
+            have, errors = have + 1, errors + (record.get("error") is not None)
             if have == choices[prompts] or (record.get("error") is not None and not record.get("prompt_tokens")):
-                prompts, have, kept = prompts + 1, 0, position
+                prompts, kept, failed = prompts + 1, position, failed + errors
+                have = errors = 0
         file.truncate(kept)
-    return prompts
+    return prompts, failed
 
 
 def _record(text: bytes) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from trine.engine.generate.plain import OnText, check_completes, end_ids
 from trine.engine.generate.request import Completion
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.transformer import Transformer
-from trine.engine.text.prompt import encode_prompt
+from trine.engine.text.prompt import encode_prompt, refuse_one_text
 from trine.engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -42,8 +42,9 @@ def complete(engine: Engine, prompts: Iterable[Prompt], params: SamplingParams) 
         params: for all of them.
 
     A prompt that the engine refuses, or whose completion fails, gives a completion with `finish_reason` "error" and the
-    reason; the others go on.
+    reason; the others go on. Raises `UsageError` for one text that is not in a list.
     """
+    refuse_one_text("prompts", prompts)
     return complete_each(engine, ((prompt, params, None) for prompt in prompts))
 
 

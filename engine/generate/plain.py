@@ -23,7 +23,7 @@ from trine.engine.generate.request import Completion, Request
 from trine.engine.generate.sampling import SamplingParams, check_ids
 from trine.engine.model.cache import KVCache
 from trine.engine.model.transformer import Transformer
-from trine.engine.text.prompt import encode_prompt
+from trine.engine.text.prompt import encode_prompt, refuse_one_text
 from trine.engine.text.tokenizer import Tokenizer
 
 OnText = Callable[[int, int, str], None]
@@ -58,7 +58,8 @@ def generate(
 
     Raises:
         ContextLengthError: a prompt leaves no room for a new token in the model's context.
-        UsageError: an id outside the vocabulary, an empty prompt without any token to start from, an encoder.
+        UsageError: one text that is not in a list, an id outside the vocabulary, an empty prompt without any token to
+            start from, an encoder.
         NonFiniteError: the model's logits are not numbers.
     """
     check_completes(model)
@@ -112,8 +113,7 @@ def _make_requests(
     params: SamplingParams | Sequence[SamplingParams],
 ) -> list[Request]:
     """All requests, checked before anything is computed."""
-    if isinstance(prompts, str):
-        raise UsageError("prompts must be a sequence of prompts, got one string; put it in a list")
+    refuse_one_text("prompts", prompts)
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise UsageError(

@@ -89,7 +89,8 @@ class SamplingParams:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"{field.name} must be a finite number, got {value}")
             if isinstance(value, str):  # a bare string for `stop` would pass for a tuple of its characters
-                raise UsageError(f"{field.name} must be a tuple of strings, got the string {value!r}")
+                wanted = "a tuple of strings" if field.name == "stop" else f"no string: {field.type}"
+                raise UsageError(f"{field.name} must be {wanted}, got the string {value!r}")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")

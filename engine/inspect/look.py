@@ -21,12 +21,13 @@ from trine.engine.train.durable import damage
 from trine.engine.train.step_folder import STATE
 
 
-def inspect(path: Path, *, checksums: bool = False) -> Inspection:
+def inspect(path: Path | str, *, checksums: bool = False) -> Inspection:
     """What a Hugging Face folder, a run folder, a step folder of training, a PEFT adapter or a GGUF file holds.
 
     `checksums`: of a training checkpoint, read every file and compare; without it names and sizes are compared. Raises
     `CheckpointError` where there is nothing of the kind.
     """
+    path = Path(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file; give the folder of a checkpoint, or a .gguf file")

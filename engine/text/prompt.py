@@ -8,6 +8,12 @@ from trine.engine.errors import UsageError
 from trine.engine.text.tokenizer import Tokenizer
 
 
+def refuse_one_text(name: str, texts: object) -> None:
+    """Raise `UsageError` for a text where a list of them belongs: each of its characters would pass for one."""
+    if isinstance(texts, str):
+        raise UsageError(f"{name} must be a list of texts, got the one text {texts[:40]!r}; put it in a list")
+
+
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> list[int]:
     """Ids of a prompt, never none.
 

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from trine.cli import main
+from trine.cli.__main__ import main as start
 from trine.engine.errors import CheckpointError, UsageError
 
 
@@ -52,6 +53,19 @@ def test_an_error_is_one_line_and_a_status(
 
 def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, raises=KeyboardInterrupt()) == 130
+
+
+def test_interruption_while_it_is_being_imported_is_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupts:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "trine.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "trine.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        start()
+    assert stop.value.code == 130
 
 
 def test_sigterm_unwinds_as_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,8 @@ def test_bad_sizes_and_inputs_are_refused(model: Transformer, tiny_tokenizer: To
     for stride in (0, 17):
         with pytest.raises(UsageError, match=f"got {stride}"):
             perplexity(model, tiny_tokenizer, TEXTS, window=16, stride=stride)
+    with pytest.raises(UsageError, match="put it in a list"):
+        perplexity(model, tiny_tokenizer, "one string")
     with pytest.raises(DataError, match="nothing to score"):
         perplexity(model, tiny_tokenizer, ["x"])
     with torch.no_grad():

@@ -130,6 +130,7 @@ def test_an_interrupted_run_goes_on_where_it_ended(engine: Engine, job: Path, tm
     for cut in sorted(cuts):
         out.write_bytes(whole[:cut])
         summary = run_file(engine, job, out, params, checkpoint="here")
+        assert summary.failed == 1  # also where its line was there already
         again = read(out)
         before = json.loads("[" + ",".join(whole.decode().splitlines()) + "]")
         assert [one["prompt_index"] for one in again] == [one["prompt_index"] for one in before]

@@ -461,6 +461,8 @@ def test_a_cache_for_texts_of_a_length_holds_no_more(model: Transformer, tiny_to
     prompts = [[5] * 30, [7] * 30]
     expected = [one.token_ids for one in generate(model, tiny_tokenizer, prompts, params)]
     assert [one.token_ids for one in complete(engine, prompts, params)] == expected
+    with pytest.raises(UsageError, match="prompts must be a list of texts, got the one text 'def'; put it in a list"):
+        complete(engine, "def", params)
     with pytest.raises(ContextLengthError, match=r"62 tokens .* do not fit in the key/value cache of 32 tokens"):
         Engine(model, tiny_tokenizer, EngineConfig(max_running=1, longest=17)).add(
             GenerationRequest(id="long", prompt_ids=tuple(prompts[0]), params=params)

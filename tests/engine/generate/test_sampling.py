@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,12 @@ def test_impossible_values_are_refused_by_name(name: str, value: object) -> None
     with pytest.raises(UsageError, match=name) as caught:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_given_as_text_is_not_asked_to_be_a_tuple() -> None:
+    wrong: Any = "1"
+    with pytest.raises(UsageError, match=r"temperature must be no string: float, got the string '1'"):
+        SamplingParams(temperature=wrong)
 
 
 def test_many_greedy_completions_of_one_prompt_are_refused() -> None:

@@ -101,7 +101,7 @@ def test_memory_is_that_of_the_loaded_model_and_its_cache(make: Callable[[str], 
 
 
 def test_tokenizer_and_special_tokens(tiny_checkpoint: Path) -> None:
-    found = inspect(tiny_checkpoint)
+    found = inspect(str(tiny_checkpoint))
     assert found.text is not None
     assert (found.text.kind, found.text.special, found.text.begins) == (
         "byte-level BPE", {"eos_token": {"text": "<|endoftext|>", "id": 0}}, [],
