@@ -6,8 +6,10 @@ answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -144,6 +146,14 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
     return f"trine: {line}", status
 
 
+def _explain_disk(error: OSError) -> str:
+    """What is written under a hidden name at first is no name for people: its folder is."""
+    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if place is not None:
+        place = place.parent if place.name.startswith(".") else place
+    return f"cannot write {place or 'the result'} ({error.strerror}); make room there, or choose another place"
+
+
 def _explain_usage(error: Any, arguments: list[str]) -> str:
     message = error.format_message().replace("Value error, ", "")
     if message.startswith("Usage:"):
@@ -165,6 +175,8 @@ def _explain_failure(error: Exception) -> tuple[str, int]:
     if isinstance(error, TrineError):
         return str(error), error.exit_status
     if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return _explain_disk(error), 1
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror or error}", 1
     if isinstance(error, ModuleNotFoundError) and not (error.name or "trine").startswith("trine"):

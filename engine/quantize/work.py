@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trine.engine.errors import StorageError, UsageError
-from trine.engine.log import say
+from trine.engine.log import format_bytes, say
 from trine.engine.model.weight_files import StoredTensor, open_file, read_json, write_json
 
 
@@ -141,7 +141,8 @@ def check_room(folder: Path, needed: int) -> None:
     """Raises `StorageError` where so many bytes do not fit."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise StorageError(f"{folder.parent} has {free} bytes free, the result needs {needed}; make room")
+        room = f"{format_bytes(free)} free, the result needs {format_bytes(needed)}"
+        raise StorageError(f"{folder.parent} has {room}; make room")
 
 
 def _flush(path: Path) -> None:

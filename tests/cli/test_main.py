@@ -37,6 +37,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, raises: BaseException 
         (UsageError("width = 7 is odd; give an even width"), 2, "trine: width = 7 is odd; give an even width\n"),
         (CheckpointError("no checkpoint at x"), 1, "trine: no checkpoint at x\n"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 1, "trine: a.txt: No such file or directory\n"),
+        (OSError(28, "No space left on device"), 1, "trine: cannot write the result (No space left on device); make"),
+        (OSError(30, "Read-only file system", "out/.writing-q"), 1, "trine: cannot write out (Read-only file system);"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "'torch' is not installed"),
         (ZeroDivisionError("division by zero"), 1, "internal error: ZeroDivisionError: division by zero"),
     ],
