@@ -40,6 +40,24 @@ def train(
             help="Record these steps, such as 10:12: a Chrome trace and a table of operations, in RUN/profile.",
         ),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Train on N processes of this machine, each with a GPU of its own or a part of the cores. Under "
+            "torchrun leave it out.",
+            show_default="1",
+        ),
+    ] = None,
+    rank_timeout: Annotated[
+        int,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="End a run of several processes where one keeps the others waiting so long.",
+        ),
+    ] = 60,
     lr_range: Annotated[
         str | None,
         typer.Option(
@@ -51,7 +69,8 @@ def train(
 ) -> None:
     """Train a model from a recipe, or continue training it."""
     from trine.engine.errors import UsageError
-    from trine.engine.train.loop import train as run
+    from trine.engine.train.launch import Wanted, run
+    from trine.engine.train.launch import dry_run as show
     from trine.engine.train.lr_range import lr_range_test, parse_range
     from trine.engine.train.profile import parse_steps
     from trine.engine.train.recipe import load_recipe
@@ -60,10 +79,19 @@ def train(
     steps = None if profile is None else parse_steps(profile)
     if dry_run and profile is not None:
         raise UsageError("--profile has no effect beside --dry-run, which trains nothing; give one of them")
-    if lr_range is None:
-        run(load_recipe(recipe, changes), resume=resume, dry_run=dry_run, profile=steps)
+    if lr_range is None and dry_run:
+        show(load_recipe(recipe, changes), resume=resume, nproc=nproc)
         return
-    given = {"--resume": resume != "auto", "--dry-run": dry_run, "--profile": profile is not None}
+    if lr_range is None:
+        wanted = Wanted(recipe=load_recipe(recipe, changes), resume=resume, profile=steps, patience=rank_timeout)
+        run(wanted, nproc=nproc)
+        return
+    given = {
+        "--resume": resume != "auto",
+        "--dry-run": dry_run,
+        "--profile": profile is not None,
+        "--nproc": nproc is not None,
+    }
     if others := [option for option, is_given in given.items() if is_given]:
         raise UsageError(f"{others[0]} has no effect beside --lr-range, which trains no run; give one of them")
     print(lr_range_test(load_recipe(recipe, changes), parse_range(lr_range)))

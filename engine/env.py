@@ -11,6 +11,7 @@ import functools
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY = Path("/proc/meminfo")
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among the ranks of a run, and among those on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
@@ -115,19 +126,51 @@ def physical_cores() -> int:
     return max(1, cores if quota is None else min(cores, quota))
 
 
-def set_threads(requested: int) -> int:
+def set_threads(requested: int, *, processes: int = 1) -> int:
     """Fix the number of threads torch computes with, and return it.
 
-    0 takes OMP_NUM_THREADS where that is set (torchrun and test runners set it) and all physical cores otherwise.
-    Sums are split by thread, so results are the same to the bit only with the same number of threads.
+    0 takes OMP_NUM_THREADS where that is set (torchrun and test runners set it) and all physical cores otherwise, an
+    equal part of them where several `processes` share the machine. Sums are split by thread, so results are the same
+    to the bit only with the same number of threads.
     """
     if requested < 0:
         raise UsageError(f"threads = {requested} must be 0 (all physical cores) or a positive number")
     if requested == 0:
-        requested = _named_threads() or physical_cores()
+        requested = _named_threads() or max(1, physical_cores() // processes)
     if torch.get_num_threads() != requested:
         torch.set_num_threads(requested)
     return requested
+
+
+def named_place() -> Place | None:
+    """The place that torchrun gave this process by its variables, or None where it set none.
+
+    Raises `UsageError` where they are incomplete or no place.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not {"RANK", "WORLD_SIZE"} & found.keys():
+        return None
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UsageError(
+            f"{next(iter(found))} is set and {missing[0]} is not; start ranks by torchrun, which sets all of "
+            f"{', '.join(names)}, or by --nproc with none of them set"
+        )
+    if odd := [name for name in names[:4] if not found[name].isdigit()]:
+        raise UsageError(f"{odd[0]} = {found[odd[0]]!r} is no number; start ranks by torchrun, or by --nproc")
+    place = Place(*(int(found[name]) for name in names[:4]))
+    if not (place.rank < place.count and place.local_rank < place.local_count <= place.count):
+        raise UsageError(
+            f"RANK = {place.rank} of WORLD_SIZE = {place.count}, LOCAL_RANK = {place.local_rank} of LOCAL_WORLD_SIZE = "
+            f"{place.local_count} is no place; ranks are counted from 0"
+        )
+    return place
+
+
+def stay_on_this_machine() -> None:
+    """Have gloo talk over the loopback interface only; to be called before a process group is made."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 
 def make_deterministic() -> None:

@@ -9,6 +9,7 @@
     ├── QueueFullError           a request came while too many are waiting
     ├── LossSpikeError           a loss is far above those before it
     ├── StorageError             a folder cannot be written: no room, no permission, a failing disk
+    ├── RankError                a process of a run on several has failed, is gone, or does not answer
     ├── OutOfMemoryError         training needs more memory than there is
     └── NonFiniteError           a loss or gradient is not a number
 
@@ -64,6 +65,10 @@ class StorageError(TrineError):
 
 class LossSpikeError(TrineError):
     """The loss of a training step is far above those before it."""
+
+
+class RankError(TrineError):
+    """One of the processes of a run has failed, is gone, or keeps the others waiting."""
 
 
 class OutOfMemoryError(TrineError):

@@ -2,6 +2,7 @@
 
 Results go to stdout; everything said about the work (progress, warnings, choices made) goes to stderr through here,
 so that output can be piped. `say_once` is for choices and fallbacks: each is told the first time, with its reason.
+Of the processes that train together one speaks: `be_quiet` silences the others.
 """
 
 from __future__ import annotations
@@ -13,12 +14,20 @@ from typing import TypeVar
 
 SECONDS_BETWEEN_LINES = 2.0
 _said: set[str] = set()
+_quiet = False
 T = TypeVar("T")
 
 
 def say(message: str) -> None:
     """One line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if not _quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+def be_quiet() -> None:
+    """Say nothing from here on, and show nothing live."""
+    global _quiet
+    _quiet = True
 
 
 def warn(message: str) -> None:
@@ -35,7 +44,7 @@ def say_once(message: str) -> None:
 
 def is_terminal() -> bool:
     """Whether stderr is an interactive terminal (live lines) or a file or pipe (plain lines)."""
-    return sys.stderr.isatty()
+    return not _quiet and sys.stderr.isatty()
 
 
 def format_duration(seconds: float) -> str:

@@ -9,17 +9,29 @@ from typing import Any
 from trine.engine.env import load_average, physical_cores
 from trine.engine.log import counted, format_bytes, format_duration, say, warn
 from trine.engine.model.cost import count_parameters
-from trine.engine.train.energy import EnergyMeter
+from trine.engine.train.energy import EnergyMeter, energy_line
 from trine.engine.train.evaluation import who_decides
-from trine.engine.train.meters import Meter, SmoothedLoss, peak_memory_bytes
+from trine.engine.train.meters import Meter, SmoothedLoss
 from trine.engine.train.metrics import MetricsFile
 from trine.engine.train.mixing import source_lines
 from trine.engine.train.plan import describe
 from trine.engine.train.progress import Progress, Status
+from trine.engine.train.recipe import Recipe
 from trine.engine.train.resolve import Setup
+from trine.engine.train.run_folder import RunFolder
 from trine.engine.train.saver import Saved
 from trine.engine.train.step import StepResult
 from trine.engine.train.subject_cost import trained_parameters
+from trine.engine.train.tensorboard import FOLDER as TENSORBOARD
+from trine.engine.train.tensorboard import TensorBoard
+
+
+def open_metrics(folder: RunFolder, recipe: Recipe, *, after: int | None) -> MetricsFile:
+    """The metrics of a run that begins anew, or goes on `after` a step."""
+    metrics = MetricsFile.create(folder.metrics) if after is None else MetricsFile.resume(folder.metrics, step=after)
+    if recipe.log.tensorboard:
+        metrics.mirror_in(TensorBoard(folder.path / TENSORBOARD))
+    return metrics
 
 
 def log_start(metrics: MetricsFile, setup: Setup, meter: Meter, *, peak_source: str, facts: dict[str, Any]) -> None:
@@ -53,6 +65,7 @@ def log_step(
     first_step: int,
     rates: dict[str, float],
     measures: Callable[[], dict[str, float]],
+    memory_bytes: Callable[[], int],
 ) -> None:
     """The `step` line where one is due, with what the objective measured, and the line on the screen."""
     recipe = setup.recipe
@@ -70,7 +83,7 @@ def log_step(
             tokens_per_second=meter.tokens_per_second,
             mfu=meter.mfu,
             seconds=meter.seconds,
-            memory_bytes=peak_memory_bytes(setup.device),
+            memory_bytes=memory_bytes(),
             joules=energy.known,
         )
     if due or progress.live:
@@ -84,7 +97,7 @@ def log_step(
                 grad_norm=result.grad_norm,
                 tokens_per_second=meter.tokens_per_second,
                 mfu=meter.mfu,
-                memory_bytes=peak_memory_bytes(setup.device),
+                memory_bytes=memory_bytes(),
                 seconds_left=meter.seconds_left(steps_done=step - first_step, steps_left=left),
             )
         )
@@ -103,6 +116,22 @@ def log_saved(metrics: MetricsFile, saved: Saved, *, tell: Callable[[str], None]
     tell(
         f"step {saved.step} saved: {format_bytes(saved.num_bytes)} in {format_duration(saved.write_seconds)}, "
         f"training held up for {format_duration(saved.held_seconds)}"
+    )
+
+
+def log_end(
+    metrics: MetricsFile, meter: Meter, energy: dict[str, Any], *, step: int, reason: str, memory_bytes: int
+) -> None:
+    """The `end` line, and what was spent."""
+    say(energy_line(energy))
+    metrics.write(
+        "end",
+        step,
+        reason=reason,
+        seconds=meter.seconds,
+        tokens=meter.tokens,
+        peak_memory_bytes=memory_bytes,
+        energy=energy,
     )
 
 

@@ -7,6 +7,7 @@ After update number n since averaging began (n = 1, 2, ...), with weights w:
 Averaging begins after `warmup_steps` steps; before, the average is the weights themselves. d rises to `decay`, so that
 the first weights are soon forgotten. The number n is part of a checkpoint, and d is a function of it alone. Averages
 are fp32 and lie where the weights lie. An update is one pass over all parameters: 12 bytes read or written for each.
+Of several ranks each averages what it owns (shards.py).
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from trine.engine.errors import CheckpointError
+from trine.engine.train.ranks import Ranks
 from trine.engine.train.recipe import EmaSettings
+from trine.engine.train.shards import Shards
 
 
 class Ema:
     """Averages the parameters of a module."""
 
-    def __init__(self, trained: nn.Module, settings: EmaSettings) -> None:
+    def __init__(self, trained: nn.Module, settings: EmaSettings, shards: Shards | None = None) -> None:
         self.settings = settings
         self.updates = 0
+        self._shards = shards or Shards(trained, Ranks())
         self._parameters = dict(trained.named_parameters())
-        self._averages = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._averages = {name: self._parameters[name].detach().clone() for name in self._shards.owned}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -43,11 +47,19 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the module has the averages; nothing may train it or save it then. No number is copied."""
+        """Within it the module has the averages; nothing may train it or save it then.
+
+        No number is copied, but for those that other ranks own.
+        """
         weights = {name: parameter.data for name, parameter in self._parameters.items()}
+        averages = {
+            name: self._averages[name] if name in self._averages else torch.empty_like(weight)
+            for name, weight in weights.items()
+        }
+        self._shards.spread(averages)
         try:
             for name, parameter in self._parameters.items():
-                parameter.data = self._averages[name]
+                parameter.data = averages[name]
             yield
         finally:
             for name, parameter in self._parameters.items():
@@ -55,15 +67,15 @@ class Ema:
 
     def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
         """Averages and weights in one order."""
-        return list(self._averages.values()), [parameter.data for parameter in self._parameters.values()]
+        return list(self._averages.values()), [self._parameters[name].data for name in self._averages]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The averages by parameter name (not copies)."""
+        """The averages by parameter name (not copies), of what this rank owns."""
         return dict(self._averages)
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
-        """Continue from saved averages, or begin at the weights as they are where `tensors` is empty.
+        """Continue from saved averages of all parameters, or begin at the weights where `tensors` is empty.
 
         Raises `CheckpointError` unless names and shapes are those of the parameters.
         """
@@ -71,7 +83,7 @@ class Ema:
         if not tensors:
             torch._foreach_copy_(*self._lists())
             return
-        odd = sorted(tensors.keys() ^ self._averages.keys()) + [
+        odd = sorted(tensors.keys() ^ self._parameters.keys()) + [
             name for name, tensor in self._averages.items() if name in tensors and tensors[name].shape != tensor.shape
         ]
         if odd:

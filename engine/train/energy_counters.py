@@ -19,6 +19,8 @@ from typing import Protocol
 
 import torch
 
+from trine.engine.train.resolve import Setup
+
 POWERCAP = Path("/sys/class/powercap")
 # No processor package of today draws as much for long: a counter is trusted for as long as it takes to go round so.
 _HIGHEST_WATTS = 1000.0
@@ -124,6 +126,23 @@ def find_counters(device: torch.device, powercap: Path = POWERCAP) -> Counters:
     if reason is not None:
         uncounted.append(reason)
     return Counters(found, uncounted)
+
+
+def counters_of(setup: Setup) -> Counters:
+    """Those of a run: of rank 0 for all ranks on its machine, of other ranks none."""
+    place = setup.place
+    if place.rank:
+        return Counters([], [])
+    devices = [setup.device]
+    if setup.device.type == "cuda" and place.count > 1:
+        devices = [torch.device("cuda", number) for number in range(place.local_count)]
+    counters = find_counters(devices[0])
+    for device in devices[1:]:
+        more = find_counters(device)
+        counters.found.extend(counter for counter in more.found if isinstance(counter, NvmlBoard))
+    if place.local_count < place.count:
+        counters.uncounted.append("the other machines of the run")
+    return counters
 
 
 def _rapl_zones(powercap: Path) -> tuple[list[RaplZone], str | None]:

@@ -2,6 +2,7 @@
 
 The data's own validation split is the set `validation`; `eval.sets` names more. One loss decides: that of the set
 `eval.main` with the weights that are exported (`export.weights`). Early stopping and `checkpoint.keep_best` go by it.
+Several ranks all evaluate everything, and decide by the loss that rank 0 has found.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from trine.engine.log import format_duration
 from trine.engine.train.early_stopping import EarlyStopping
@@ -17,6 +18,7 @@ from trine.engine.train.ema import Ema
 from trine.engine.train.meters import Meter
 from trine.engine.train.metrics import SCORES, MetricsFile
 from trine.engine.train.progress import Progress
+from trine.engine.train.ranks import Ranks
 from trine.engine.train.recipe import OWN_SET, Recipe
 from trine.engine.train.resolve import Setup
 from trine.engine.train.subject import Subject, make_scorer
@@ -41,6 +43,7 @@ class Evaluator:
     setup: Setup
     subject: Subject
     ema: Ema | None
+    ranks: Ranks = field(default_factory=Ranks)
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
     last: ValidationResult | None = None
     step: int = -1
@@ -97,8 +100,9 @@ class Evaluator:
                 seconds=entry.seconds,
             )
             if (entry.name, entry.weights) == (recipe.eval.main, recipe.export.weights):
-                self.last, self.step = entry.result, step
-                self.stopping.take(entry.result.loss, step=step, settings=recipe.eval)
+                loss = self.ranks.gather([entry.result.loss])[0][0]
+                self.last, self.step = replace(entry.result, loss=loss), step
+                self.stopping.take(loss, step=step, settings=recipe.eval)
         for name, entries in done.items():
             progress.message(f"step {step}: {described(name, entries)}")
         for prompt, text in zip(recipe.eval.sample_prompts, self._samples(), strict=True):

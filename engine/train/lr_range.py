@@ -159,16 +159,7 @@ def _ramp(setup: Setup, wanted: LrRange) -> tuple[list[tuple[float, float]], str
         )
         rate = wanted.rate(step)
         try:
-            with subject.computing():
-                loss = steps.accumulate_gradients(
-                    subject.model,
-                    subject.objective,
-                    pieces,
-                    num_valid=steps.count_valid(pieces),
-                    seed=recipe.train.seed,
-                    compute_dtype=setup.compute_dtype,
-                    checkpoint_activations=recipe.train.checkpoint_activations,
-                )
+            loss = subject.gradients(setup, pieces, num_valid=steps.count_valid(pieces))
         except (MemoryError, RuntimeError) as error:
             if out_of_memory.found_in(error):
                 raise out_of_memory.in_a_step(error, setup, step=step + 1) from None

@@ -7,12 +7,12 @@ Every parameter belongs to exactly one group:
     no_decay   norms and biases                                              AdamW, lr, no decay
 
 State is fp32 (AdamW's moments 8-bit with optim.state_dtype = "int8") and is saved by parameter name, so that it does
-not depend on the order or grouping of parameters.
+not depend on the order or grouping of parameters, nor on how many ranks share them (shards.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -56,16 +56,25 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, muon: bool) -
 
 
 class Optimizer:
-    """AdamW, or Muon and AdamW together, over the parameters of one model.
+    """AdamW, or Muon and AdamW together, over the parameters of one model, or those of them that are `owned`.
 
     `muon_dtype` is what Muon's Newton-Schulz computes in. `seed` decides how 8-bit states are rounded.
     """
 
     def __init__(
-        self, model: nn.Module, settings: OptimSettings, *, muon_dtype: torch.dtype = torch.float32, seed: int = 0
+        self,
+        model: nn.Module,
+        settings: OptimSettings,
+        *,
+        muon_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        owned: Collection[str] | None = None,
     ) -> None:
         self.settings = settings
-        self.groups = parameter_groups(model.named_parameters(), muon=settings.name == "muon")
+        named = dict(model.named_parameters())
+        self._all = parameter_groups(named.items(), muon=settings.name == "muon")
+        mine = named if owned is None else {name: named[name] for name in owned}
+        self.groups = parameter_groups(mine.items(), muon=settings.name == "muon")
         self.adamw = AdamW(self.groups.decay, self.groups.no_decay, settings, seed=seed)
         self.muon: Muon | None = None
         if settings.name == "muon":
@@ -105,9 +114,12 @@ class Optimizer:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], *, updates: int) -> None:
-        """Continue from saved state after `updates` updates. Raises `CheckpointError` unless keys and shapes match."""
+        """Continue from saved state of all parameters after `updates` updates.
+
+        Raises `CheckpointError` unless keys and shapes match.
+        """
         expected = self.state_tensors()
-        odd = sorted(expected.keys() ^ tensors.keys()) + [
+        odd = sorted(self._all_names() ^ tensors.keys()) + [
             name for name, tensor in expected.items() if name in tensors and tensors[name].shape != tensor.shape
         ]
         if odd:
@@ -118,3 +130,11 @@ class Optimizer:
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
         self.updates = updates
+
+    def _all_names(self) -> set[str]:
+        """Keys of the state of all parameters, owned or not."""
+        kinds = ["exp_avg", "exp_avg_sq"]
+        if self.settings.state_dtype == "int8":
+            kinds += ["exp_avg_scale", "exp_avg_sq_scale"]
+        names = {f"adamw.{kind}.{name}" for kind in kinds for name in (*self._all.decay, *self._all.no_decay)}
+        return names | {f"muon.momentum.{name}" for name in self._all.muon}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from trine.engine.errors import OutOfMemoryError
@@ -24,16 +27,26 @@ def in_a_step(error: BaseException, setup: Setup, *, step: int, kept: str = "") 
     train, tokens = setup.recipe.train, setup.recipe.data.seq_len
     return OutOfMemoryError(
         f"step {step} ran out of memory on {setup.device} with train.micro_batch_size = {setup.micro_batch_size} "
-        f"sequences of {tokens} tokens ({_first_sentence(error)}); {_remedy(train, setup.micro_batch_size)}"
+        f"sequences of {tokens} tokens ({first_sentence(error)}); {_remedy(train, setup.micro_batch_size)}"
         f"{'; ' if kept else ''}{kept}"
     )
 
 
-def before_the_first_step(error: BaseException, setup: Setup) -> OutOfMemoryError:
-    """The error for a run whose weights and optimizer state have no room."""
+@contextmanager
+def told_before_the_first_step(setup: Setup) -> Iterator[None]:
+    """Within it the weights and the optimizer's state are made. Raises `OutOfMemoryError` where they have no room."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if found_in(error):
+            raise _before_the_first_step(error, setup) from None
+        raise
+
+
+def _before_the_first_step(error: BaseException, setup: Setup) -> OutOfMemoryError:
     need = estimate_memory(setup)
     return OutOfMemoryError(
-        f"no room on {setup.device} for the weights and the optimizer's state ({_first_sentence(error)}); training "
+        f"no room on {setup.device} for the weights and the optimizer's state ({first_sentence(error)}); training "
         f"takes about {format_bytes(need.total)}, there is {format_bytes(memory_bytes(setup.device))}: make the model "
         'smaller or set optim.state_dtype = "int8"; --dry-run shows what is needed for what'
     )
@@ -49,7 +62,7 @@ def _remedy(train: TrainSettings, micro: int) -> str:
     return 'a piece is one sequence already: shorten data.seq_len or set optim.state_dtype = "int8", in a new run'
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """What the allocator said, without the advice that may follow."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.partition("DefaultCPUAllocator: ")[2] or text

@@ -17,9 +17,11 @@ from trine.engine.model.cost import count_parameters
 from trine.engine.model.transformer import Transformer
 from trine.engine.train.mixing import source_lines
 from trine.engine.train.optim import parameter_groups
+from trine.engine.train.ranks import describe_layout
 from trine.engine.train.recipe import recipe_toml
 from trine.engine.train.recipe_objective import CHATS, TERMS
 from trine.engine.train.resolve import Setup
+from trine.engine.train.shards import BUCKET_BYTES
 from trine.engine.train.subject_cost import frozen_bytes, trained_parameters, training_flops_per_token
 from trine.kernels.adamw.states import BLOCK
 from trine.kernels.cross_entropy.options import default_chunk_rows
@@ -40,9 +42,10 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
-    saving: int  # the copy that is written in the background
+    saving: int  # the copy that is written in the background; of several ranks by the first
     frozen: int = 0  # an adapter's base, a teacher
     averages: int = 0  # of the weights
+    exchanged: int = 0  # what ranks send each other at a time
 
     @property
     def total(self) -> int:
@@ -63,15 +66,17 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
     # On a GPU the copy lies in host memory. The last checkpoint is written without one.
     copied = recipe.checkpoint.background and recipe.checkpoint.every and setup.device.type == "cpu"
     averages = parameters * FP32_BYTES if recipe.ema.decay else 0
+    count = setup.place.count  # each has its share of the state
     return MemoryEstimate(
         weights=parameters * FP32_BYTES * (1 if recipe.quantization is None else 2),  # the exact ones lie aside
         gradients=parameters * FP32_BYTES,
-        optimizer=optimizer,
+        optimizer=optimizer // count,
         activations=tokens * _activations_per_token(config, recipe.train.checkpoint_activations) * itemsize,
         logits=rows * config.vocab_size * itemsize,
         saving=parameters * FP32_BYTES + optimizer + averages if copied else 0,
         frozen=frozen_bytes(setup),
-        averages=averages,
+        averages=averages // count,
+        exchanged=0 if count == 1 else 2 * min(BUCKET_BYTES, parameters * FP32_BYTES),
     )
 
 
@@ -84,7 +89,7 @@ def plan_lines(setup: Setup) -> str:
     per_step = round(recipe.train.batch_size * setup.stream.tokens_per_sample)
     tokens = recipe.train.steps * per_step
     peak, how = peak_flops(setup.device, setup.compute_dtype)
-    at_peak = tokens * per_token / peak
+    at_peak = tokens * per_token / (peak * setup.place.count)
     epochs = recipe.train.steps * recipe.train.batch_size / max(1, setup.stream.samples_per_epoch)
     parts = ", ".join(f"{name} {format_bytes(value)}" for name, value in vars(memory).items() if value)
     trained = trained_parameters(setup)
@@ -94,7 +99,8 @@ def plan_lines(setup: Setup) -> str:
             describe(setup),
             f"parameters   {parameters.total:,} ({parameters.without_embedding:,} without embeddings)"
             + ("" if recipe.adapter is None else f"; trained {trained:,}, {trained / parameters.total:.2%}"),
-            f"memory       about {format_bytes(memory.total)}: {parts} (available {format_bytes(_available(setup))})",
+            f"memory       about {format_bytes(memory.total)}{' of rank 0' * (setup.place.count > 1)}: {parts} "
+            f"(available {format_bytes(_available(setup))})",
             f"tokens       {format_count(tokens)} = {recipe.train.steps} steps of {per_step:,}, {epochs:.2f} epochs "
             f"of {format_count(setup.stream.num_tokens)}; {tokens / parameters.total:.1f} per parameter",
             *source_lines(
@@ -121,9 +127,12 @@ def describe(setup: Setup) -> str:
     """Model, device, dtype with its reason, and threads, on one line."""
     config = setup.config
     dtype = str(setup.compute_dtype).removeprefix("torch.")
+    threads = counted(setup.threads, "thread")
+    if setup.place.count > 1:
+        threads = f"{describe_layout(setup.place)} with {threads} each"
     return (
         f"{config.family} with {format_count(count_parameters(config).total)} parameters{_kind(setup)} on "
-        f"{setup.device}, {dtype} ({setup.dtype_reason}), {counted(setup.threads, 'thread')}, "
+        f"{setup.recipe.train.device}, {dtype} ({setup.dtype_reason}), {threads}, "
         f"run folder {setup.recipe.run.dir}"
     )
 

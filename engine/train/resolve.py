@@ -7,7 +7,7 @@ run folder keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from trine.engine.config import Settings
 from trine.engine.data.stream import Stream
-from trine.engine.env import choose_device, choose_dtype, make_deterministic, set_threads
+from trine.engine.env import Place, choose_device, choose_dtype, make_deterministic, set_threads
 from trine.engine.errors import CheckpointError, DataError, UsageError
 from trine.engine.model.checkpoint import open_checkpoint, read_config, resolve_checkpoint
 from trine.engine.model.config import DropoutConfig, ModelConfig, default_ffn_width
@@ -28,6 +28,7 @@ from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.evaluation_sets import open_sets
 from trine.engine.train.experts import close_experts, expert_sizes, with_experts
 from trine.engine.train.optim import DEFAULT_MUON_LR, DEFAULT_MUON_MOMENTUM
+from trine.engine.train.ranks import divided
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.recipe_model import ModelSettings
 from trine.engine.train.recipe_objective import CHATS, ObjectiveSettings
@@ -81,19 +82,23 @@ class Setup:
     adapter_from: Path | None = None
     teacher: Path | None = None
     fresh_head: bool = False
+    place: Place = field(default_factory=Place)  # among the ranks of the run
 
     @property
     def micro_batch_size(self) -> int:
         return self.recipe.train.micro_batch_size or self.recipe.train.batch_size
 
 
-def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
+def resolve(recipe: Recipe, *, continue_from: Path | None = None, place: Place | None = None) -> Setup:
     """Choose what the recipe leaves open; `continue_from` is the step folder a run is resumed from.
 
-    Raises `UsageError`, `DataError` or `CheckpointError` for everything that would stop the run later.
+    Of several ranks `place` is this one's. Raises `UsageError`, `DataError` or `CheckpointError` for everything that
+    would stop the run later.
     """
-    device = choose_device(recipe.train.device)
-    threads = set_threads(recipe.train.threads)
+    place = place or Place()
+    recipe = divided(recipe, place)
+    device = _choose_device(recipe.train.device, place)
+    threads = set_threads(recipe.train.threads, processes=place.local_count)
     if device.type == "cuda":
         make_deterministic()  # before the first matrix product on the GPU
     compute_dtype, reason = choose_dtype(device, recipe.train.compute_dtype)
@@ -136,12 +141,30 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None) -> Setup:
         raise UsageError(f"data.{name} = {longest} exceeds the model's context of {config.max_positions}; shorten it")
     evaluation_sets, main = open_sets(data)
     _check_prompts(recipe, tokenizer, config)
-    resolved = _close(data, threads=threads, device=device, compute_dtype=compute_dtype, main=main)
+    told = str(device) if place.count == 1 else device.type  # each rank has another
+    resolved = _close(data, threads=threads, device=told, compute_dtype=compute_dtype, main=main)
     return Setup(
         recipe=resolved, config=config, weights=weights, adapter_from=adapter_from, tokenizer=tokenizer, stream=stream,
         evaluation_sets=evaluation_sets, device=device, threads=threads, compute_dtype=compute_dtype,
-        dtype_reason=reason, teacher=teacher, fresh_head=fresh_head,
+        dtype_reason=reason, teacher=teacher, fresh_head=fresh_head, place=place,
     )  # fmt: skip
+
+
+def _choose_device(named: str, place: Place) -> torch.device:
+    """The recipe's device; of several ranks each takes a GPU of its own. Raises `UsageError` where there are fewer."""
+    device = choose_device(named)
+    if place.count == 1 or device.type == "cpu":
+        return device
+    if named not in ("auto", "cuda"):
+        raise UsageError(f"train.device = {named!r} is one GPU for {place.count} ranks; set train.device=cuda")
+    if place.local_count > torch.cuda.device_count():
+        raise UsageError(
+            f"{place.local_count} ranks on this machine have {torch.cuda.device_count()} GPUs; start no more ranks "
+            "than GPUs, or train on the CPU: train.device=cpu"
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def new_model_config(
@@ -293,9 +316,7 @@ def _check_prompts(recipe: Recipe, tokenizer: Tokenizer, config: ModelConfig) ->
             )
 
 
-def _close(
-    data: TaskData, *, threads: int, device: torch.device, compute_dtype: torch.dtype, main: str | None
-) -> Recipe:
+def _close(data: TaskData, *, threads: int, device: str, compute_dtype: torch.dtype, main: str | None) -> Recipe:
     """The recipe with every open setting filled in."""
     recipe, config = data.recipe, data.config
     model = recipe.model
@@ -307,7 +328,7 @@ def _close(
     train = recipe.train.model_copy(
         update={
             "threads": threads,
-            "device": str(device),
+            "device": device,
             "compute_dtype": str(compute_dtype).removeprefix("torch."),
             "micro_batch_size": recipe.train.micro_batch_size or recipe.train.batch_size,
         }

@@ -12,10 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trine.engine.env import package_version
 from trine.engine.errors import DataError, UsageError
 from trine.engine.log import say, warn
+from trine.engine.train.ranks import digest
 from trine.engine.train.resolve import Setup, changed_settings
-from trine.engine.train.step_folder import TrainerState, read_step_recipe
+from trine.engine.train.step_folder import TrainerState, read_step_recipe, seal
 
 _BREAKING = (
     "data.seq_len", "data.document_mask", "data.target_len", "train.seed", "optim.name", "optim.state_dtype", "model.",
@@ -46,9 +48,22 @@ _MACHINE = {
     "device_name": _ROUNDING,
     "cpu_name": _ROUNDING,
     "threads": "sums are split otherwise and rounded otherwise",
+    "ranks": "gradients are added up in another order and rounded otherwise",
 }
 _PACKAGES = ("torch", "numpy", "triton")
 _NUMERICS = {"deterministic_algorithms": "a GPU may give other bits in every run"}
+
+
+def same_facts(setup: Setup, origin: Path | None) -> dict[str, Any]:
+    """What all ranks of a run must have alike."""
+    return {
+        "checkpoint to continue from": None if origin is None else [origin.name, seal(origin)],
+        "recipe": digest(setup.recipe),
+        "data": setup.stream.fingerprint,
+        "tokenizer": setup.tokenizer.fingerprint,
+        "version of Trine": package_version("trine"),
+        "version of torch": package_version("torch"),
+    }
 
 
 def check_continuation(setup: Setup, origin: Path, state: TrainerState, environment: dict[str, Any]) -> list[str]:
@@ -91,6 +106,7 @@ def check_continuation(setup: Setup, origin: Path, state: TrainerState, environm
 
 def machine_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What two `environment()`s differ in, of all that the bits of a run depend on; one line each."""
+    before, after = {"ranks": 1, **before}, {"ranks": 1, **after}
     found = [(key, before.get(key), after.get(key), effect) for key, effect in _MACHINE.items()]
     packages, installed = before.get("packages", {}), after.get("packages", {})
     found += [(name, packages.get(name), installed.get(name), _CODE) for name in _PACKAGES]

@@ -2,9 +2,9 @@
 
 The loss of a step is the sum of all token losses divided by the number of valid tokens in the whole step, whatever the
 pieces: with a ragged number of valid tokens per piece, the mean of means would weight tokens unequally. Where an
-objective makes several sums, each is divided by its own number, and the loss is what they come to together. With
-several ranks, each would take its share of the samples, `num_valid` would be the sum over ranks, and gradients would be
-summed before `check_and_clip`; nothing else here would change.
+objective makes several sums, each is divided by its own number, and the loss is what they come to together. Of several
+ranks each computes its share of the pieces, `num_valid` is the sum over ranks, and gradients are summed (shards.py)
+before `check_and_clip`.
 
 Random numbers (dropout) are seeded for every piece from the seed and the piece's first sample. So no generator state
 has to survive an interruption, and neither evaluation nor sampling can disturb training.
@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from trine.engine.data.objectives import Objective
 from trine.engine.data.stream import Stream
+from trine.engine.env import Place
 from trine.engine.errors import NonFiniteError
 from trine.engine.model.transformer import Transformer
+from trine.engine.train.ranks import part_of
+from trine.engine.train.shards import Shards, Told
 from trine.kernels.gradient_norm import gradient_norm
 from trine.kernels.multi_tensor import upload
 
@@ -39,16 +42,20 @@ class Micro:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss per valid token and global gradient norm before clipping."""
+    """Loss per valid token and global gradient norm before clipping; whether someone wants a checkpoint."""
 
     loss: float
     grad_norm: float
+    save: bool = False
 
 
-def micro_batches(stream: Stream, *, first_sample: int, batch_size: int, micro_batch_size: int) -> list[Micro]:
-    """The pieces of the step that starts at `first_sample`, in order."""
+def micro_batches(
+    stream: Stream, *, first_sample: int, batch_size: int, micro_batch_size: int, place: Place | None = None
+) -> list[Micro]:
+    """The pieces of the step that starts at `first_sample`, in order; of several ranks those of the one at `place`."""
     starts = range(first_sample, first_sample + batch_size, micro_batch_size)
-    return [Micro(start, stream.batch(start, micro_batch_size)) for start in starts]
+    part = starts if place is None else [starts[number] for number in part_of(place, len(starts))]
+    return [Micro(start, stream.batch(start, micro_batch_size)) for start in part]
 
 
 def count_valid(pieces: Sequence[Micro]) -> tuple[int, ...]:
@@ -89,25 +96,43 @@ def accumulate_gradients(
     return (total * scale).sum()
 
 
-def check_and_clip(model: nn.Module, loss: Tensor, *, max_norm: float, step: int) -> StepResult:
+def check_and_clip(
+    model: nn.Module,
+    loss: Tensor,
+    *,
+    max_norm: float,
+    step: int,
+    shards: Shards | None = None,
+    told: Told | None = None,
+) -> StepResult:
     """Refuse a loss or gradient that is not finite, and scale gradients down to `max_norm` (0: never).
 
-    Raises `NonFiniteError` naming the step and the first such parameter; parameters are untouched then.
+    Of several ranks (`shards`) the loss is of one's share, the gradients are of what one owns; all find the same, and
+    what they have `told` each other. Raises `NonFiniteError` naming the step and the first such parameter; parameters
+    are untouched then.
     """
     named = [(name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None]
-    grads = [grad for _, grad in named]
-    total, norms = gradient_norm(grads)
-    loss_value, norm = torch.stack([loss, total]).tolist()  # the one time that a step waits for the device
+    told, names, grads = told or Told(), [name for name, _ in named], [grad for _, grad in named]
+    if shards is None or shards.alone:
+        total, norms = gradient_norm(grads)
+        loss_value, norm = torch.stack([loss, total]).tolist()  # the one time that a step waits for the device
+        save = told.save
+    else:
+        norms = gradient_norm(grads)[1] if grads else loss.new_empty(0)
+        loss_value, *own = torch.cat([loss.view(1), norms]).tolist()
+        agreed = shards.agree(loss_value, dict(zip(names, own, strict=True)), told)
+        loss_value, norm, save = agreed.loss, agreed.norm, agreed.save
+        names, norms = list(agreed.norms), torch.tensor(list(agreed.norms.values()))
     if not math.isfinite(loss_value):
         raise NonFiniteError(f"the loss of step {step} is {loss_value}")
     if not math.isfinite(norm):
         finite = map(math.isfinite, norms.tolist())
-        bad = next((name for (name, _), is_finite in zip(named, finite, strict=True) if not is_finite), None)
+        bad = next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
         where = "all parameters together" if bad is None else bad
         raise NonFiniteError(f"the gradient of {where} is not finite at step {step} (loss {loss_value:.4g})")
     if max_norm and norm > max_norm:
         torch._foreach_mul_(grads, max_norm / norm)
-    return StepResult(loss_value, norm)
+    return StepResult(loss_value, norm, save)
 
 
 def piece_seed(seed: int, first_sample: int) -> int:

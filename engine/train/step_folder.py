@@ -14,14 +14,17 @@ functions of the recipe's seed and the sample or update at hand (see step.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trine.engine.errors import CheckpointError
@@ -106,6 +109,11 @@ def step_damage(folder: Path, *, contents: bool = True) -> str | None:
     return damage(folder, seal_in=STATE, contents=contents)
 
 
+def seal(folder: Path) -> str:
+    """A name for all that a complete step folder holds: the checksum of its checksums."""
+    return hashlib.sha256((folder / STATE / MANIFEST).read_bytes()).hexdigest()[:12]
+
+
 def read_state(folder: Path) -> TrainerState:
     """The trainer's state in a step folder. Raises `CheckpointError` where it cannot be read."""
     path = folder / STATE / _TRAINER
@@ -136,19 +144,44 @@ def read_step_recipe(folder: Path) -> Recipe:
 
 def load_optimizer(optimizer: Optimizer, folder: Path, *, updates: int) -> None:
     """Fill the optimizer, which has made `updates` updates, from a step folder."""
-    optimizer.load_state(_load_tensors(folder / STATE / OPTIMIZER), updates=updates)
+    with _stored(folder / STATE / OPTIMIZER) as tensors:
+        optimizer.load_state(tensors, updates=updates)
 
 
 def load_ema(ema: Ema | None, folder: Path, *, updates: int) -> None:
     """Fill the average of the weights, where there is to be one; it begins at the weights where the folder has none."""
-    if ema is not None:
-        path = folder / STATE / EMA
-        ema.load_state(_load_tensors(path) if path.is_file() else {}, updates=updates)
+    if ema is None:
+        return
+    path = folder / STATE / EMA
+    if not path.is_file():
+        ema.load_state({}, updates=updates)
+        return
+    with _stored(path) as tensors:
+        ema.load_state(tensors, updates=updates)
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of an open file, each read when it is asked for: a rank takes its own of them."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextmanager
+def _stored(path: Path) -> Iterator[_Stored]:
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            yield _Stored(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path} ({error}); continue from another step folder") from None
-    return tensors

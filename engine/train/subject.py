@@ -8,12 +8,13 @@ objective, and knows no more of all that.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trine.engine.data.dpo import Preference
 from trine.engine.data.encoder_objectives import Classification, MaskedLM, Regression, Tagging
@@ -26,6 +27,7 @@ from trine.engine.model.lora import read_adapter
 from trine.engine.model.lora_weights import LoraWeights
 from trine.engine.model.new_head import load_for_task
 from trine.engine.model.transformer import Transformer
+from trine.engine.train import step as steps
 from trine.engine.train.adapter import adapt
 from trine.engine.train.experts import with_router_losses
 from trine.engine.train.recipe_objective import PAIRS
@@ -63,6 +65,20 @@ class Subject:
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
     measures: Callable[[], dict[str, float]] = dict
     finish: Callable[[Path], object] = lambda final: None
+
+    def gradients(self, setup: Setup, pieces: Sequence[steps.Micro], *, num_valid: Sequence[int]) -> Tensor:
+        """Add those of pieces of a step to `.grad`; see `accumulate_gradients`."""
+        train = setup.recipe.train
+        with self.computing():
+            return steps.accumulate_gradients(
+                self.model,
+                self.objective,
+                pieces,
+                num_valid=num_valid,
+                seed=train.seed,
+                compute_dtype=setup.compute_dtype,
+                checkpoint_activations=train.checkpoint_activations,
+            )
 
 
 def make_subject(setup: Setup) -> Subject:

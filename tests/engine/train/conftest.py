@@ -7,7 +7,9 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from trine.engine.config import parse
-from trine.engine.train.recipe import Recipe
+from trine.engine.train.recipe import Recipe, recipe_table
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -114,6 +116,44 @@ def continued(data_dir: Path, bases: dict[str, Path], tmp_path: Path) -> MakeRec
         return recipe_of(data_dir, tmp_path / run, model, **changes)
 
     return make
+
+
+@dataclass
+class Gang:
+    """Processes that train one recipe after another as its ranks; see rank_worker.py."""
+
+    folder: Path
+    workers: list[subprocess.Popen[str]] = field(default_factory=list)
+    _runs: int = 0
+
+    def train(
+        self, recipe: Recipe | list[Recipe], count: int, *, resume: str = "auto", fault: str | None = None
+    ) -> list[dict[str, Any]]:
+        """What each of `count` ranks says of the run of a recipe, or of one for each rank."""
+        while len(self.workers) < count:
+            command = [sys.executable, str(Path(__file__).with_name("rank_worker.py"))]
+            self.workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        self._runs += 1
+        recipes = recipe if isinstance(recipe, list) else [recipe] * count
+        for rank, worker in enumerate(self.workers[:count]):
+            order = {
+                "place": [rank, count, rank, count], "meeting": str(self.folder / str(self._runs)), "resume": resume,
+                "recipe": recipe_table(recipes[rank]), "fault": fault,
+            }  # fmt: skip
+            assert worker.stdin is not None
+            worker.stdin.write(json.dumps(order) + "\n")
+            worker.stdin.flush()
+        outputs = [worker.stdout for worker in self.workers[:count]]
+        return [json.loads(output.readline()) for output in outputs if output is not None]
+
+
+@pytest.fixture(scope="session")
+def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
+    gang = Gang(tmp_path_factory.mktemp("meetings"))
+    yield gang
+    for worker in gang.workers:
+        worker.kill()
+        worker.communicate()
 
 
 _WORDS = ("red", "blue", "green", "seven", "eleven", "twenty")
