@@ -1,8 +1,8 @@
 """Several ranks: what one rank computes, but for the order of sums; the same to the bit each time.
 
 Gradients of a step are added up in another order with another number of ranks, so each sum of float32 numbers may
-differ by some units in the last place (6e-8 of its size). In eight steps of this size weights of up to 1 differ by less
-than 3e-7; `BOUND` allows ten times that, and mistakes in what is exchanged show 1e-3 and more.
+differ by some units in the last place (6e-8 of its size). In eight steps of this size weights of up to 1 differ by
+less than 3e-7; `BOUND` allows ten times that, and mistakes in what is exchanged show 1e-3 and more.
 """
 
 from __future__ import annotations
