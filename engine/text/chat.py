@@ -24,6 +24,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -55,21 +56,29 @@ class EncodedChat:
 class ChatTemplate:
     """A compiled template. `ChatTemplate.of(tokenizer)` takes the tokenizer's own."""
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None) -> None:
-        """Compile `source`; `special_tokens` ({"eos_token": "</s>"}) are there by name. Raises `DataError`."""
+    def __init__(
+        self, source: str, *, special_tokens: Mapping[str, str] | None = None, day: datetime.date | None = None
+    ) -> None:
+        """Compile `source`; `special_tokens` ({"eos_token": "</s>"}) are there by name. Raises `DataError`.
+
+        `day` is what a template takes for today that asks for the date (`reads_date`), None: today.
+        """
         self._special_tokens = dict(special_tokens or {})
         if len(source) > _LONGEST:
             raise DataError(f"the chat template has {len(source):,} characters; {_LONGEST:,} are allowed")
         self.marks_generation = "endgeneration" in source
+        self.reads_date = "strftime_now" in source
         try:
-            self._template = _environment().from_string(source)
+            self._template = _environment(day).from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template cannot be read, line {error.lineno}: {error.message}") from None
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
             raise DataError(f"the chat template cannot be compiled: {error or type(error).__name__}") from None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, name: str = "default") -> ChatTemplate | None:
+    def of(
+        cls, tokenizer: Tokenizer, name: str = "default", *, day: datetime.date | None = None
+    ) -> ChatTemplate | None:
         """The template of this name that came with the tokenizer; None where there is none of any name.
 
         Raises `DataError` naming those there are where there are others.
@@ -79,7 +88,7 @@ class ChatTemplate:
             return None
         if name not in templates:
             raise DataError(f"the tokenizer has no chat template {name!r}; it has {', '.join(sorted(templates))}")
-        return cls(templates[name], special_tokens=tokenizer.special_tokens)
+        return cls(templates[name], special_tokens=tokenizer.special_tokens, day=day)
 
     def render(
         self,
@@ -170,11 +179,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
-def _environment() -> LimitedEnvironment:
+def _environment(day: datetime.date | None) -> LimitedEnvironment:
     environment = LimitedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation], to_json=_to_json
     )
-    environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
+    environment.globals.update(raise_exception=_raise, strftime_now=partial(_strftime_now, day))
     return environment
 
 
@@ -209,5 +218,6 @@ def _raise(message: str) -> str:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
+def _strftime_now(day: datetime.date | None, pattern: str) -> str:
+    now = datetime.datetime.now() if day is None else datetime.datetime.combine(day, datetime.time())
+    return now.strftime(pattern)

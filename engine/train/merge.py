@@ -11,6 +11,7 @@ Shapes: N outputs, K inputs of a weight.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from functools import reduce
@@ -24,13 +25,16 @@ from trine.engine.errors import StorageError, UsageError
 from trine.engine.log import format_bytes, progress
 from trine.engine.model.checkpoint import Opened, open_checkpoint, read_hf_config
 from trine.engine.model.families import TensorRule
+from trine.engine.model.families.settings import read_eos, write_eos
 from trine.engine.model.lora import Adapter, LowRank, read_adapter
 from trine.engine.model.lora_base import check_base
 from trine.engine.model.quantized.plan import read_weight
 from trine.engine.model.quantized.registry import CONFIG_KEYS
 from trine.engine.model.quantized.tensor import QuantizedTensor
 from trine.engine.model.weight_files import copy_companions, write_json, write_weights
-from trine.engine.text.tokenizer import CHAT_TEMPLATE
+from trine.engine.text.assistant import turn_end
+from trine.engine.text.chat import ChatTemplate
+from trine.engine.text.tokenizer import CHAT_TEMPLATE, Tokenizer
 from trine.engine.train.durable import write_folder
 
 _SHARD_BYTES = 2**30
@@ -71,10 +75,10 @@ def merge(base: Path, adapter: Path, out: Path) -> Merged:
             parameters = sum(torch.Size(shape).numel() for shape in sums.shapes.values())
             write_weights(folder, sums.sizes(), sums.make, max_shard_bytes=_SHARD_BYTES, num_parameters=parameters)
             copy_companions(base, folder)
-            if (adapter / CHAT_TEMPLATE).is_file():  # in which the adapter has learned to answer
-                shutil.copyfile(adapter / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
             config = read_hf_config(base)
             write_json(folder / "config.json", {key: value for key, value in config.items() if key not in CONFIG_KEYS})
+            if (adapter / CHAT_TEMPLATE).is_file():
+                _keep_chats(adapter, folder)
 
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -82,6 +86,20 @@ def merge(base: Path, adapter: Path, out: Path) -> Merged:
         except (OSError, SafetensorError) as error:
             raise StorageError(f"cannot write {out} ({error}); make room there, or give another --out") from None
     return sums.result()
+
+
+def _keep_chats(adapter: Path, folder: Path) -> None:
+    """Give a merged folder the template in which the adapter has learned to answer, and the end of an answer."""
+    shutil.copyfile(adapter / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+    tokenizer = Tokenizer.load(folder)
+    template = ChatTemplate.of(tokenizer)
+    assert template is not None
+    end = turn_end(template, tokenizer)
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = read_eos(settings)
+        if known and end is not None and end not in known:
+            write_json(path, {**settings, "eos_token_id": write_eos((*known, end))})
 
 
 class _Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -20,8 +21,8 @@ _HIDDEN = {"mask_fraction": 0.15, "mask_share": 0.8, "random_share": 0.1, "whole
 _TEXT = {"text_field": "text", "pair_field": None, "label_field": "label"}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "causal_lm": {},
-    "chat": {"train_on": "assistant", "chat_template": None},
-    "preference": {"chat_template": None, "beta": 0.1, "label_smoothing": 0.0},
+    "chat": {"train_on": "assistant", "chat_template": None, "chat_date": None},
+    "preference": {"chat_template": None, "chat_date": None, "beta": 0.1, "label_smoothing": 0.0},
     "masked_lm": _HIDDEN,
     "span_corruption": {"noise_density": 0.15, "mean_span": 3.0, "label_smoothing": 0.0},
     "seq2seq": {"source_field": "source", "target_field": "target", "label_smoothing": 0.0},
@@ -62,6 +63,7 @@ class ObjectiveSettings(Settings):
     kind: Kind = "causal_lm"
     train_on: Literal["assistant", "last", "all"] | None = None
     chat_template: Name | None = None
+    chat_date: Annotated[date, Field(strict=False)] | None = None
     beta: Rate | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     mask_share: Fraction | None = None

@@ -128,7 +128,7 @@ def resolve(recipe: Recipe, *, continue_from: Path | None = None, place: Place |
         settings = new_settings(objective, recipe.model.family, tokenizer, labels, recipe.model.dropout)
         config = new_model_config(recipe.model, tokenizer, default_positions=longest, settings=settings)
     if objective.kind in CHATS:
-        config = replace(config, eos_token_ids=answer_ends(config, tokenizer))
+        config = replace(config, eos_token_ids=answer_ends(recipe, config, tokenizer))
     data = TaskData(recipe=recipe, config=config, tokenizer=tokenizer, tokenizer_dir=tokenizer_dir, labels=labels)
     stream = _open_stream(data)
     teacher = None

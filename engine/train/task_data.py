@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def tokenizer_folder(recipe: Recipe, checkpoint: Path | None) -> Path:
 def load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
     """The tokenizer in a folder; of conversations with the chat template that the recipe names, if it names one.
 
-    Raises `DataError` where conversations are to be learned and there is no template.
+    Raises `DataError` where conversations are to be learned and there is no template, `UsageError` where it writes a
+    date and the recipe names none.
     """
     tokenizer, objective = Tokenizer.load(folder), recipe.objective
     if objective.kind not in CHATS:
@@ -71,7 +73,15 @@ def load_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
             f"{folder} has no chat template; name one by objective.chat_template: a file that ends in .jinja, or "
             f"{styles} of Trine's own"
         )
-    if not teaches_to_end(_template(tokenizer), tokenizer):
+    template = _template(recipe, tokenizer)
+    if template.reads_date != (objective.chat_date is not None):
+        raise UsageError(
+            "the chat template writes the date, so that tomorrow the same run would be another one; fix it by "
+            f"objective.chat_date={date.today()}"
+            if template.reads_date
+            else "objective.chat_date has no effect with a chat template that writes no date; remove it"
+        )
+    if not teaches_to_end(template, tokenizer):
         warn(
             "the chat template writes no special token at the end of an answer, or leaves it out of what it marks as "
             "generated: nothing teaches the model to end its answers"
@@ -89,18 +99,18 @@ def sample_prompt(recipe: Recipe, tokenizer: Tokenizer, prompt: str) -> str | li
     """What the model is given for one of `eval.sample_prompts`: the text, or the ids of a chat's first message."""
     if recipe.objective.kind not in CHATS:
         return prompt
-    return tokenizer.encode(_template(tokenizer).render([{"role": "user", "content": prompt}]))
+    return tokenizer.encode(_template(recipe, tokenizer).render([{"role": "user", "content": prompt}]))
 
 
-def answer_ends(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+def answer_ends(recipe: Recipe, config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end what a model says, that which its chat template writes after an answer among them."""
     known = config.eos_token_ids or (() if tokenizer.eos_id is None else (tokenizer.eos_id,))
-    end = turn_end(_template(tokenizer), tokenizer)
+    end = turn_end(_template(recipe, tokenizer), tokenizer)
     return known if end is None or end in known else (*known, end)
 
 
-def _template(tokenizer: Tokenizer) -> ChatTemplate:
-    template = ChatTemplate.of(tokenizer)
+def _template(recipe: Recipe, tokenizer: Tokenizer) -> ChatTemplate:
+    template = ChatTemplate.of(tokenizer, day=recipe.objective.chat_date)
     assert template is not None, "load_tokenizer looks for it"
     return template
 
@@ -215,7 +225,7 @@ class TaskData:
         common: dict[str, Any] = {"tokenizer": self.tokenizer, "truncate": data.truncate}
         if objective.kind in CHATS:
             layout = ChatLayout(
-                template=_template(self.tokenizer),
+                template=_template(self.recipe, self.tokenizer),
                 seq_len=data.seq_len,
                 pad_id=self._pad_id,
                 packed=data.packing,

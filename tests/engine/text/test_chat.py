@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import runpy
 from pathlib import Path
@@ -210,6 +211,9 @@ def test_a_broken_template_is_named_with_its_line() -> None:
 
 def test_the_date_is_formatted() -> None:
     assert ChatTemplate("{{ strftime_now('%Y') }}").render([]).startswith("20")
+    fixed = ChatTemplate("{{ strftime_now('%d %b %Y') }}", day=datetime.date(2024, 7, 26))
+    assert (fixed.render([]), fixed.reads_date) == ("26 Jul 2024", True)
+    assert not ChatTemplate("{{ date }}").reads_date
 
 
 # What a template may try: to get at Python, to change what it is given, to run for ever, to take all memory.

@@ -15,7 +15,7 @@ from trine.engine.text.chat_styles import STYLES
 from trine.engine.text.tokenizer import Tokenizer
 from trine.engine.train.loop import train
 from trine.engine.train.merge import merge
-from trine.engine.train.recipe import Recipe
+from trine.engine.train.recipe import Recipe, load_recipe, recipe_toml
 from trine.engine.train.resolve import resolve
 from trine.engine.train.run_log import read_run
 
@@ -108,6 +108,27 @@ def test_an_adapter_learns_conversations_and_a_merge_keeps_their_template(
     assert Tokenizer.load(base).chat_template is None
     merge(base, tmp_path / "lora" / "final", tmp_path / "merged")
     assert Tokenizer.load(tmp_path / "merged").chat_template == STYLES["plain"]
+    # Another end of an answer than the base's end of text is known in the merged folder, too.
+    template = tmp_path / "lora" / "final" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("+ eos_token", "+ '<extra_id_0>'"))
+    merge(base, tmp_path / "lora" / "final", tmp_path / "other")
+    tokenizer = Tokenizer.load(base)
+    [end] = tokenizer.encode("<extra_id_0>")
+    assert read_config(tmp_path / "other").eos_token_ids == (tokenizer.eos_id, end)
+
+
+@pytest.mark.parametrize("section", ["quantization", "distill"])
+def test_rounding_and_a_teacher_go_with_conversations(section: str, chat_recipe: MakeRecipe, tmp_path: Path) -> None:
+    train(chat_recipe("base", train={"steps": 1}, eval={"every": 0}))
+    base = tmp_path / "base" / "final"
+    settings = {"quantization": {"scheme": "w4a16", "group_size": 32}, "distill": {"teacher": str(base)}}
+    recipe = chat_recipe("run", {"init_from": str(base)}, train={"steps": 2}, **{section: settings[section]})
+    train(recipe)
+    losses = [record["loss"] for record in read_run(tmp_path / "run").steps]
+    assert len(losses) == 2
+    assert all(0.5 < loss < 7 for loss in losses)
+    if section == "quantization":
+        assert Tokenizer.load(tmp_path / "run" / "final-w4a16").chat_template == STYLES["plain"]
 
 
 def test_an_end_of_turn_of_the_template_ends_what_the_model_says(
@@ -121,6 +142,25 @@ def test_an_end_of_turn_of_the_template_ends_what_the_model_says(
     assert read_config(tmp_path / "run" / "final").eos_token_ids == (tokenizer.eos_id, end)
     settings = json.loads((tmp_path / "run" / "final" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [tokenizer.eos_id, end]
+
+
+def test_a_template_that_writes_the_date_needs_one(chat_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}\n" + STYLES["plain"])
+    dated = {"chat_template": str(tmp_path / "dated.jinja")}
+    with pytest.raises(TrineError, match=r"the chat template writes the date.*; fix it by objective.chat_date=20"):
+        resolve(chat_recipe(objective=dated))
+    setup = resolve(chat_recipe(objective={**dated, "chat_date": "2024-07-26"}))
+    assert setup.tokenizer.decode(setup.stream.batch(0, 1).ids_BT[0].tolist()).startswith("26 Jul 2024### User")
+    again = load_recipe(_written(setup.recipe, tmp_path / "resolved.toml"))
+    assert again.objective == setup.recipe.objective
+    assert resolve(again).stream.fingerprint == setup.stream.fingerprint
+    with pytest.raises(TrineError, match="chat_date has no effect with a chat template that writes no date"):
+        resolve(chat_recipe(objective={"chat_date": "2024-07-26"}))
+
+
+def _written(recipe: Recipe, path: Path) -> Path:
+    path.write_text(recipe_toml(recipe))
+    return path
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
