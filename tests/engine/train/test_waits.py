@@ -35,12 +35,14 @@ CONTINUED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "rounded activations": ({"quantization": {"scheme": "w8a8"}}, {"quantize_rows_kernel"}),
     "taught": ({"distill": {}}, {"distillation_rows_kernel"}),
 }
+CHAT = {"kind": "chat", "chat_template": "plain"}
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "masked words": ("bert", {}),
     "classes": ("bert", {"objective": {"kind": "classification"}}),
     "tags": ("bert", {"objective": {"kind": "tagging"}}),
     "spans": ("t5", {}),
     "pairs": ("marian", {"objective": {"kind": "seq2seq"}}),
+    "conversations": ("llama", {"objective": CHAT, "data": {"seq_len": 128}}),
 }
 SLOW = {"in pieces", "8-bit states", "averaged", "adapter with dropout", "rounded weights", "classes", "pairs"}
 
@@ -117,3 +119,18 @@ def test_pairs_are_read_whole_where_targets_are_generated(
     # Documents of a row are found on the host; row by row each look would be a wait.
     assert "aten::_unique2" not in evaluated
     assert evaluated.count("copy to the CPU") > 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapter": {"rank": 4}}], ids=["whole", "adapter"])
+def test_a_step_of_preferences_waits_once(
+    pretended_gpu: Pretend,
+    objective_recipe: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
+    quick = {"train": {"steps": 1}, "eval": {"every": 0}, "data": {"seq_len": 128}}
+    train(objective_recipe(tmp_path / "base", "llama", objective=CHAT, **quick))
+    base = {"init_from": str(tmp_path / "base/final")}
+    more = on_gpu({"objective": {"kind": "preference"}, "data": {"seq_len": 128}, **changes})
+    check(objective_recipe(tmp_path / "run", base, **more), set(), pretended_gpu, monkeypatch)
