@@ -3,8 +3,8 @@
     python -m trine.benchmarks.families [--threads N] [--rounds N] [FAMILY...]
 
 Models of one size (512 wide, 8 layers, random weights, bfloat16) are made and saved by transformers and loaded by
-Trine. Both complete a prompt of 64 tokens by 64, greedily, in turns; ratios are medians of the rounds', in time on the
-core with one thread. The last line on stdout is one JSON object.
+Trine. Both complete a prompt of 64 tokens by 64 (encoder-decoders read it as a source), greedily, in turns; ratios are
+medians of the rounds', in time on the core with one thread. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, 
 GROUPED = SIZES | {"num_key_value_heads": 4}
 HEADS = GROUPED | {"head_dim": 64}
 EXPERTS = HEADS | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 688}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "rope_theta": 10000.0} | {
+    "original_max_position_embeddings": 4096
+}
 # What transformers calls the sizes of each family.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
@@ -49,17 +52,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"hidden_size": 512, "ffn_dim": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
     | {"word_embed_proj_dim": 512},
     "qwen3_moe": EXPERTS,
+    "phi3_longrope": GROUPED | {"model_type": "phi3", "pad_token_id": None, "rope_parameters": LONGROPE},
+    "cohere_qk_norm": GROUPED | {"model_type": "cohere", "use_qk_norm": True},
+    "olmoe_clip": GROUPED | {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2, "clip_qkv": 8.0},
+    "opt_350m": {"model_type": "opt", "hidden_size": 512, "ffn_dim": 1376, "num_hidden_layers": 8}
+    | {"num_attention_heads": 8, "word_embed_proj_dim": 256, "do_layer_norm_before": False},
+    "t5": {"d_model": 512, "d_ff": 1376, "num_layers": 8, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
+    | {"tie_word_embeddings": False, "decoder_start_token_id": 0},
+    "marian": {"d_model": 512, "encoder_layers": 8, "decoder_layers": 8, "encoder_attention_heads": 8}
+    | {"decoder_attention_heads": 8, "encoder_ffn_dim": 1376, "decoder_ffn_dim": 1376, "decoder_start_token_id": 0}
+    | {"pad_token_id": 0, "forced_eos_token_id": None},
 }
+ENCODER_DECODERS = {"t5", "marian"}
 
 
 def compare(family: str, rounds: int) -> dict[str, Any]:
     """Tokens per second of both, and the ratios of the rounds."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = AutoConfig.for_model(family, vocab_size=8192, **FAMILIES[family])
+    config = AutoConfig.for_model(**{"model_type": family, "vocab_size": 8192} | FAMILIES[family])
     config.eos_token_id = None
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config).bfloat16().eval()
+    kind = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
+    theirs = kind.from_config(config).bfloat16().eval()
     with tempfile.TemporaryDirectory() as name:
         theirs.save_pretrained(name)
         model = load_model(Path(name), dtype=torch.bfloat16)
@@ -102,7 +117,7 @@ def main() -> None:
         row = rows[family] = compare(family, options.rounds)
         speeds = ", ".join(f"{name} {value:.0f} tokens/s" for name, value in row["tokens_per_second"].items())
         steps = "compiled steps" if row["compiled_steps"] else "operation by operation"
-        print(f"{family:12} {speeds}: {row['ratio'][0]:.2f} x ({row['ratio'][1]} to {row['ratio'][2]}), {steps}")
+        print(f"{family:14} {speeds}: {row['ratio'][0]:.2f} x ({row['ratio'][1]} to {row['ratio'][2]}), {steps}")
     print(json.dumps({"threads": options.threads, "families": rows, "environment": environment()}))
 
 

@@ -3,7 +3,7 @@
 It computes layers of attention and a feed-forward layer, with norms before, after or around them, or side by side, so
 it is used where a model has nothing but what is known here, and where its logits were seen to equal those of the
 model's own forward on a short text: any doubt leaves the forward in place. A mixture of experts is the model's own,
-called between compiled parts. The weights of q, k, v
+called between compiled parts, as are cross-attention and norms of sums. The weights of q, k, v
 and of gate, up come to lie side by side in memory, which the model's layers then share (`cpu_weights.py`). Products of
 more than a few rows are those of the quantized layers; of all other weights they keep a copy in a layout of their own.
 
@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trine.engine.generate.cpu_branches import StepSource, behind, between
 from trine.engine.generate.cpu_weights import joined, rounds_inputs, why_not_joined
 from trine.engine.log import say_once
 from trine.engine.model.blocks import MLP, Attention, Block
 from trine.engine.model.config import ModelConfig, RopeConfig
+from trine.engine.model.cross_attention import CrossAttention, Source
 from trine.engine.model.layers import HeadNorm, LayerNorm, Linear, RMSNorm
 from trine.engine.model.moe import ExpertLinear, Experts, MixtureOfExperts
 from trine.engine.model.paged_cache import PagedCache, PagedStep
@@ -43,7 +45,9 @@ _KNOWN = {
     "rope_interleaved", "window_rope", "unrotated_layers", "qkv_bias", "o_bias", "qkv_clip", "qk_norm", "window",
     "full_layers", "attention_scale", "attention_softcap", "attention_sinks", "mlp", "moe", "activation", "mlp_bias",
     "tie_embeddings", "head_bias", "embedding_scale", "residual_scale", "logit_scale", "logit_softcap", "dropout",
-    "init_std", "bos_token_id", "eos_token_ids", "pad_token_id",
+    "init_std", "bos_token_id", "eos_token_ids", "pad_token_id", "first_norm", "final_norm", "embedding_width",
+    "encoder", "relative_buckets", "relative_max_distance", "decoder_start_token_id", "banned_token_ids",
+    "forced_last_token_id", "init_fan_in",
 }  # fmt: skip
 # How far logits may be from those of the model's forward, relative to the largest: products round differently.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -56,10 +60,13 @@ class CpuDecoder:
     """Decoding steps of one model over one cache; made by `make_decoder`."""
 
     def __init__(self, model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) -> None:
-        self._model, self._compute_dtype = model, compute_dtype
-        layers = [_layer(block, cache, model.config, compute_dtype) for block in model.layers]
+        self._model, self._compute_dtype, self._source = model, compute_dtype, StepSource()
+        layers = [_layer(block, cache, model, compute_dtype, self._source) for block in model.layers]
         weight, bias = _norm(model.norm)
-        self._step = DecodeStep(layers, weight, _output(model, compute_dtype), final_bias_C=bias)
+        # The model computes what a step does not end with: no norm, or a projection behind it.
+        self._ends_in_model = weight is None or model.embed_out is not None
+        output = () if self._ends_in_model else (weight, _output(model, compute_dtype))
+        self._step = DecodeStep(layers, *output, final_bias_C=None if self._ends_in_model else bias)
 
     @property
     def num_kinds(self) -> int:
@@ -74,10 +81,11 @@ class CpuDecoder:
         table: np.ndarray[Any, Any],
         lengths: np.ndarray[Any, Any],
         longer: np.ndarray[Any, Any] | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """fp32 logits [R, V], whose memory the next step uses again. ids, positions, slots: int64 [R]; lengths (the new
         tokens counted): int32 [R]; table: int32 [R, M]. `longer`, bool [R]: whose rotation is that of long sequences,
-        for models that change it.
+        for models that change it. `source`: what encoder-decoders look at, a row each, keys and values kept.
         """
         config = self._model.config
         # Rounded as in the model's forward, which wrote the keys that these queries meet.
@@ -96,8 +104,12 @@ class CpuDecoder:
             sin_MR=sin,
             other_angles=angles[1] if len(angles) > 1 else None,
         )
+        if source is not None:
+            self._source.give(source)
         x_RC = self._model.embed(torch.from_numpy(ids)[None], places_1R)[0].float()
         logits_RV = self._step.run(x_RC, inputs)
+        if self._ends_in_model:
+            return self._model.logits(self._model.behind_layers(logits_RV.to(self._compute_dtype)))
         if config.logit_scale != 1.0:
             logits_RV.mul_(config.logit_scale)
         softcap = config.logit_softcap
@@ -129,10 +141,8 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
     ]
     if unknown:
         return f"the model has {unknown[0]} = {getattr(config, unknown[0])!r}"
-    if config.positions not in ("rope", "learned"):
-        return f'the model has positions = "{config.positions}"'
-    if config.placement == "post_sum":
-        return 'the model has placement = "post_sum"'
+    if config.encoder is not None and config.num_heads != config.num_kv_heads:
+        return f"the model has {config.num_kv_heads} key/value heads for {config.num_heads} heads over a source"
     if config.norm.startswith("layer") and config.placement in ("post", "both"):
         return f'the model has norm = "{config.norm}" behind its layers'
     if config.logit_scale != 1.0 and config.head_bias:
@@ -145,7 +155,7 @@ def _why_not(model: Transformer, cache: PagedCache, compute_dtype: torch.dtype) 
         return why_not()
     known = {
         Attention, MLP, QuantizedMLP, Block, Linear, QuantizedLinear, RMSNorm, LayerNorm, HeadNorm, MixtureOfExperts,
-        Experts, ExpertLinear, QuantizedExperts, QuantizedExpertLinear,
+        Experts, ExpertLinear, QuantizedExperts, QuantizedExpertLinear, CrossAttention,
     }  # fmt: skip
     parts = [part for block in model.layers for part in block.modules()]
     other = [part for part in parts if type(part) not in known]
@@ -219,6 +229,8 @@ def _head_norm(norm: nn.Module | None, config: ModelConfig, heads: int) -> tuple
 
 def _norms(block: Any, config: ModelConfig) -> LayerNorms:
     """Which of a block's norms stands where: `engine/model/blocks.py` names them after files."""
+    if config.placement == "post_sum":  # `cpu_branches.py` computes them
+        return LayerNorms(layer=config.norm.startswith("layer"), eps=config.norm_eps)
     second = block.post_attention_layernorm
     follows = config.placement in ("post", "both")
     before = block.pre_feedforward_layernorm if follows else second
@@ -243,8 +255,10 @@ def _rotations(config: ModelConfig) -> list[RopeConfig]:
     return [rope for rope in (config.rope, config.window_rope) if rope is not None]
 
 
-def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: torch.dtype) -> DecodeLayer:
-    attention = block.self_attn
+def _layer(
+    block: Any, cache: PagedCache, model: Transformer, compute_dtype: torch.dtype, source: StepSource
+) -> DecodeLayer:
+    config, attention = model.config, block.self_attn
     layer = attention.layer
     (q_norm, q_bias), (k_norm, k_bias) = (
         _head_norm(norm, config, heads)
@@ -278,8 +292,18 @@ def _layer(block: Any, cache: PagedCache, config: ModelConfig, compute_dtype: to
         window=None if attention.window is None else attention.window - 1,
         softcap=config.attention_softcap,
         qkv_clip=config.qkv_clip,
+        relative_HW=_relative(model),
+        between=between(block, config, compute_dtype, source),
+        behind=behind(block, config),
         sinks_H=None if attention.sinks is None else attention.sinks.detach(),
     )
+
+
+def _relative(model: Transformer) -> Tensor | None:
+    """What is added to scores by the distance of a key, [H, W], all beyond the last being alike."""
+    if model.relative_bias is None:
+        return None
+    return model.relative_bias.of(-torch.arange(model.config.relative_max_distance + 1)).detach().float().T.contiguous()
 
 
 def _difference(model: Transformer, cache: PagedCache, decoder: CpuDecoder, compute_dtype: torch.dtype) -> float:
@@ -290,6 +314,7 @@ def _difference(model: Transformer, cache: PagedCache, decoder: CpuDecoder, comp
     blocks = np.arange(-(-count // size), dtype=np.int32)[None]
     positions = np.arange(count)
     last = slice(count - 1, count)
+    source = None if model.encoder is None else model.encode(ids[None], compute_dtype=compute_dtype).keeping()
     worst = 0.0
     for longer in (False,) if config.rope_switch is None else (False, True):
         cache.step = PagedStep(
@@ -303,13 +328,15 @@ def _difference(model: Transformer, cache: PagedCache, decoder: CpuDecoder, comp
             num_slots=count,
             longer_N=None if config.rope_switch is None else torch.full((count,), longer),
         )
-        expected_V = model.logits(model(ids[None], cache=cache, compute_dtype=compute_dtype)[0, -1])
+        hidden_1TC = model(ids[None], source=source, cache=cache, compute_dtype=compute_dtype)
+        expected_V = model.logits(hidden_1TC[0, -1])
         for copies in (1, 4):  # both ways of computing a step
             rows = np.repeat(positions[last], copies)
             slots = np.where(np.arange(copies) == 0, rows, -1)
             found_RV = decoder.run(
                 np.repeat(ids.numpy()[last], copies), rows, slots, np.repeat(blocks, copies, axis=0),
                 np.full(copies, count, np.int32), None if config.rope_switch is None else np.full(copies, longer),
+                None if source is None else source.rows(torch.zeros(copies, dtype=torch.int64)),
             )  # fmt: skip
             worst = max(worst, float((found_RV - expected_V).abs().max() / expected_V.abs().max()))
     return worst

@@ -88,7 +88,7 @@ class Runner:
         self._decoder: DecodeGraphs | CpuDecoder | None = None
         self._sources = None if model.encoder is None else Sources(model, compute_dtype, source_tokens)
         self._switches = model.config.rope_switch is not None
-        if self._sources is not None:
+        if self._sources is not None and cache.device.type == "cuda":
             say_once("decoding runs operation by operation: its steps know no sources")
         elif self._switches and cache.device.type == "cuda":
             say_once("decoding runs operation by operation: this model's rotation changes with the length of a text")
@@ -129,7 +129,8 @@ class Runner:
             inputs = (arrays.ids, arrays.positions, arrays.slots, arrays.table, arrays.lengths)
             if isinstance(self._decoder, DecodeGraphs):
                 return Computed(logits_NV=self._decoder.run(*inputs, late=arrays.late))
-            return Computed(logits_NV=self._decoder.run(*inputs, longer=arrays.longer))
+            source = None if self._sources is None else self._sources.of(plan.chunks)
+            return Computed(logits_NV=self._decoder.run(*inputs, longer=arrays.longer, source=source))
         ids_N, step = self._step(arrays)
         with self.adapters.tokens(self._adapter_ids(plan.chunks)) if adapted else nullcontext():
             return Computed(self._hidden(ids_N[None], step, plan.chunks))

@@ -165,10 +165,25 @@ def fetch_keys(pool: Any, q_GD: Any, heads: Any, step: int, places_T: Any) -> No
 
 
 @serial
+def add_relative(scores_GT: Any, first: int, relative: Any, first_key: int, count: int) -> None:
+    """Add what the distance of a key adds to its scores."""
+    bias_HW, newest = relative
+    W = bias_HW.shape[1]
+    for g in range(scores_GT.shape[0] if W > 0 else 0):
+        for t in range(count):
+            scores_GT[g, t] += bias_HW[first + g, min(newest - first_key - t, W - 1)]
+
+
+@serial
 def attend_split(
-    q_GD: Any, heads: Any, pools: Any, layout: Any, table_M: Any, begin: int, end: int, options: Any, part: Any
-) -> None:
-    """The unnormalised sum over the keys begin <= key < end into `part`: (o_GD, largest_G, total_G)."""
+    q_GD: Any, heads: Any, pools: Any, layout: Any, table_M: Any, begin: int, end: int, options: Any, relative: Any,
+    part: Any,
+) -> None:  # fmt: skip
+    """The unnormalised sum over the keys begin <= key < end into `part`: (o_GD, largest_G, total_G).
+
+    relative: (what is added to the scores of each head by the distance of a key, the last for all beyond: [H, W], or
+    nothing: W = 0; the key that distances are counted from).
+    """
     k, v, k_scales, v_scales = pools
     o_GD, largest_G, total_G = part
     # Places of this tile's keys and of the next one's, whose memory is asked for a tile ahead.
@@ -187,6 +202,7 @@ def attend_split(
         fetch_keys(v, q_GD, heads, layout[7], at_T3[:count, 2])
         at_T3[count:] = at_T3[count - 1]  # whole vectors of scores; what is past the last key gets no weight
         score_keys(q_GD, heads, k, k_scales, layout[4], at_T3, options, scores_GT)
+        add_relative(scores_GT, heads[0], relative, first_key, count)
         for g in range(q_GD.shape[0]):
             largest_G[g], total_G[g] = weigh(scores_GT[g], count, half_T, largest_G[g], total_G[g], o_GD[g])
         if coming > 0:
@@ -253,7 +269,10 @@ def attend(
             end = min(lengths_R[request], (first_split + split + 1) * SPLIT)
             part = (o_AUHD[a, split, first:last], largest_AUH[a, split, first:last], total_AUH[a, split, first:last])
             heads = (first, H // layout[1])
-            attend_split(q_NHD[token, first:last], heads, pools, layout, table_RM[request], begin, end, options, part)
+            none = (np.empty((0, 0), np.float32), 0)
+            attend_split(
+                q_NHD[token, first:last], heads, pools, layout, table_RM[request], begin, end, options, none, part
+            )
     for row in prange(A * H):
         a, h = row // H, row % H
         o_D = o_NHD[queries_A2[a, 1], h]

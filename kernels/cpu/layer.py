@@ -30,6 +30,8 @@ from trine.kernels.cpu.projection import BFLOAT16, FLOAT32, INT8, AnyProjection,
 
 # The second branch of a layer: rows [M, C] in fp32 to as many of any dtype.
 FeedForward = Callable[[Tensor], Tensor]
+# Changes rows [M, C] in fp32 in their place.
+InPlace = Callable[[Tensor], None]
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 # What norms of q and k are taken over, as in `step_attention_loops.py`.
 EACH_HEAD, ALL_HEADS, LAYER_NORM_HEADS = range(3)
@@ -131,14 +133,20 @@ class DecodeLayer:
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
         qkv_clip: float | None = None,
+        relative_HW: Tensor | None = None,
+        between: InPlace | None = None,
+        behind: InPlace | None = None,
     ) -> None:
         """`qkv`, `gate_up`: joined rows, in this order (without a gate, up alone).
 
         Either `gate_up` and `down`, or `feed_forward` in their place, which gets rows [M, C] in fp32 and gives as many.
         `q_norm`, `k_norm`: RMSNorm's weights [D] of each head, or [H D] and [K D] of all heads together; or LayerNorm's
         [H, D] and [K, D], with biases or without. `rotation`: which of the step's angles turn q and k; None turns
-        neither. `qkv_clip`: the bounds of q, k and v, behind their norms. Other options as of `paged_attention` and
-        `write_kv`. Raises ValueError for what does not fit, RuntimeError where Numba is not available.
+        neither. `qkv_clip`: the bounds of q, k and v, behind their norms. `relative_HW`: what is added to scores by the
+        distance of a key, the last number for all that are farther. `between`, `behind`: what changes x [M, C] between
+        the branches and behind both (another branch, norms of sums); they go with norms before branches alone. Other
+        options as of `paged_attention` and `write_kv`. Raises ValueError for what does not fit, RuntimeError where
+        Numba is not available.
         """
         if not available():
             raise RuntimeError(f"compiled layers cannot be used here: {why_not()}")
@@ -156,6 +164,9 @@ class DecodeLayer:
             raise ValueError(f"rotation is {rotation}; give 0 or 1, which of a step's angles turn the layer, or None")
         if qkv_clip is not None and qkv_clip <= 0:
             raise ValueError(f"qkv_clip is {qkv_clip}; give a positive number, or None for no bounds")
+        follows = norms.after_attention_C is not None or norms.after_mlp_C is not None
+        if (between is not None or behind is not None) and (parallel or follows):
+            raise ValueError("between and behind go with branches one after the other and norms before them")
         if window is not None and window < 0:
             raise ValueError(f"window is {window}; give the number of keys before a token's own, or None")
         if (q_norm is None) != (k_norm is None):
@@ -182,6 +193,7 @@ class DecodeLayer:
             ("q_norm_bias", q_norm_bias, (num_heads, D)),
             ("k_norm_bias", k_norm_bias, (K, D)),
             ("sinks", sinks_H, (num_heads,)),
+            ("relative", relative_HW, (num_heads, 1 if relative_HW is None else max(1, relative_HW.shape[-1]))),
         ):
             if x is not None and tuple(x.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {shape}")
@@ -191,7 +203,7 @@ class DecodeLayer:
         self.num_heads, self.feed, self.activation, self.gated = num_heads, feed, activation, gated
         self.norms, self.parallel, self.residual_scale = norms.for_torch(), parallel, residual_scale
         self.rotation = rotation
-        self.feed_forward = feed_forward
+        self.feed_forward, self.between, self.behind = feed_forward, between, behind
         named = (("qkv", qkv, C), ("out", out, num_heads * D), ("gate_up", gate_up, C), ("down", down, feed))
         self.projections = [projection for _, projection, _ in named if projection is not None]
         for name, projection, inputs in named:
@@ -208,15 +220,16 @@ class DecodeLayer:
             )
         ]  # fmt: skip
         pools, layout = pool_arguments(cache.k, cache.v, cache.k_scale, cache.v_scale)
-        sinks = single(sinks_H)
-        self.keep += (*rows, *pools, sinks)
+        sinks, relative = single(sinks_H), single(relative_HW)
+        self.keep += (*rows, *pools, sinks, relative)
         # What the layer leaves to be added to x by the one that follows.
         self.pending = 0 if feed_forward is not None else address(rows[5])
         k, v, k_scale, v_scale = pools
         self.fields = [
             num_heads, K, D, ACTIVATIONS[activation], gated, parallel, norms.layer, interleaved,
             -1 if rotation is None else rotation, self.window, address(sinks), *(address(row) for row in rows),
-            ALL_HEADS if full else LAYER_NORM_HEADS if by_layer_norm else EACH_HEAD, 0,
+            ALL_HEADS if full else LAYER_NORM_HEADS if by_layer_norm else EACH_HEAD,
+            address(relative), 0 if relative_HW is None else relative_HW.shape[1], 0,
             attend_address(_CACHE_KINDS[cache.k.dtype]),
             address(k), k.size, address(v), v.size, address(k_scale), address(v_scale),
             k_scale.size, layout[0], *layout[2:],

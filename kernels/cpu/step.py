@@ -179,11 +179,19 @@ class DecodeStep:
             return self._run_batch(x_MC)
         first = 0
         for i, layer in enumerate(self.layers):
+            if layer.feed_forward is None and layer.between is None and layer.behind is None:
+                continue
+            self._run_loops(first, i)
+            self._run_loops(i, i + 1, last_phase=loops.OUT)
+            if layer.between is not None:
+                layer.between(x_MC)
             if layer.feed_forward is not None:
-                self._run_loops(first, i)
-                self._run_loops(i, i + 1, loops.OUT)
                 self._add_feed_forward(x_MC, layer, layer.feed_forward)
-                first = i + 1
+            else:
+                self._run_loops(i, i + 1, first_phase=loops.GATE)
+            if layer.behind is not None:
+                layer.behind(x_MC)
+            first = i + 1
         self._run_loops(first, len(self._table))
         if self.output is not None:
             return torch.from_numpy(self._buffers["logits"])
@@ -192,15 +200,17 @@ class DecodeStep:
             x_MC += last.residual_scale * last.norms.apply(self._buffer("mlp_delta", x_MC), last.norms.after_mlp_C)
         return x_MC
 
-    def _run_loops(self, first: int, end: int, last_phase: int | None = None) -> None:
-        """Layers `first` to `end`, all phases or up to one, in loops."""
+    def _run_loops(
+        self, first: int, end: int, *, first_phase: int | None = None, last_phase: int | None = None
+    ) -> None:
+        """Layers `first` to `end`, all phases or those from one on, or up to one, in loops."""
         from trine.kernels.cpu import step_layout_loops as loops
 
         if first == end:
             return
         header = self._header
         header[loops.FIRST_LAYER], header[loops.NUM_LAYERS] = first, end - first
-        header[loops.FIRST_PHASE] = loops.PROJECT
+        header[loops.FIRST_PHASE] = loops.PROJECT if first_phase is None else first_phase
         header[loops.LAST_PHASE] = loops.DOWN if last_phase is None else last_phase
         run_step(header)
 
@@ -235,12 +245,16 @@ class DecodeStep:
             run_step(header)
             branch_MC = norms.apply(products[1](o[: M * inputs].view(M, inputs)).float(), norms.after_attention_C)
             attended_MC = x_MC.add(branch_MC, alpha=scale)
+            if layer.between is not None:
+                layer.between(attended_MC)
             h_MC = norms.apply(x_MC if layer.parallel else attended_MC, norms.mlp_C, norms.mlp_bias_C)
             if layer.feed_forward is None:
                 branch_MC = products[3](_feed_forward(layer, products[2](h_MC)))
             else:
                 branch_MC = layer.feed_forward(h_MC)
             torch.add(attended_MC, norms.apply(branch_MC.float(), norms.after_mlp_C), alpha=scale, out=x_MC)
+            if layer.behind is not None:
+                layer.behind(x_MC)
         if self._final[0] is None:
             return x_MC
         return self._products[-1][0](self.layers[0].norms.apply(x_MC, *self._final)).float()

@@ -22,6 +22,7 @@ from trine.kernels.cpu.step_layout_loops import (
     BLOCK_SIZE,
     CLIP,
     COS,
+    DISTANCES,
     DONE,
     EPS,
     HEAD_DIM,
@@ -51,6 +52,7 @@ from trine.kernels.cpu.step_layout_loops import (
     Q_NORM_BIAS,
     QK_NORM,
     QKV,
+    RELATIVE,
     ROTATION,
     ROWS,
     SCALE,
@@ -152,9 +154,11 @@ def attend_pools(
     )  # fmt: skip
     table = words(header[TABLE] + 4 * m * header[TABLE_WIDTH], header[TABLE_WIDTH])
     factors = (np.float32(options[SCALE]), np.float32(options[SOFTCAP]))
+    W = layer[DISTANCES]
+    relative = (floats(layer[RELATIVE], H * W).reshape(H, W), length - 1)
     if header[NUM_SPLITS] > 1:
         part = part_of(header, H, D, m, split, first, G)
-        attend_split(q_GD, (first, group), pools, layout, table, begin, end, factors, part)
+        attend_split(q_GD, (first, group), pools, layout, table, begin, end, factors, relative, part)
         return
     o_1GD, largest_1G, total_1G = (
         np.empty((1, G, D), np.float32),
@@ -162,7 +166,16 @@ def attend_pools(
         np.empty((1, G), np.float32),
     )
     attend_split(
-        q_GD, (first, group), pools, layout, table, begin, end, factors, (o_1GD[0], largest_1G[0], total_1G[0])
+        q_GD,
+        (first, group),
+        pools,
+        layout,
+        table,
+        begin,
+        end,
+        factors,
+        relative,
+        (o_1GD[0], largest_1G[0], total_1G[0]),
     )
     sinks_H = floats(layer[SINKS], H if layer[SINKS] != 0 else 0)
     for g in range(G):

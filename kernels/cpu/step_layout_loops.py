@@ -24,15 +24,15 @@ HEADER = (
 LAYER = (
     "num_heads", "num_kv_heads", "head_dim", "activation", "gated", "parallel", "layer_norm", "interleaved",
     "rotation", "window", "sinks", "attention_norm", "attention_bias", "mlp_norm", "mlp_bias", "after_attention",
-    "after_mlp", "q_norm", "k_norm", "q_norm_bias", "k_norm_bias", "qk_norm", "pending", "attend", "k", "k_numbers",
-    "v", "v_numbers", "k_scale", "v_scale", "num_scales", "block_size", "k_block", "k_slot", "k_head", "v_block",
-    "v_slot", "v_head",
+    "after_mlp", "q_norm", "k_norm", "q_norm_bias", "k_norm_bias", "qk_norm", "relative", "distances", "pending",
+    "attend", "k", "k_numbers", "v", "v_numbers", "k_scale", "v_scale", "num_scales", "block_size", "k_block",
+    "k_slot", "k_head", "v_block", "v_slot", "v_head",
 )  # fmt: skip
 (
     HEADS, KV_HEADS, HEAD_DIM, ACTIVATION, GATED, PARALLEL, LAYER_NORM, INTERLEAVED, ROTATION, WINDOW, SINKS,
     ATTENTION_NORM, ATTENTION_BIAS, MLP_NORM, MLP_BIAS, AFTER_ATTENTION, AFTER_MLP, Q_NORM, K_NORM, Q_NORM_BIAS,
-    K_NORM_BIAS, QK_NORM, PENDING, ATTEND_HEADS, K, K_NUMBERS, V, V_NUMBERS, K_SCALE, V_SCALE, NUM_SCALES, BLOCK_SIZE,
-    K_BLOCK, K_SLOT, K_HEAD, V_BLOCK, V_SLOT, V_HEAD,
+    K_NORM_BIAS, QK_NORM, RELATIVE, DISTANCES, PENDING, ATTEND_HEADS, K, K_NUMBERS, V, V_NUMBERS, K_SCALE, V_SCALE,
+    NUM_SCALES, BLOCK_SIZE, K_BLOCK, K_SLOT, K_HEAD, V_BLOCK, V_SLOT, V_HEAD,
 ) = range(len(LAYER))  # fmt: skip
 LAYER_LENGTH = len(LAYER) + 4 * len(FIELDS)
 # Fractions of a layer.

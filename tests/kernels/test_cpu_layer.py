@@ -288,6 +288,8 @@ WIDE = Projection(torch.ones(C, C))
         ({"k_norm": torch.ones(K, D), "q_norm": torch.ones(3, D)}, r"q_norm has shape \(3, 16\); expected \(4, 16\)"),
         ({"sinks_H": torch.ones(3)}, r"sinks has shape \(3,\); expected \(4,\)"),
         ({"window": -1}, "window is -1"),
+        ({"relative_HW": torch.ones(3, 8)}, r"relative has shape \(3, 8\); expected \(4, 8\)"),
+        ({"between": torch.relu_, "parallel": True}, "between and behind go with branches one after the other"),
         ({"qkv_clip": 0.0}, "qkv_clip is 0.0; give a positive number"),
         ({"rotation": 2}, "rotation is 2; give 0 or 1"),
         ({"down": None}, "a layer has gate_up and down, or feed_forward"),

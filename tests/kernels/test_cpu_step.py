@@ -230,6 +230,21 @@ def test_keys_of_a_long_request_are_split_and_added_up() -> None:
     assert relative_rms(found, exact) < 1e-6
 
 
+def test_keys_that_distance_rules_out_are_those_outside_a_window() -> None:
+    """What is added to scores by distance: nothing up to 9 and very little beyond, in one split and in several."""
+    tensors, blocks = make_inputs([1200, 3, 600, 11])
+    x = torch.randn(4, C, generator=torch.Generator().manual_seed(1))
+    relative = torch.zeros(H, 11)
+    relative[:, 10] = -1e9
+    found, expected = (
+        decode_layers(x.clone(), [DecodeLayer(**make_layer("float32", 0, blocks), **options)], StepInputs(**tensors))
+        for options in ({"relative_HW": relative}, {"window": 9})
+    )
+    assert relative_rms(found, expected) < 1e-6
+    plain = decode_layers(x.clone(), [DecodeLayer(**make_layer("float32", 0, blocks))], StepInputs(**tensors))
+    assert relative_rms(plain[3], expected[3]) > 1e-3
+
+
 @pytest.mark.parametrize("rows", [1, 12])
 def test_a_step_ends_with_logits(rows: int) -> None:
     tensors, blocks = make_inputs([9] * rows)

@@ -24,6 +24,7 @@ from trine.engine.model.transformer import Transformer
 from trine.engine.quantize.rtn import quantize_rtn
 from trine.engine.text.tokenizer import Tokenizer
 from trine.kernels.cpu.compiled import available
+from trine.kernels.cpu.layer import DecodeLayer
 from trine.kernels.cpu.table import step_rows
 from trine.kernels.quantized.cpu import dequantize_rows
 from trine.kernels.quantized.packing import PackedWeight
@@ -100,6 +101,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norms of heads": {"norm": "layer_unbiased", "placement": "parallel", "qk_norm": "each_head"},
     "norm of heads with a bias": {"norm": "layer", "placement": "parallel", "mlp": "plain", "qk_norm": "head"},
     "bounds of q, k and v": {"qkv_clip": 0.5, "qk_norm": "full"},
+    "opt_350m": {
+        "norm": "layer",
+        "placement": "post_sum",
+        "final_norm": False,
+        "embedding_width": 16,
+        "rope": None,
+        "positions": "learned",
+        "mlp": "plain",
+        "activation": "relu",
+        "residual_scale": 0.5,
+    },
+    "relative positions": {
+        "rope": None,
+        "positions": "relative",
+        "relative_buckets": 8,
+        "relative_max_distance": 16,
+        "attention_scale": 1.0,
+    },
     "longrope": {
         "rope": RopeConfig(
             kind="longrope", short_factors=(1.0,) * 8, long_factors=(3.0,) * 8, original_max_positions=16
@@ -209,10 +228,7 @@ def test_codes_of_joined_layers_are_held_once(name: str) -> None:
     ("changes", "reason"),
     [
         ({"norm": "layer", "placement": "both"}, 'norm = "layer" behind its layers'),
-        ({"placement": "post_sum"}, 'placement = "post_sum"'),
-        ({"embedding_width": 16}, "embedding_width"),
         ({"logit_scale": 2.0, "head_bias": True}, "a bias beside scaled logits"),
-        ({"rope": None, "positions": "sinusoidal"}, 'positions = "sinusoidal"'),
     ],
 )
 def test_other_shapes_are_left_to_the_model(
@@ -239,8 +255,10 @@ def test_logits_that_differ_are_found_before_they_are_used(monkeypatch: pytest.M
     model = make_model()
     original = cpu_step._layer
 
-    def wrong(block: Any, cache: PagedCache, config: ModelConfig, dtype: torch.dtype) -> Any:
-        return original(block, cache, replace(config, norm_eps=0.05), dtype)
+    def wrong(*arguments: Any) -> DecodeLayer:
+        layer = original(*arguments)
+        layer.options[0] = 0.05  # eps
+        return layer
 
     monkeypatch.setattr(cpu_step, "_layer", wrong)
     assert make_decoder(model, PagedCache(model.config, num_blocks=2, block_size=16), torch.float32) is None

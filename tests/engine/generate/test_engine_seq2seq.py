@@ -18,6 +18,7 @@ from trine.engine.generate.plain import generate
 from trine.engine.generate.sampling import SamplingParams
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
+from trine.kernels.cpu.compiled import available
 
 TEXTS = ["def add(first, second):", "the cat", "the mat sat on the cat", "first + second", "cat"]
 
@@ -51,6 +52,7 @@ def test_requests_get_what_the_plain_generator_gives(
     if preempts:  # room for four sequences of two blocks
         settings = {**settings, "kv_bytes": 8 * 16 * 2 * 2 * 32 * 4}
     engine = Engine(model, tokenizer, EngineConfig(**settings))
+    assert engine.num_decode_steps == available()
     texts = TEXTS * 2
     expected, found = generate(model, tokenizer, texts, params), list(complete(engine, texts, params))
     assert [one.error for one in found] == [None] * len(expected)
