@@ -126,7 +126,6 @@ class Trainer:
     saved_step: int = -1
     origin: Path | None = None  # the step folder this run continues
     loss: float | None = None
-    stopping: bool = False  # before the last step, since some rank was asked to
     tell: Callable[[str], None] = say  # a line that stays on the screen
 
     @classmethod
@@ -203,10 +202,17 @@ class Trainer:
                 self.tell = progress.message
                 self.meter.start()
                 self.energy.start()
-                while not self._complete() and not self.stopping:
+                while not self._complete():
                     self.profiler.begin(self.step + 1)
+                    share = steps.deal(
+                        self.setup.stream, self.ranks, first_sample=self.next_sample,
+                        batch_size=recipe.train.batch_size, micro_batch_size=self.setup.micro_batch_size,
+                        asked_to_stop=stop.requested,
+                    )  # fmt: skip
+                    if share.stop:
+                        break
                     try:
-                        self._one_step(metrics, progress, stop)
+                        self._one_step(metrics, progress, share)
                         self.profiler.end(self.step, tell=self.tell)
                     except (NonFiniteError, LossSpikeError) as error:
                         if recipe.spike.action != "rollback":
@@ -242,25 +248,12 @@ class Trainer:
 
     def _out_of_data(self) -> bool:
         """Whether the limits of all sources leave no whole step: only where rollbacks have passed samples by."""
-        most = self.setup.stream.num_samples
-        return most is not None and self.next_sample + self.setup.recipe.train.batch_size > most
+        end, most = self.next_sample + self.setup.recipe.train.batch_size, self.setup.stream.num_samples
+        return most is not None and end > most
 
-    def _one_step(self, metrics: MetricsFile, progress: Progress, stop: StopRequest) -> None:
-        """One step, unless some rank was asked to stop before it."""
+    def _one_step(self, metrics: MetricsFile, progress: Progress, share: steps.Share) -> None:
         recipe = self.setup.recipe
-        pieces = steps.micro_batches(
-            self.setup.stream,
-            first_sample=self.next_sample,
-            batch_size=recipe.train.batch_size,
-            micro_batch_size=self.setup.micro_batch_size,
-            place=self.ranks.place,
-        )
-        mine = (*steps.count_valid(pieces), steps.count_tokens(pieces), stop.requested)
-        *counts, processed, stopping = map(int, self.ranks.total(mine))
-        if stopping:
-            self.stopping = True
-            return
-        loss, lack = self._gradients(pieces, counts)
+        loss, lack = self._gradients(share)
         self.shards.sum_gradients()
         result = steps.check_and_clip(
             self.subject.trained, loss, max_norm=recipe.optim.grad_clip, step=self.step + 1, shards=self.shards,
@@ -278,13 +271,12 @@ class Trainer:
         self.next_sample += recipe.train.batch_size
         self.loss = result.loss
         self.smoothed.update(result.loss)
-        self.meter.end_step(tokens=counts[0], processed=processed)
+        self.meter.end_step(tokens=share.counts[0], processed=share.processed)
         self.energy.keep_up()
         log_step(
             metrics, progress, self.setup, self.meter, result, self.smoothed, self.energy,
             step=self.step, first_step=self.first_step, rates=self.optimizer.learning_rates(factor),
-            measures=self.subject.measures,
-            memory_bytes=self._memory_bytes,
+            measures=lambda: self.ranks.mean(self.subject.measures()), memory_bytes=self._memory_bytes,
         )  # fmt: skip
         tell_ended(
             metrics, progress, self.setup.stream,
@@ -300,10 +292,10 @@ class Trainer:
         if (result.save or due) and self.step < recipe.train.steps:
             self._save(metrics)
 
-    def _gradients(self, pieces: list[steps.Micro], counts: list[int]) -> tuple[Tensor, str | None]:
+    def _gradients(self, share: steps.Share) -> tuple[Tensor, str | None]:
         """The loss of this rank's share, and what it ran out of memory by; alone it raises that."""
         try:
-            return self.subject.gradients(self.setup, pieces, num_valid=counts), None
+            return self.subject.gradients(self.setup, share.pieces, num_valid=share.counts), None
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory.found_in(error):
                 raise
@@ -317,18 +309,15 @@ class Trainer:
     def _save(self, metrics: MetricsFile, *, wait: bool = False) -> None:
         """Save this step; with `wait` it is on disk afterwards."""
         if self.saved_step != self.step:
-            self.saved_step = self.step
             optimizer = self.ranks.collect("optimizer", self.optimizer.state_tensors())
             ema = self.ranks.collect("ema", {} if self.ema is None else self.ema.state_tensors())
-            snapshot = Snapshot(
-                trained=self.subject.trained,
-                optimizer=optimizer,
-                ema=ema,
-                recipe=self.setup.recipe,
-                state=state_of(self),
-            )
             if self.ranks.first:
+                recipe, state = self.setup.recipe, state_of(self)
+                snapshot = Snapshot(
+                    trained=self.subject.trained, optimizer=optimizer, ema=ema, recipe=recipe, state=state
+                )
                 self.saver.save(snapshot, wait=wait)
+            self.saved_step = self.step
             gc.collect()
         if wait:
             self.saver.wait()

@@ -42,6 +42,11 @@ class Ranks:
         """The numbers of all ranks added up one by one, in the order of the ranks."""
         return [sum(column) for column in zip(*self.gather(numbers), strict=True)]
 
+    def mean(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Each figure's mean over the ranks."""
+        totals = self.total(list(figures.values())) if figures else []
+        return {name: total / self.place.count for name, total in zip(figures, totals, strict=True)}
+
     def facts(self, mine: Any) -> list[Any]:
         """A JSON value of every rank, by rank."""
         return [mine]

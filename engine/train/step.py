@@ -16,7 +16,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from trine.engine.data.stream import Stream
 from trine.engine.env import Place
 from trine.engine.errors import NonFiniteError
 from trine.engine.model.transformer import Transformer
-from trine.engine.train.ranks import part_of
+from trine.engine.train.ranks import Ranks, part_of
 from trine.engine.train.shards import Shards, Told
 from trine.kernels.gradient_norm import gradient_norm
 from trine.kernels.multi_tensor import upload
@@ -56,6 +56,28 @@ def micro_batches(
     starts = range(first_sample, first_sample + batch_size, micro_batch_size)
     part = starts if place is None else [starts[number] for number in part_of(place, len(starts))]
     return [Micro(start, stream.batch(start, micro_batch_size)) for start in part]
+
+
+class Share(NamedTuple):
+    """One rank's pieces of a step, and of all ranks together the terms of each sum of the objective, the tokens that go
+    through the model, and whether one was asked to stop before the step.
+    """
+
+    pieces: list[Micro]
+    counts: list[int]
+    processed: int
+    stop: bool
+
+
+def deal(
+    stream: Stream, ranks: Ranks, *, first_sample: int, batch_size: int, micro_batch_size: int, asked_to_stop: bool
+) -> Share:
+    """The share of this rank of the step that starts at `first_sample`."""
+    pieces = micro_batches(
+        stream, first_sample=first_sample, batch_size=batch_size, micro_batch_size=micro_batch_size, place=ranks.place
+    )
+    *counts, processed, stop = map(int, ranks.total([*count_valid(pieces), count_tokens(pieces), asked_to_stop]))
+    return Share(pieces, counts, processed, stop > 0)
 
 
 def count_valid(pieces: Sequence[Micro]) -> tuple[int, ...]:

@@ -43,14 +43,20 @@ def compare(make: Callable[[str], Recipe], folder: Path, gang: Any, *, bound: fl
     assert [line["kind"] for line in logs[0]] == [line["kind"] for line in logs[1]]
     assert any(line["kind"] == "eval" for line in logs[0])
     for one, two in zip(*logs, strict=True):
-        same = {"loss", "tokens", "grad_norm", "accuracy", "f1", "entity_f1", "pearson", "exact_match"} & one.keys()
-        for key in same:
+        same = {"loss", "tokens", "grad_norm", "accuracy", "f1", "entity_f1", "pearson", "exact_match"}
+        same |= {"expert_balance", "router_z", "busiest_expert"}
+        for key in same & one.keys():
             assert two[key] == pytest.approx(one[key], abs=10 * bound, rel=10 * bound), (key, one, two)
     for path in (folder / "one" / "final").glob("*.safetensors"):
         ours, theirs = load_file(path), load_file(folder / "two" / "final" / path.name)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             assert float((tensor - theirs[name]).abs().max()) < bound, name
+
+
+def test_experts_are_balanced_by_the_pieces_of_all_ranks(make_recipe: MakeRecipe, tmp_path: Path, gang: Any) -> None:
+    changes = {"model": {"family": "mixtral"}, "train": PIECES, "eval": {"every": 4}, "export": {"dtype": "float32"}}
+    compare(lambda name: make_recipe(**changes, run={"dir": str(tmp_path / name)}), tmp_path, gang)
 
 
 @pytest.mark.parametrize("case", CASES)
