@@ -161,6 +161,7 @@ def test_wheel_works_in_another_folder(installed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/report.html").is_file()
     recipe = next((tmp_path / "run").rglob("recipe.toml"))
     changes = ["train.steps=4", "train.batch_size=2", "train.micro_batch_size=1", f"run.dir={tmp_path / 'two'}"]
-    run(installed / "trine", "train", recipe, *changes, "schedule.warmup_steps=1", "--nproc", "2")
+    changes += ["schedule.warmup_steps=1", "eval.max_batches=1", "eval.sample_prompts=[]"]
+    run(installed / "trine", "train", recipe, *changes, "--nproc", "2")
     assert '"ranks": 2' in (tmp_path / "two/metrics.jsonl").read_text()
     assert run(installed / "trine", "generate", tmp_path / "run", "--prompt", "def f", "--max-tokens", "3")
