@@ -89,13 +89,10 @@ def _write(text: str) -> None:
 def _template(tokenizer: Tokenizer, name: str, checkpoint: Path) -> ChatTemplate:
     from trine.engine.errors import DataError
     from trine.engine.text.chat import ChatTemplate
+    from trine.engine.text.chat_styles import read_template
 
     if name.endswith(".jinja"):
-        try:
-            source = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"no chat template in {name}: {error}") from None
-        return ChatTemplate(source, special_tokens=tokenizer.special_tokens)
+        return ChatTemplate(read_template(name), special_tokens=tokenizer.special_tokens)
     template = ChatTemplate.of(tokenizer, name)
     if template is None:
         raise DataError(

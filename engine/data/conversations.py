@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from trine.engine.data.examples import Record
+from trine.engine.data.examples import Record, kind_of
 from trine.engine.errors import DataError
 
 Messages = list[dict[str, Any]]
@@ -118,7 +118,7 @@ def _with_system(record: Record, messages: Messages) -> Messages:
 
 def _message(given: Any, place: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
-        raise DataError(f"{place}: a message should be an object, not {type(given).__name__}")
+        raise DataError(f"{place}: a message should be an object, not {kind_of(given)}")
     message = {key: value for key, value in given.items() if value is not None}
     for old, new in (("from", "role"), ("value", "content")):
         if old in message and new not in message:
@@ -146,7 +146,7 @@ def _content(message: Mapping[str, Any], place: str) -> str:
             raise DataError(f"{place}: the parts of a content should be texts: {{'type': 'text', 'text': ...}}")
         content = "\n".join(map(str, parts))
     if not isinstance(content, str):
-        raise DataError(f"{place}: a message needs a content that is text, not {type(content).__name__}")
+        raise DataError(f"{place}: a message needs a content that is text, not {kind_of(content)}")
     try:
         content.encode("utf-8")
     except UnicodeEncodeError:

@@ -42,7 +42,7 @@ class Record:
         """A field that holds text. Raises `DataError` where it does not, or where it is empty and must not be."""
         value = self.field(field)
         if not isinstance(value, str):
-            raise DataError(f"{self.place}: field {field!r} should be text, not {_kind(value)}")
+            raise DataError(f"{self.place}: field {field!r} should be text, not {kind_of(value)}")
         if not value and not empty:
             raise DataError(f"{self.place}: field {field!r} is empty; leave the line out")
         return _spelled(value, self.place, field)
@@ -235,7 +235,7 @@ def _fields(line: bytes, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: {json_fault(line, error)}; mend it or take it out") from None
     if not isinstance(record, dict):
-        raise DataError(f"{place}: a JSON object is expected, not {_kind(record)}")
+        raise DataError(f"{place}: a JSON object is expected, not {kind_of(record)}")
     return record
 
 
@@ -247,7 +247,8 @@ def _spelled(text: str, place: str, field: str) -> str:
     return text
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, for messages."""
     return "null" if value is None else type(value).__name__
 
 

@@ -34,6 +34,11 @@ FORMAT_VERSION = 1
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. Raises `DataError` if the folder is none, or of another version."""
     path = folder / MANIFEST
+    if folder.is_file():
+        raise DataError(
+            f"{folder} is a file, and prepared data is a folder; make one of it by `trine data prepare`, or where its "
+            "lines are examples to learn from, say of what kind: objective.kind"
+        )
     if not path.is_file():
         raise DataError(f"no prepared data in {folder} (it has no {MANIFEST}); make it with `trine data prepare`")
     try:

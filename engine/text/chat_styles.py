@@ -44,6 +44,16 @@ STYLES = {"plain": _PLAIN, "chatml": _CHATML}
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
+def read_template(path: str) -> str:
+    """The text of a `.jinja` file. Raises `DataError` where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"no chat template in {path}: {error.strerror or error}; check the name") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"the chat template {path} is not UTF-8 ({error.reason}); convert it") from None
+
+
 def with_template(tokenizer: Tokenizer, named: str) -> Tokenizer:
     """The tokenizer with the template that is named: a style, or a `.jinja` file.
 
@@ -51,10 +61,7 @@ def with_template(tokenizer: Tokenizer, named: str) -> Tokenizer:
     file that cannot be read or is no template.
     """
     if named.endswith(SUFFIX):
-        try:
-            source = Path(named).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"no chat template in {named}: {error}") from None
+        source = read_template(named)
         ChatTemplate(source)
         return tokenizer.with_chat_template(source)
     if named not in STYLES:

@@ -62,6 +62,7 @@ BAD = [
     (["model={init_from='nowhere'}"], 1, "there is no folder nowhere"),
     (["model={init_from='recipe.toml'}"], 1, "recipe.toml is a file, and a checkpoint is a folder"),
     (["data.path=nowhere"], 1, "no prepared data in nowhere"),
+    (["data.path=recipe.toml"], 1, "is a file, and prepared data is a folder; make one of it by `trine data prepare`"),
     (["data.seq_len=100000"], 1, "give more text or a shorter seq_len"),
     (["train.device=tpu"], 2, "'tpu'"),
     (["train.threads=-1"], 2, "train.threads = -1"),

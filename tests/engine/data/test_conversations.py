@@ -79,7 +79,7 @@ def test_every_layout_gives_the_messages_that_templates_take(fields: dict[str, A
         ({"messages": [{"content": "Hi"}]}, "messages 1: a message needs a role"),
         (
             {"messages": [TALK[0], {"role": "assistant"}]},
-            "messages 2: a message needs a content that is text, not None",
+            "messages 2: a message needs a content that is text, not null",
         ),
         ({"messages": [{"role": "user", "content": 5}]}, "content that is text, not int"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of a content should be texts"),

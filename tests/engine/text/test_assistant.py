@@ -127,7 +127,9 @@ def test_what_is_no_template_is_refused(tokenizer: Tokenizer, tmp_path: Path) ->
     ):
         with pytest.raises(UsageError, match=message):
             with_template(one, named)
-    with pytest.raises(DataError, match=r"no chat template in .*none\.jinja"):
+    with pytest.raises(
+        DataError, match=r"no chat template in .*none\.jinja: No such file or directory; check the name"
+    ):
         with_template(tokenizer, str(tmp_path / "none.jinja"))
     (tmp_path / "broken.jinja").write_text("{% for %}")
     with pytest.raises(DataError, match="cannot be read, line 1"):
