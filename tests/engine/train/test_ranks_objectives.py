@@ -26,6 +26,14 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "span-corruption": ("t5", {}),
     "seq2seq": ("marian", {"objective": {"kind": "seq2seq", "label_smoothing": 0.1}, "model": {"dropout": 0.1}}),
     "seq2seq-packed": ("marian", {"objective": {"kind": "seq2seq"}, "data": {"packing": True}}),
+    "chat-packed": (
+        "llama",
+        {
+            "objective": {"kind": "chat", "chat_template": "plain"},
+            "data": {"seq_len": 128, "packing": True},
+            "model": {"dropout": 0.1},
+        },
+    ),
     "classification": ("bert", {"objective": {"kind": "classification"}}),
     "regression": ("bert", {"objective": {"kind": "regression", "label_field": "score"}}),
     "tagging": ("bert", {"objective": {"kind": "tagging"}}),
@@ -65,6 +73,16 @@ def test_two_ranks_compute_what_one_computes(
 ) -> None:
     model, changes = CASES[case]
     compare(lambda name: objective_recipe(tmp_path / name, model, **changes, train=PIECES), tmp_path, gang)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
+def test_preferences(adapter: bool, objective_recipe: MakeRecipe, tmp_path: Path, gang: Any) -> None:
+    common: dict[str, Any] = {"data": {"seq_len": 128, "packing": True}, "train": PIECES}
+    chat = {"kind": "chat", "chat_template": "plain"}
+    train(objective_recipe(tmp_path / "base", "llama", objective=chat, **common))
+    common |= {"objective": {"kind": "preference"}, **({"adapter": {"rank": 4, "dropout": 0.1}} if adapter else {})}
+    base = {"init_from": str(tmp_path / "base" / "final")}
+    compare(lambda name: objective_recipe(tmp_path / name, base, **common), tmp_path, gang)
 
 
 def test_adapters_of_exact_and_of_quantized_bases(
