@@ -5,11 +5,12 @@
 
 For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest are enough, Trine need not be
 installed (without typer, doctor is left out). First, beside each other: `trine doctor`; a small model trained on both
-devices from the same weights and data, and generating on both; tests/gpu, in `--jobs` processes; on a Hopper GPU the
-checks of its own kernels, which are used from then on where they pass (kernels/tuned/verified.json). Then alone
-on the GPU: with `--bench`, the most telling first, the benchmarks of generation (with quantized weights too), of the
-kernels of serving, of training, and of the other kernels (the first and the third against transformers, where it is
-installed), whose results go to benchmarks/results/; with `--tune` the search for launch configurations.
+devices from the same weights and data, and generating on both; tests/gpu, in `--jobs` processes; the checks of what is
+used only where it has passed them (kernels/tuned/verified.json): the kernels for Hopper GPUs, and parts merged by the
+last program. Then alone on the GPU: with `--bench`, the most telling first, the benchmarks of generation (with
+quantized weights too), of the kernels of serving, of training, and of the other kernels (the first and the third
+against transformers, where it is installed), whose results go to benchmarks/results/; with `--tune` the search for
+launch configurations.
 
 Every stage is a process of its own with a time limit, so that a kernel that hangs or breaks the device costs its stage
 and no other. With `--minutes` the whole ends in time, half of it for the benchmarks, and what was not run is said. Rows
@@ -162,6 +163,9 @@ def _stages(device: str, options: argparse.Namespace) -> tuple[list[Stage], list
         for room in ("attention", "quantized"):
             check = [*module, f"trine.kernels.{room}.hopper_check", "--verify"]
             together.append(Stage(f"hopper {room} check", check, 10, show=True))
+    if _is_nvidia(device):
+        merging = [*module, "trine.kernels.last_program_check", "--verify"]
+        together.append(Stage("merging by the last program", merging, 5, show=True))
     alone = []
     kernels = [*module, "trine.benchmarks.kernels"]
     operations = [name for name in options.operations.split(",") if name]
@@ -220,10 +224,16 @@ def _pytest(options: argparse.Namespace) -> list[str]:
     return [*command, "--ignore", str(HOPPER.relative_to(ROOT)), "tests/gpu"]
 
 
+def _is_nvidia(device: str) -> bool:
+    import torch
+
+    return device != "cpu" and torch.version.hip is None
+
+
 def _is_hopper(device: str) -> bool:
     import torch
 
-    return device != "cpu" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    return _is_nvidia(device) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _gpu_name(device: str) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trine.benchmarks.kernel_peers import compiled
 from trine.benchmarks.kernel_peers_inference import adapter_peers, dense_attention, sampling_peers
-from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, cases
+from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, cases, merged_otherwise
 from trine.kernels.kv_write.op import quantize, write_kv
 from trine.kernels.lora.op import lora, lora_reference
 from trine.kernels.lora.tiles import adapter_tiles
@@ -22,6 +22,8 @@ from trine.kernels.target import uses_triton
 
 # Slots of a block of the cache.
 SLOTS = 16
+# Requests of one token up to which keys are split between programs, on the GPUs there are.
+FEW = 16
 # Rows whose error is measured; of attention, requests.
 ROWS, REQUESTS = 64, 4
 EPS = 1e-6
@@ -34,6 +36,8 @@ POOLS = {"fp8": torch.float8_e4m3fn}
     gpu=[
         {"R": 64, "L": 4096, "H": 32, "K": 8, "D": 128},
         {"R": 1, "L": 65536, "H": 32, "K": 8, "D": 128},
+        {"R": 1, "L": 16384, "H": 32, "K": 8, "D": 128},
+        {"R": 4, "L": 16384, "H": 32, "K": 8, "D": 128},
         {"R": 16, "L": 8192, "H": 32, "K": 8, "D": 128},
         {"R": 256, "L": 1024, "H": 32, "K": 8, "D": 128},
         {"R": 64, "L": 4096, "H": 32, "K": 8, "D": 128, "pool": "fp8"},
@@ -74,8 +78,13 @@ def paged_attention_case(new: Inputs, R: int, L: int, H: int, K: int, D: int, T:
     # Token i of the last T sees L - T + i + 1 keys.
     pairs = R * (T * (L - T) + T * (T + 1) / 2)
     moved = 2.0 * R * L * K * (D * k.itemsize + (4 if pool else 0)) + 2.0 * q.nbytes
+
+    def ours() -> Tensor:
+        return paged_attention(q, k, v, **everyone, max_queries=T, max_length=L)
+
     return Problem(
-        ours=lambda: paged_attention(q, k, v, **everyone, max_queries=T, max_length=L),
+        ours=ours,
+        variants=merged_otherwise(new, ours) if R <= FEW and T == 1 else {},
         plain=lambda: paged_attention_reference(q, k, v, **everyone),
         peers=dense_attention(new, q.view(R, T, H, D), k_dense, v_dense) if new.on_gpu else {},
         forward=Cost(4.0 * pairs * H * D, moved),

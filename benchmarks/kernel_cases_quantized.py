@@ -14,17 +14,20 @@ from torch import Tensor
 from trine.benchmarks.kernel_check import as_tuple
 from trine.benchmarks.kernel_peers import compiled, grouped_experts
 from trine.benchmarks.kernel_peers_inference import chosen_experts, int4_product, scaled_products
-from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, Results, cases
+from trine.benchmarks.kernel_problem import Cost, Forward, Inputs, Problem, Results, cases, merged_otherwise
 from trine.kernels.hardware import device_name
 from trine.kernels.mlp.activation import gated_reference
 from trine.kernels.mlp.op import gated_mlp_reference
 from trine.kernels.moe.op import moe_mlp_reference
 from trine.kernels.quantized import hopper
 from trine.kernels.quantized.activations import BLOCK, QuantizedRows, quantize_reference
+from trine.kernels.quantized.decode import dequantize
 from trine.kernels.quantized.op import quantize_rows, quantized_gated, quantized_linear
 from trine.kernels.quantized.packing import pack
 from trine.kernels.quantized.reference import block_scales, dequantize_reference
+from trine.kernels.quantized.registered import MANY_ROWS
 from trine.kernels.quantized.scaled_weight import ScaledWeight, scaled_weight
+from trine.kernels.quantized.weight_only import launch_weight_only
 from trine.kernels.quantized_moe.experts import PackedExperts, float8_experts, mxfp4_experts, pack_experts
 from trine.kernels.quantized_moe.op import quantized_moe_mlp
 from trine.kernels.quantized_moe.reference import float8_reference, mxfp4_reference, packed_reference
@@ -32,6 +35,8 @@ from trine.kernels.verified import is_verified
 
 # Numbers of a row that share a scale of 4 or 8 bits.
 GROUP = 128
+# Rows of products with packed weights up to which their inner dimension is split between programs.
+SPLIT = 64
 # Rows whose error is measured; of experts, tokens.
 ROWS, TOKENS = 256, 16
 # Tokens times slots up to which experts are gathered by a peer.
@@ -45,6 +50,9 @@ CODES = {"int8": torch.int8, **dict.fromkeys(("fp8", "fp8, fast", "fp8, blocks",
         {"M": 16, "N": 8192, "K": 8192, "kind": "w4"},
         {"M": 1, "N": 8192, "K": 8192, "kind": "w4"},
         {"M": 64, "N": 8192, "K": 8192, "kind": "w4"},
+        {"M": 256, "N": 8192, "K": 8192, "kind": "w4"},
+        {"M": 512, "N": 8192, "K": 8192, "kind": "w4"},
+        {"M": 1024, "N": 8192, "K": 8192, "kind": "w4"},
         {"M": 4096, "N": 8192, "K": 8192, "kind": "w4"},
         {"M": 16, "N": 16384, "K": 16384, "kind": "w4"},
         {"M": 16, "N": 4096, "K": 4096, "kind": "w4"},
@@ -80,8 +88,22 @@ def _packed(new: Inputs, x: Tensor, N: int, bits: int) -> Problem:
     peers: dict[str, Forward] = {"cuBLAS": lambda: F.linear(x, same)}
     if bits == 4:
         peers["torch int4"] = int4_product(x, codes_NK, scales_NG)
+
+    def ours() -> Tensor:
+        return quantized_linear(x, weight)
+
+    # Few rows are split; of many it has to be measured from how many on a weight is better dequantized as a whole.
+    variants: dict[str, Forward] = {}
+    if M <= SPLIT:
+        variants = merged_otherwise(new, ours)
+    elif new.on_gpu and M < MANY_ROWS:
+        variants["dequantized"] = lambda: F.linear(x, dequantize(weight, x.dtype))
+    elif new.on_gpu:
+        parts = (weight.words, weight.scales, weight.zeros)
+        variants["decoded"] = lambda: launch_weight_only(x, None, parts, None, None, bits, "none", None)
     return Problem(
-        ours=lambda: quantized_linear(x, weight),
+        ours=ours,
+        variants=variants,
         plain=lambda: F.linear(x, same),
         peers=peers if new.on_gpu else {},
         forward=Cost(2.0 * M * N * K, new.itemsize * M * (K + N) + N * K * bits / 8 + scales_NG.nbytes),

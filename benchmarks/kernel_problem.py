@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trine.kernels.hardware import device_name
+from trine.kernels.last_program import LAST_PROGRAM
+from trine.kernels.verified import is_verified
+
 Sizes = Mapping[str, int | float | str]
 Results = Tensor | tuple[Tensor, ...]
 Forward = Callable[[], Results]
@@ -136,6 +140,19 @@ def cases(operation: str, *, gpu: Sequence[Sizes], cpu: Sequence[Sizes]) -> Call
         return build
 
     return register
+
+
+def merged_otherwise(new: Inputs, ours: Forward) -> dict[str, Forward]:
+    """A variant of split work: in two launches where its last program merges the parts, or the other way round."""
+    if not new.on_gpu or torch.version.hip is not None:
+        return {}
+    in_one = is_verified(LAST_PROGRAM.operation, device_name(new.device))
+
+    def otherwise() -> Results:
+        with LAST_PROGRAM.force(not in_one):
+            return ours()
+
+    return {"two launches" if in_one else "one launch": otherwise}
 
 
 def liger(name: str, *arguments: Any, **options: Any) -> Iterator[tuple[str, Forward]]:

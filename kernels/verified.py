@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from fcntl import LOCK_EX, flock
 from functools import lru_cache
 
 import triton
@@ -25,7 +26,7 @@ VERIFIED = TUNED / "verified.json"
 def _entries() -> dict[str, list[dict[str, str]]]:
     if not VERIFIED.is_file():
         return {}
-    entries: dict[str, list[dict[str, str]]] = json.loads(VERIFIED.read_text(encoding="utf-8"))
+    entries: dict[str, list[dict[str, str]]] = json.loads(VERIFIED.read_text(encoding="utf-8") or "{}")
     return entries
 
 
@@ -35,13 +36,16 @@ def is_verified(operation: str, gpu: str) -> bool:
 
 
 def mark_verified(operation: str, gpu: str) -> None:
-    """Add the installed triton and `gpu` to the pairs of `operation`."""
-    _entries.cache_clear()
-    entries = dict(_entries())
+    """Add the installed triton and `gpu` to the pairs of `operation`; checks in other processes may do so meanwhile."""
     pair = {"triton": triton.__version__, "gpu": gpu}
-    if pair not in entries.get(operation, []):
-        entries[operation] = [*entries.get(operation, []), pair]
-    VERIFIED.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    with VERIFIED.open("a+", encoding="utf-8") as file:
+        flock(file, LOCK_EX)
+        _entries.cache_clear()
+        entries = dict(_entries())
+        if pair not in entries.get(operation, []):
+            entries[operation] = [*entries.get(operation, []), pair]
+        file.truncate(0)
+        file.write(json.dumps(entries, indent=2) + "\n")
     _entries.cache_clear()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trine.engine.model.paged_cache import PagedCache, PagedStep
+from trine.kernels.last_program import graph_counters
 
 Array = np.ndarray[Any, Any]
 # Rows of the graphs up to 16; beyond, multiples of 16. Keys grow by this factor from one graph to the next.
@@ -53,6 +54,7 @@ class Captured:
     ids_R: Tensor
     step: PagedStep
     logits_RV: Tensor
+    counters: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,6 @@ class DecodeGraphs:
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with graph_counters(device) as counters, torch.cuda.graph(graph, pool=self._memory):
             logits_RV = self._compute(ids_R[None], step)
-        return Captured(graph, ids_R, step, logits_RV)
+        return Captured(graph, ids_R, step, logits_RV, counters)

@@ -2,8 +2,9 @@
 
 A program owns a tile of one request's queries for one key/value head, the query heads of its group side by side as
 rows, so that each key is read once for the whole group. It takes one split of the keys and stores its unnormalised
-sum, maximum and weight (`PARALLEL`), or it takes all splits one after the other and merges them itself. Both merge by
-`_fold`, in the order of the splits.
+sum, maximum and weight (`PARALLEL`), which the last program of the tile merges (`last_program.py`) or a second launch
+does; or it takes all splits one after the other and merges them itself. All merge by `_fold`, in the order of the
+splits.
 
 Keys of a tile that no row sees change no bit of the others: their weight is exactly zero. So where the splits begin at
 fixed places the bits of a row depend on nothing but its own keys.
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from trine.kernels.attention.tile import LOG2E, tanh
 from trine.kernels.language import dot, narrow
+from trine.kernels.last_program import is_last
 
 
 @triton.jit
@@ -32,6 +34,42 @@ def _fold(acc, sums, tops, part, part_sums, part_tops):
     keep, take = tl.exp2(tops - safe), tl.exp2(part_tops - safe)
     acc = tl.fma(acc, tl.broadcast_to(keep[:, None], acc.shape), part * take[:, None])
     return acc, tl.fma(sums, keep, part_sums * take), new_tops
+
+
+@triton.jit
+def _merged(
+    parts_ptr, part_sums_ptr, part_tops_ptr, sinks_ptr, rows_M, head_M, row_inside, num_splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """o [BLOCK_M, BLOCK_D] of rows (token and head) from their splits, first to last; TOGETHER are read at a time."""
+    channels_D = tl.arange(0, BLOCK_D)
+    inside = row_inside[:, None] & (channels_D[None, :] < HEAD_DIM)
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    tops_M = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    sums_M = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if sinks_ptr is not None:
+        tops_M = tl.load(sinks_ptr + head_M, mask=row_inside, other=0.0).to(tl.float32) * LOG2E
+        sums_M += 1.0
+    first_M = rows_M.to(tl.int64) * num_splits
+    for start in range(0, num_splits, TOGETHER):
+        for place in tl.static_range(TOGETHER):
+            # What lies past the last split has no weight, and leaves every bit as it is.
+            present = start + place < num_splits
+            part_rows_M = first_M + start + place
+            places = part_rows_M[:, None] * HEAD_DIM + channels_D[None, :]
+            part_MD = tl.load(parts_ptr + places, mask=inside & present, other=0.0, cache_modifier=".cg")
+            here = row_inside & present
+            part_sums_M = tl.load(part_sums_ptr + part_rows_M, mask=here, other=0.0, cache_modifier=".cg")
+            part_tops_M = tl.load(part_tops_ptr + part_rows_M, mask=here, other=float("-inf"), cache_modifier=".cg")
+            acc_MD, sums_M, tops_M = _fold(acc_MD, sums_M, tops_M, part_MD, part_sums_M, part_tops_M)
+    return acc_MD / tl.where(sums_M > 0.0, sums_M, 1.0)[:, None]
+
+
+@triton.jit
+def _store_rows(o_ptr, o_MD, places_M, row_inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    channels_D = tl.arange(0, BLOCK_D)
+    inside = row_inside[:, None] & (channels_D[None, :] < HEAD_DIM)
+    tl.store(o_ptr + places_M[:, None] + channels_D[None, :], o_MD.to(o_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -98,25 +136,35 @@ def _visit(
 @triton.jit(do_not_specialize=["table_stride", "num_requests", "num_splits"])
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, lengths_ptr, starts_ptr, sinks_ptr, o_ptr,
-    parts_ptr, part_sums_ptr, part_tops_ptr,
+    parts_ptr, part_sums_ptr, part_tops_ptr, counter_ptr,
     q_token_stride, q_head_stride, k_block_stride, k_slot_stride, k_head_stride,
     v_block_stride, v_slot_stride, v_head_stride, scale_block_stride, scale_slot_stride, table_stride,
     o_token_stride, o_head_stride,
     num_requests, num_heads, group_size, num_splits, split_size, window, scale, softcap,
-    PARALLEL: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARALLEL: tl.constexpr, EARLY: tl.constexpr, SINGLE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, MERGED: tl.constexpr, TOGETHER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries; `split_size` 0 divides the keys that the tile sees into `num_splits` even parts."""
-    if PARALLEL and EARLY:
+    """One tile of queries; `split_size` 0 divides the keys that the tile sees into `num_splits` even parts.
+
+    SINGLE: every request has one token, so that tile, request and token are one number, and nothing has to be looked up
+    before the first key: each look-up would wait for the one before it.
+    """
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    request = _request_of(tile, starts_ptr, num_requests, TOKENS)
-    start = tl.load(starts_ptr + request)
-    count = tl.load(starts_ptr + request + 1) - start
-    first_token = (tile - (start // TOKENS + request)) * TOKENS
-    if first_token >= count:
-        return
+    request = tile
+    start = tile
+    count = 1
+    first_token = 0
+    if not SINGLE:
+        request = _request_of(tile, starts_ptr, num_requests, TOKENS)
+        start = tl.load(starts_ptr + request)
+        count = tl.load(starts_ptr + request + 1) - start
+        first_token = (tile - (start // TOKENS + request)) * TOKENS
+        if first_token >= count:
+            return
     length = tl.load(lengths_ptr + request)
 
     rows_M = tl.arange(0, BLOCK_M)
@@ -203,38 +251,41 @@ def attend_kernel(
         tl.store(parts_ptr + part_rows_M[:, None] * HEAD_DIM + channels_D[None, :], acc_MD, mask=inside)
         tl.store(part_sums_ptr + part_rows_M, sums_M, mask=row_inside)
         tl.store(part_tops_ptr + part_rows_M, tops_M, mask=row_inside)
+        last = False
+        if counter_ptr is not None:
+            last = is_last(counter_ptr + tile * tl.num_programs(1) + kv_head, num_splits)
+        if last:
+            # The first MERGED rows are all that hold a token.
+            few_M = tl.arange(0, MERGED)
+            few_token_M = first_token + few_M // group_size
+            few_head_M = kv_head * group_size + few_M % group_size
+            few_inside = (few_M < TOKENS * group_size) & (few_token_M < count)
+            few_place_M = (start + few_token_M).to(tl.int64)
+            o_MD = _merged(
+                parts_ptr, part_sums_ptr, part_tops_ptr, sinks_ptr, few_place_M * num_heads + few_head_M, few_head_M,
+                few_inside, num_splits, HEAD_DIM, BLOCK_D, MERGED, TOGETHER,
+            )  # fmt: skip
+            o_places_M = few_place_M * o_token_stride + few_head_M * o_head_stride
+            _store_rows(o_ptr, o_MD, o_places_M, few_inside, HEAD_DIM, BLOCK_D)
     else:
         o_MD = acc_MD / tl.where(sums_M > 0.0, sums_M, 1.0)[:, None]
-        o_places_M = place_M * o_token_stride + head_M * o_head_stride
-        tl.store(o_ptr + o_places_M[:, None] + channels_D[None, :], o_MD.to(o_ptr.dtype.element_ty), mask=inside)
+        _store_rows(o_ptr, o_MD, place_M * o_token_stride + head_M * o_head_stride, row_inside, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def merge_kernel(
     parts_ptr, part_sums_ptr, part_tops_ptr, sinks_ptr, o_ptr, o_token_stride, o_head_stride, num_rows, num_heads,
     num_splits,
-    EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EARLY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of BLOCK_M rows (token and head), first to last; what several hold is on its way at a time."""
+    """Merge the splits of BLOCK_M rows (token and head), first to last."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
     rows_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = rows_M < num_rows
     token_M, head_M = (rows_M // num_heads).to(tl.int64), rows_M % num_heads
-    channels_D = tl.arange(0, BLOCK_D)
-    inside = row_inside[:, None] & (channels_D[None, :] < HEAD_DIM)
-    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    tops_M = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    sums_M = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if sinks_ptr is not None:
-        tops_M = tl.load(sinks_ptr + head_M, mask=row_inside, other=0.0).to(tl.float32) * LOG2E
-        sums_M += 1.0
-    for split in tl.range(num_splits, loop_unroll_factor=8):
-        part_rows_M = rows_M.to(tl.int64) * num_splits + split
-        part_MD = tl.load(parts_ptr + part_rows_M[:, None] * HEAD_DIM + channels_D[None, :], mask=inside, other=0.0)
-        part_sums_M = tl.load(part_sums_ptr + part_rows_M, mask=row_inside, other=0.0)
-        part_tops_M = tl.load(part_tops_ptr + part_rows_M, mask=row_inside, other=float("-inf"))
-        acc_MD, sums_M, tops_M = _fold(acc_MD, sums_M, tops_M, part_MD, part_sums_M, part_tops_M)
-    o_MD = acc_MD / tl.where(sums_M > 0.0, sums_M, 1.0)[:, None]
-    o_places_M = token_M * o_token_stride + head_M * o_head_stride
-    tl.store(o_ptr + o_places_M[:, None] + channels_D[None, :], o_MD.to(o_ptr.dtype.element_ty), mask=inside)
+    o_MD = _merged(
+        parts_ptr, part_sums_ptr, part_tops_ptr, sinks_ptr, rows_M, head_M, row_inside, num_splits,
+        HEAD_DIM, BLOCK_D, BLOCK_M, TOGETHER,
+    )  # fmt: skip
+    _store_rows(o_ptr, o_MD, token_M * o_token_stride + head_M * o_head_stride, row_inside, HEAD_DIM, BLOCK_D)

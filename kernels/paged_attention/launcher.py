@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trine.kernels.last_program import counters, in_one_launch
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
 from trine.kernels.paged_attention.kernels import attend_kernel, merge_kernel
 from trine.kernels.samples import Sample, meta
@@ -58,9 +59,22 @@ def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config
 FORWARD = Tunable("paged_attention", _rule, _candidates)
 
 
-def _num_splits(programs: int, max_length: int, target: Target) -> int:
-    """As many as give every multiprocessor two programs, none shorter than it is worth."""
-    return max(1, min(ceil_div(2 * target.num_sms, max(1, programs)), ceil_div(max_length, _SHORTEST_SPLIT)))
+def programs_per_sm(config: Config, dtype: torch.dtype, D: int) -> int:
+    """How many programs a multiprocessor can hold at a time, or two where it can hold more.
+
+    Registers decide: four warps of 255 each fit twice, eight only with small heads or fp32, whose tiles are small. A
+    test compares with `aot.json`.
+    """
+    return 2 if config.num_warps <= 4 or D <= 64 or dtype == torch.float32 else 1
+
+
+def _num_splits(programs: int, max_length: int, per_sm: int, target: Target) -> int:
+    """As many as run at a time on all multiprocessors, none shorter than it is worth.
+
+    One program more than fit would begin when the others end, and double the time.
+    """
+    fitting = per_sm * target.num_sms // max(1, programs)
+    return max(1, min(fitting, ceil_div(max_length, _SHORTEST_SPLIT)))
 
 
 def _launch(
@@ -87,8 +101,12 @@ def _launch(
     queries = 64 if split_size else max(1, max_queries)
     config = FORWARD.pick(q_NHD.dtype, target, Q=queries, exact_G=group, D=D, exact_bytes=k_cache_PSKD.itemsize)
     tokens = config.blocks["BLOCK_M"] // group
-    tiles = N // tokens + R if N else 0
-    num_splits = ceil_div(max_length, split_size) if split_size else _num_splits(tiles * K, max_length, target)
+    # One token each; where bits must not depend on the batch one kernel serves all.
+    single = max_queries == 1 and N == R and not split_size
+    tiles = R if single else N // tokens + R if N else 0
+    num_splits = ceil_div(max_length, split_size or 1)
+    if not split_size:
+        num_splits = _num_splits(min(tiles, N) * K, max_length, programs_per_sm(config, q_NHD.dtype, D), target)
     fits = 4 * N * H * num_splits * (D + 2) <= _PART_BYTES
     parallel = num_splits > 1 and fits and (not split_size or tiles * K < 2 * target.num_sms)
     if not parallel and not split_size:
@@ -97,10 +115,15 @@ def _launch(
     parts = q_NHD.new_empty(N * H * num_splits if parallel else 0, D, dtype=torch.float32)
     sums = parts.new_empty(2, parts.shape[0])
     sinks = None if sinks_H is None else sinks_H.contiguous()
+    counter = counters(q_NHD, tiles * K) if parallel else None
+    two_launches = parallel and counter is None
+    block_d = next_power_of_2(max(16, D))
+    # Rows of a tile that can hold a token.
+    merged = next_power_of_2(min(max(1, max_queries), tokens) * group)
     common = {"sinks_ptr": sinks, "o_ptr": o_NHD, "num_heads": H, "num_splits": num_splits, "HEAD_DIM": D}
-    common |= {"parts_ptr": parts if parallel else None, "BLOCK_D": next_power_of_2(max(16, D))}
+    common |= {"parts_ptr": parts if parallel else None, "BLOCK_D": block_d}
     common |= {"part_sums_ptr": sums[0] if parallel else None, "part_tops_ptr": sums[1] if parallel else None}
-    common |= {"EARLY": target.starts_early}
+    common |= {"EARLY": target.starts_early and two_launches}
     common |= {"o_token_stride": o_NHD.stride(0), "o_head_stride": o_NHD.stride(1)}
     arguments: dict[str, Any] = {
         **common,
@@ -125,19 +148,28 @@ def _launch(
         "window": window or 0,
         "scale": scale,
         "softcap": softcap,
+        "counter_ptr": counter,
         "PARALLEL": parallel,
+        "SINGLE": single,
+        "MERGED": merged,
+        "TOGETHER": _together(merged * block_d, config.num_warps),
         "WINDOW": window is not None,
         "SOFTCAP": softcap > 0,
         "PAGE": k_cache_PSKD.shape[1],
         "TOKENS": tokens,
     }
     launch(attend_kernel, (tiles, K, num_splits if parallel else 1), config, arguments, options=_OPTIONS)
-    if parallel:
+    if two_launches:
         # One request of few tokens has few rows, and each waits for its splits: a program a row.
-        merge = Config({"BLOCK_M": 1}, 1, 1)
+        merge = Config({"BLOCK_M": 1, "TOGETHER": _together(block_d, 1)}, 1, 1)
         options = {**_OPTIONS, "launch_pdl": True} if target.starts_early else _OPTIONS
         launch(merge_kernel, (N * H,), merge, {**common, "num_rows": N * H}, options=options)
     return rounded(o_NHD, q_NHD.dtype)
+
+
+def _together(numbers: int, num_warps: int) -> int:
+    """Of how many splits what they hold is on its way at a time: 64 registers of each thread."""
+    return max(1, min(16, 64 * 32 * num_warps // numbers))
 
 
 def _pool_strides(name: str, cache_PSKD: Tensor) -> dict[str, int]:
@@ -178,6 +210,11 @@ def _(q_NHD: Tensor, *_: Any) -> Tensor:
 def samples() -> Iterator[Sample]:
     """Launches of usual size, for compiling ahead of time."""
     half, nvidia = torch.bfloat16, ("sm_80", "sm_90", "sm_100")
+    for R, length in ((1, 65536), (4, 16384)):
+        alone = _sample(f"decode {R} x {length // 1024}k", half, R=R, T=1, length=length)
+        yield from (alone, in_one_launch(alone))
+    ragged = _sample("2 x 8 of 32k sinks", half, R=2, T=8, length=32768, sinks=True)
+    yield from (ragged, in_one_launch(ragged))
     yield _sample("decode 32 x 32k", half, R=32, T=1, length=32768)
     yield _sample("decode 256 x 4k", half, R=256, T=1, length=4096)
     yield _sample("decode 4 x 32k fixed splits", half, R=4, T=1, length=32768, split_size=512)

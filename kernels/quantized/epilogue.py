@@ -3,8 +3,9 @@
     y = act(up + bu)      y = act(gate + bg) * (up + bu)      y = up + bu
 
 A product of few rows is split over K, so that enough programs read the weight at once. Each part leaves its sums in
-fp32 [P, S, M, N] (P products: 2 with a gate), and a second launch adds the S parts of a number in their order and
-finishes it: no atomics, the bits repeat. Bytes of the second launch: M N (4 P S + itemsize).
+fp32 [P, S, M, N] (P products: 2 with a gate). The S parts of a number are added in their order, so that the bits
+repeat, and finished: by the program that finishes its tile last (`last_program.py`), or by a second launch, with the
+same bits. Bytes of that: M N (4 P S + itemsize).
 
 Activations are those of `kernels/mlp`, `swiglu_clamped` among them; "none" is none.
 """
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trine.kernels.last_program import is_last
 from trine.kernels.launch import ceil_div, launch
 from trine.kernels.mlp.projection import CLAMPED, activate_tile
 from trine.kernels.target import Target, target_of
@@ -47,7 +49,40 @@ def store_tile(
     up_bias_ptr,
     row,
     feature,
-    split,
+    num_rows,
+    num_features,
+    limit,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Finish sums [FEATURES, ROWS] and write them as a tile of y [M, N]."""
+    features = tl.arange(0, FEATURES)
+    rows = tl.arange(0, ROWS)
+    within = features < num_features - feature
+    inside = within[:, None] & (rows < num_rows - row)[None, :]
+    if up_bias_ptr is not None:
+        up += tl.load(up_bias_ptr + feature + features, mask=within, other=0.0).to(tl.float32)[:, None]
+    if gate_bias_ptr is not None:
+        gate += tl.load(gate_bias_ptr + feature + features, mask=within, other=0.0).to(tl.float32)[:, None]
+    y = finish(gate, up, limit, GATED, ACTIVATION)
+    y_ptr += tl.cast(row, tl.int64) * num_features + feature
+    tl.store(y_ptr + rows[None, :] * num_features + features[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def end_tile(
+    gate,
+    up,
+    y_ptr,
+    parts_ptr,
+    counter_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    row,
+    feature,
+    numbers,
     num_rows,
     num_features,
     limit,
@@ -57,26 +92,43 @@ def store_tile(
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Write sums [FEATURES, ROWS]: finished as y [M, N], or one part of them as they are."""
-    features = tl.arange(0, FEATURES)
-    rows = tl.arange(0, ROWS)
-    inside = (features < num_features - feature)[:, None] & (rows < num_rows - row)[None, :]
-    places = rows[None, :] * num_features + features[:, None]
-    if SPLITS > 1:
-        numbers = tl.cast(num_rows, tl.int64) * num_features
-        y_ptr += split * numbers + tl.cast(row, tl.int64) * num_features + feature
-        tl.store(y_ptr + places, up, mask=inside)
-        if GATED:
-            tl.store(y_ptr + SPLITS * numbers + places, gate, mask=inside)
+    """Where K is not split `store_tile`; else leave one part in `parts` [P, S, numbers].
+
+    Programs are numbered by tile and part. With counters, one a tile, the last program of a tile adds the parts up and
+    finishes it.
+    """
+    if SPLITS == 1:
+        store_tile(
+            gate, up, y_ptr, gate_bias_ptr, up_bias_ptr, row, feature, num_rows, num_features, limit, GATED, ACTIVATION,
+            FEATURES, ROWS,
+        )  # fmt: skip
     else:
-        within = features < num_features - feature
-        if up_bias_ptr is not None:
-            up += tl.load(up_bias_ptr + feature + features, mask=within, other=0.0).to(tl.float32)[:, None]
-        if gate_bias_ptr is not None:
-            gate += tl.load(gate_bias_ptr + feature + features, mask=within, other=0.0).to(tl.float32)[:, None]
-        y = finish(gate, up, limit, GATED, ACTIVATION)
-        y_ptr += tl.cast(row, tl.int64) * num_features + feature
-        tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=inside)
+        features = tl.arange(0, FEATURES)
+        rows = tl.arange(0, ROWS)
+        inside = (features < num_features - feature)[:, None] & (rows < num_rows - row)[None, :]
+        places = rows[None, :] * num_features + features[:, None]
+        split = tl.program_id(1)
+        parts_ptr += tl.cast(row, tl.int64) * num_features + feature
+        tl.store(parts_ptr + split * numbers + places, up, mask=inside)
+        if GATED:
+            tl.store(parts_ptr + (SPLITS + split) * numbers + places, gate, mask=inside)
+        last = False
+        if counter_ptr is not None:
+            last = is_last(counter_ptr + tl.program_id(0), SPLITS)
+        if last:
+            up_sums = tl.zeros([FEATURES, ROWS], dtype=tl.float32)
+            gate_sums = tl.zeros([FEATURES, ROWS], dtype=tl.float32)
+            # All parts of a small tile are on their way at a time; one of a large tile takes registers enough.
+            for part in tl.range(SPLITS, loop_unroll_factor=SPLITS if FEATURES * ROWS <= 4096 else 1):
+                part_ptr = parts_ptr + part * numbers
+                up_sums += tl.load(part_ptr + places, mask=inside, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    part_ptr += SPLITS * numbers
+                    gate_sums += tl.load(part_ptr + places, mask=inside, other=0.0, cache_modifier=".cg")
+            store_tile(
+                gate_sums, up_sums, y_ptr, gate_bias_ptr, up_bias_ptr, row, feature, num_rows, num_features, limit,
+                GATED, ACTIVATION, FEATURES, ROWS,
+            )  # fmt: skip
 
 
 @triton.jit

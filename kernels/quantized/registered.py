@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trine.kernels.last_program import in_one_launch
 from trine.kernels.launch import ceil_div
 from trine.kernels.operation import run
 from trine.kernels.quantized.activations import BLOCK, launch_quantize, launch_rms_norm_quantize
@@ -196,8 +197,11 @@ def samples() -> Iterator[Sample]:
     """Launches of usual size, for compiling ahead of time."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for num_rows in (1, 64, 256):
-        yield _packed_sample(num_rows, 8192, 8192, bf16, 4, 128)
-        yield _packed_sample(num_rows, 4096, 14336, fp16, 4, 128, zeros=True, gated=True)
+        plain = _packed_sample(num_rows, 8192, 8192, bf16, 4, 128)
+        gated = _packed_sample(num_rows, 4096, 14336, fp16, 4, 128, zeros=True, gated=True)
+        yield from (plain, gated)
+        if num_rows < 256:
+            yield from map(in_one_launch, (plain, gated))
     yield _packed_sample(16, 4096, 4096, bf16, 4, 32, zeros=True)
     yield _packed_sample(256, 4096, 4096, bf16, 4, 64)
     yield _packed_sample(16, 4096, 4096, fp16, 4, 0)
@@ -210,6 +214,7 @@ def samples() -> Iterator[Sample]:
     for kind in (torch.int8, torch.float8_e4m3fn):
         for num_rows in (16, 4096):
             yield from _scaled_samples(num_rows, 4096, 4096, kind)
+        yield from map(in_one_launch, _scaled_samples(16, 4096, 4096, kind))
         yield from _scaled_samples(4096, 4096, 14336, kind, gated=True)
         x = meta(8192, 4096, dtype=bf16)
         targets = _targets(kind)

@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trine.kernels.last_program import counters
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
 from trine.kernels.quantized import hopper
 from trine.kernels.quantized.activations import BLOCK, check_float8
-from trine.kernels.quantized.epilogue import launch_combine, store_tile
+from trine.kernels.quantized.epilogue import end_tile, launch_combine
 from trine.kernels.quantized.weight_only import splits_for
 from trine.kernels.target import Target, target_of
 from trine.kernels.tuning import Config, Shape, Tunable
@@ -95,6 +96,8 @@ def scaled_matmul_kernel(
     up_scales_ptr,
     up_bias_ptr,
     y_ptr,
+    parts_ptr,
+    counter_ptr,
     num_rows,
     num_features,
     width,
@@ -113,7 +116,7 @@ def scaled_matmul_kernel(
     SPLITS: tl.constexpr,
 ):
     """One tile of y, or one part of its sums. Programs run in groups of GROUP tiles of features, rows inside."""
-    if EARLY and SPLITS > 1:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     feature_tiles = tl.cdiv(num_features, FEATURES)
     row_tiles = tl.cdiv(num_rows, ROWS)
@@ -138,9 +141,10 @@ def scaled_matmul_kernel(
             x_ptr, x_scales_ptr, gate_ptr, gate_scales_ptr, row, feature, start, stop, num_rows, num_features, width,
             x_scale_stride, w_scale_stride, EVEN, BLOCKED, FAST, FEATURES, ROWS, INNER,
         )  # fmt: skip
-    store_tile(
-        gate, up, y_ptr, gate_bias_ptr, up_bias_ptr, row, feature, split, num_rows, num_features, limit,
-        gate_ptr is not None, ACTIVATION, SPLITS, FEATURES, ROWS,
+    end_tile(
+        gate, up, y_ptr, parts_ptr, counter_ptr, gate_bias_ptr, up_bias_ptr, row, feature,
+        tl.cast(num_rows, tl.int64) * num_features, num_rows, num_features, limit, gate_ptr is not None, ACTIVATION,
+        SPLITS, FEATURES, ROWS,
     )  # fmt: skip
 
 
@@ -223,10 +227,13 @@ def launch_scaled(
     shape |= {"exact_products": 1 + (gate is not None), "exact_partial": int(blocked or not fast)}
     config = SCALED.pick(codes_NK.dtype, target, **shape)
     splits = config.blocks["SPLITS"]
+    blocks = config.blocks
+    tiles = ceil_div(num_rows, blocks["ROWS"]) * ceil_div(num_features, blocks["FEATURES"])
     y_MN = x_MK.new_empty(num_rows, num_features, dtype=result_dtype(dtype))
-    parts = y_MN
+    parts = counter = None
     if splits > 1:
         parts = x_MK.new_empty(shape["exact_products"], splits, num_rows, num_features, dtype=torch.float32)
+        counter = counters(x_MK, tiles)
     arguments = {
         "x_ptr": x_MK,
         "x_scales_ptr": x_scales,
@@ -236,7 +243,9 @@ def launch_scaled(
         "up_ptr": codes_NK,
         "up_scales_ptr": scales,
         "up_bias_ptr": up_bias,
-        "y_ptr": parts,
+        "y_ptr": y_MN,
+        "parts_ptr": parts,
+        "counter_ptr": counter,
         "num_rows": num_rows,
         "num_features": num_features,
         "width": width,
@@ -246,12 +255,10 @@ def launch_scaled(
         "EVEN": width % config.blocks["INNER"] == 0,
         "BLOCKED": blocked,
         "FAST": fast,
-        "EARLY": target.starts_early,
+        "EARLY": target.starts_early and parts is not None and counter is None,
         "ACTIVATION": activation,
     }
-    blocks = config.blocks
-    tiles = ceil_div(num_rows, blocks["ROWS"]) * ceil_div(num_features, blocks["FEATURES"])
     launch(scaled_matmul_kernel, (tiles, splits), config, arguments)
-    if splits > 1:
+    if parts is not None and counter is None:
         launch_combine(parts, y_MN, gate_bias, up_bias, activation, limit)
     return rounded(y_MN, dtype)

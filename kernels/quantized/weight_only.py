@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.kernels.language import dot
+from trine.kernels.last_program import counters
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
 from trine.kernels.quantized.decode import decode_slice, group_constant
-from trine.kernels.quantized.epilogue import launch_combine, store_tile
+from trine.kernels.quantized.epilogue import end_tile, launch_combine
 from trine.kernels.quantized.packing import WORDS, block_size
 from trine.kernels.target import Target, target_of
 from trine.kernels.tuning import Config, Shape, Tunable
@@ -156,6 +157,8 @@ def weight_only_kernel(
     up_zeros_ptr,
     up_bias_ptr,
     y_ptr,
+    parts_ptr,
+    counter_ptr,
     num_rows,
     num_features,
     width,
@@ -171,7 +174,7 @@ def weight_only_kernel(
     SPLITS: tl.constexpr,
 ):
     """One tile of y, or one part of its sums. Tiles of the same features follow each other, to share the weight."""
-    if EARLY and SPLITS > 1:
+    if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     row_tiles = tl.cdiv(num_rows, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
@@ -191,9 +194,10 @@ def weight_only_kernel(
             gate_words_ptr, gate_scales_ptr, gate_zeros_ptr, x_ptr, row, feature, start, stop, num_rows, num_features,
             width, EVEN, BITS, GROUP, NVIDIA, FEATURES, ROWS,
         )  # fmt: skip
-    store_tile(
-        gate, up, y_ptr, gate_bias_ptr, up_bias_ptr, row, feature, split, num_rows, num_features, limit,
-        gate_words_ptr is not None, ACTIVATION, SPLITS, FEATURES, ROWS,
+    end_tile(
+        gate, up, y_ptr, parts_ptr, counter_ptr, gate_bias_ptr, up_bias_ptr, row, feature,
+        tl.cast(num_rows, tl.int64) * num_features, num_rows, num_features, limit, gate_words_ptr is not None,
+        ACTIVATION, SPLITS, FEATURES, ROWS,
     )  # fmt: skip
 
 
@@ -304,10 +308,13 @@ def launch_weight_only(
     target = target_of(x_MK)
     config = WEIGHT_ONLY.pick(x_MK.dtype, target, **shape)
     splits = config.blocks["SPLITS"]
+    blocks = config.blocks
+    tiles = ceil_div(num_rows, blocks["ROWS"]) * ceil_div(num_features, blocks["FEATURES"])
     y_MN = x_MK.new_empty(num_rows, num_features, dtype=result_dtype(x_MK.dtype))
-    parts = y_MN
+    parts = counter = None
     if splits > 1:
         parts = x_MK.new_empty(shape["exact_products"], splits, num_rows, num_features, dtype=torch.float32)
+        counter = counters(x_MK, tiles)
     arguments = {
         "x_ptr": x_MK,
         "gate_words_ptr": gate_words,
@@ -318,7 +325,9 @@ def launch_weight_only(
         "up_scales_ptr": scales_GN,
         "up_zeros_ptr": zeros_GN,
         "up_bias_ptr": up_bias,
-        "y_ptr": parts,
+        "y_ptr": y_MN,
+        "parts_ptr": parts,
+        "counter_ptr": counter,
         "num_rows": num_rows,
         "num_features": num_features,
         "width": width,
@@ -327,12 +336,10 @@ def launch_weight_only(
         "BITS": bits,
         "GROUP": group_constant(scales_GN, width),
         "NVIDIA": target.is_nvidia and x_MK.dtype != torch.float32,
-        "EARLY": target.starts_early,
+        "EARLY": target.starts_early and parts is not None and counter is None,
         "ACTIVATION": activation,
     }
-    blocks = config.blocks
-    tiles = ceil_div(num_rows, blocks["ROWS"]) * ceil_div(num_features, blocks["FEATURES"])
     launch(weight_only_kernel, (tiles, splits), config, arguments)
-    if splits > 1:
+    if parts is not None and counter is None:
         launch_combine(parts, y_MN, gate_bias, up_bias, activation, limit)
     return rounded(y_MN, x_MK.dtype)

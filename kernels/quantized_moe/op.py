@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trine.kernels.last_program import in_one_launch
 from trine.kernels.launch import ceil_div
 from trine.kernels.mlp.op import CLAMPED, GATED_ACTIVATIONS
 from trine.kernels.moe.combine import combine_in_slot_order, launch_combine
@@ -269,6 +271,9 @@ def samples() -> Iterator[Sample]:
     """Launches of usual size, for compiling ahead of time: layers like those of gpt-oss and Qwen3-MoE."""
     bf16, fp16 = torch.bfloat16, torch.float16
     gpt_oss, qwen3_moe = (4, 32, 2880, 2880), (8, 128, 2048, 768)
+    yield in_one_launch(_sample("int4", 1, qwen3_moe, bf16, group=128))
+    # For sm_80 ptxas keeps two registers of it in memory, which it can do without in two launches.
+    yield in_one_launch(replace(_sample("mxfp4", 1, gpt_oss, bf16, activation=CLAMPED), targets=("sm_90", "sm_100")))
     for tokens in (1, 64, 4096):
         yield _sample("mxfp4", tokens, gpt_oss, bf16, activation=CLAMPED)
         yield _sample("int4", tokens, qwen3_moe, bf16, group=128)

@@ -7,7 +7,8 @@ expert. Slices of 32 codes are decoded in registers and multiplied with rows fet
 sums of each group are multiplied by its scale. So weights are never rounded, and nothing is written between the codes
 and y. What hangs over the end of an expert repeats its last row.
 
-Few pairs leave many multiprocessors without a tile: there K is split over programs, and `split.py` adds up the parts.
+Few pairs leave many multiprocessors without a tile: there K is split over programs, and the last program of a tile adds
+up the parts (`last_program.py`), or `split.py` does.
 
 Shapes: P pairs, E experts, K input features, N output features. Bytes, few rows: the codes and scales of the experts
 that have any, N K bits / 8 each. Operations: 2 P N K, twice that with a gate.
@@ -23,11 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trine.kernels.language import dot
+from trine.kernels.last_program import counters
 from trine.kernels.launch import ceil_div, launch, result_dtype, rounded
 from trine.kernels.mlp.projection import _tile_of as tile_of
 from trine.kernels.moe.groups import Groups, tile_list
 from trine.kernels.moe.product import product_arguments, source_rows
-from trine.kernels.quantized.epilogue import store_tile
+from trine.kernels.quantized.epilogue import end_tile
 from trine.kernels.quantized.packing import block_size
 from trine.kernels.quantized_moe.configs import GROUPED
 from trine.kernels.quantized_moe.decode import decode_codes, scale_of
@@ -167,6 +169,8 @@ def grouped_weight_only_kernel(
     up_zeros_ptr,
     up_bias_ptr,
     y_ptr,
+    parts_ptr,
+    counter_ptr,
     pair_ptr,
     offset_ptr,
     tile_ptr,
@@ -213,28 +217,15 @@ def grouped_weight_only_kernel(
             gate_words_ptr, gate_scales_ptr, gate_zeros_ptr, x_ptr, sources, expert, feature, start, stop,
             num_features, width, num_groups, EVEN, FLOAT, BITS, GROUP, SPREAD, NVIDIA, FEATURES, ROWS,
         )  # fmt: skip
-    if SPLITS > 1:
-        # A part is a tile of its own, in fp32 and without an epilogue.
-        numbers = tl.cast(num_pairs, tl.int64) * num_features
-        y_ptr += split * numbers
-        store_tile(
-            up, up, y_ptr, None, None, row, feature, 0, end, num_features, limit, False, "none", 1, FEATURES, ROWS
-        )  # fmt: skip
-        if gate_words_ptr is not None:
-            y_ptr += SPLITS * numbers
-            store_tile(
-                gate, gate, y_ptr, None, None, row, feature, 0, end, num_features, limit, False, "none", 1, FEATURES,
-                ROWS,
-            )  # fmt: skip
-    else:
-        if up_bias_ptr is not None:
-            up_bias_ptr += expert * num_features
-        if gate_bias_ptr is not None:
-            gate_bias_ptr += expert * num_features
-        store_tile(
-            gate, up, y_ptr, gate_bias_ptr, up_bias_ptr, row, feature, 0, end, num_features, limit,
-            gate_words_ptr is not None, ACTIVATION, 1, FEATURES, ROWS,
-        )  # fmt: skip
+    if up_bias_ptr is not None:
+        up_bias_ptr += expert * num_features
+    if gate_bias_ptr is not None:
+        gate_bias_ptr += expert * num_features
+    end_tile(
+        gate, up, y_ptr, parts_ptr, counter_ptr, gate_bias_ptr, up_bias_ptr, row, feature,
+        tl.cast(num_pairs, tl.int64) * num_features, end, num_features, limit, gate_words_ptr is not None, ACTIVATION,
+        SPLITS, FEATURES, ROWS,
+    )  # fmt: skip
 
 
 def launch_grouped(
@@ -263,11 +254,13 @@ def launch_grouped(
     config = GROUPED.pick(x.dtype, target_of(x), **sizes)
     splits = config.blocks["SPLITS"]
     y_PN = x.new_empty(num_pairs, num_features, dtype=result_dtype(x.dtype))
-    parts = y_PN
-    if splits > 1:
-        parts = x.new_empty(products, splits, num_pairs, num_features, dtype=torch.float32)
     rows = config.blocks["ROWS"]
     tiles_2M = tiles[rows] = tiles[rows] if rows in tiles else tile_list(groups, rows)
+    grid = (tiles_2M.shape[1] * ceil_div(num_features, config.blocks["FEATURES"]), splits)
+    parts = counter = None
+    if splits > 1:
+        parts = x.new_empty(products, splits, num_pairs, num_features, dtype=torch.float32)
+        counter = counters(x, grid[0])
     gate_words, gate_scales, gate_zeros, gate_bias = gate or (None,) * 4
     arguments = {
         "x_ptr": x,
@@ -279,7 +272,9 @@ def launch_grouped(
         "up_scales_ptr": up.scales,
         "up_zeros_ptr": up.zeros,
         "up_bias_ptr": up.bias,
-        "y_ptr": parts,
+        "y_ptr": y_PN,
+        "parts_ptr": parts,
+        "counter_ptr": counter,
         **product_arguments(groups, tiles_2M, gather),
         "num_pairs": num_pairs,
         "num_features": num_features,
@@ -294,9 +289,8 @@ def launch_grouped(
         "NVIDIA": target_of(x).is_nvidia,
         "ACTIVATION": activation,
     }
-    grid = (tiles_2M.shape[1] * ceil_div(num_features, config.blocks["FEATURES"]), splits)
     launch(grouped_weight_only_kernel, grid, config, arguments)
-    if splits > 1:
+    if parts is not None and counter is None:
         launch_parts(parts, y_PN, groups, None if gate is None else gate.bias, up.bias, activation, limit)
     return rounded(y_PN, x.dtype)
 

@@ -1,5 +1,7 @@
 """The parts of grouped products that were split over K, added up in their order, with bias and activation or gate.
 
+A launch of its own, where not the last program of a tile does it (`last_program.py`).
+
 Each part leaves fp32 sums [P, N]; the parts of both projections are [products, splits, P, N]. No atomics: the bits
 repeat. Bytes: P N (4 products splits + itemsize).
 """

@@ -207,7 +207,7 @@ def _check_lists(logits: Tensor, starts: Tensor, tokens: Tensor, values: tuple[s
 def _rule(shape: Shape, dtype: torch.dtype, target: Target) -> Config:
     if target.interpreted:
         return Config({"BLOCK": min(64, next_power_of_2(shape["V"]))})
-    return Config({"BLOCK": min(2048, next_power_of_2(shape["V"]))}, num_warps=8, num_stages=1)
+    return Config({"BLOCK": min(4096, next_power_of_2(shape["V"]))}, num_warps=8, num_stages=1)
 
 
 def _candidates(shape: Shape, dtype: torch.dtype, target: Target) -> list[Config]:

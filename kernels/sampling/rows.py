@@ -177,9 +177,16 @@ def choose_kernel(
             ids_ptr = ints_ptr + SPLITS + COUNTS_AT + CUTS * SPLITS
             held = tl.load(ints_ptr + SPLITS + HELD_AT)
             total = tl.load(floats_ptr + 4 * SPLITS + TOTAL_AT)
-            token = _draw_candidate(
-                values_ptr, ids_ptr, held, top, top_k, top_p, min_p, total, uniform, size, CAPACITY
-            )  # fmt: skip
+            # Mostly they are few, and every cut of the range looks at all that could be held.
+            FEW: tl.constexpr = CAPACITY // 8 if CAPACITY > 8 else CAPACITY
+            if held <= FEW:
+                token = _draw_candidate(
+                    values_ptr, ids_ptr, held, top, top_k, top_p, min_p, total, uniform, size, FEW
+                )  # fmt: skip
+            else:
+                token = _draw_candidate(
+                    values_ptr, ids_ptr, held, top, top_k, top_p, min_p, total, uniform, size, CAPACITY
+                )  # fmt: skip
         else:
             temperature = tl.load(temperature_ptr + row)
             token = _draw_from_row(

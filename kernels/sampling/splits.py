@@ -47,21 +47,23 @@ def scan_kernel(
         allowed_row = allowed_ptr + row * allowed_stride
     floats_ptr += row * floats_stride + split
     places = split * BLOCK + tl.arange(0, BLOCK)
+    temperature = tl.load(temperature_ptr + row)
     raw = load_logits(logits_ptr, None, places, size)
-    odd = (raw != raw) | (raw == float("inf"))
-    strange = tl.max(odd.to(tl.int32), axis=0)
-    raw = tl.where(odd, float("-inf"), raw)
     raw_top = tl.max(raw, axis=0)
-    raw_sum = tl.sum(tl.exp(raw - tl.where(raw_top == float("-inf"), 0.0, raw_top)), axis=0)
-    x = load_scaled(logits_ptr, allowed_row, places, size, tl.load(temperature_ptr + row))
-    x = tl.where(odd, float("-inf"), x)
-    top, best = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    mass = tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)), axis=0)
+    # Neither inf - inf, nor a look at every logit: what is NaN or +inf makes the sum so.
+    raw_sum = tl.sum(tl.exp(raw - tl.where(tl.abs(raw_top) == float("inf"), 0.0, raw_top)), axis=0)
+    strange = (raw_sum != raw_sum) | (raw_sum == float("inf"))
+    x = load_scaled(logits_ptr, allowed_row, places, size, temperature)
+    top = tl.max(x, axis=0)
     tl.store(floats_ptr, raw_top)
     tl.store(floats_ptr + SPLITS, raw_sum)
-    tl.store(floats_ptr + 2 * SPLITS, tl.where(strange > 0, float("inf"), top))
-    tl.store(floats_ptr + 3 * SPLITS, mass)
-    tl.store(ints_ptr + row * ints_stride + split, split * BLOCK + best)
+    tl.store(floats_ptr + 2 * SPLITS, tl.where(strange, float("inf"), top))
+    # Rows that draw need the weight, greedy ones the token.
+    if temperature > 0.0:
+        mass = tl.sum(tl.exp(x - tl.where(tl.abs(top) == float("inf"), 0.0, top)), axis=0)
+        tl.store(floats_ptr + 3 * SPLITS, mass)
+    else:
+        tl.store(ints_ptr + row * ints_stride + split, tl.min(tl.where(x == top, places, size), axis=0))
 
 
 @triton.jit
@@ -97,15 +99,23 @@ def cut_kernel(
             unit = tl.where(limited, 1.0 / temperature, 1.0)
             x = load_scaled(logits_ptr, allowed_row, places, size, temperature)
             weight = tl.exp(x - top)
+            own = tl.max(x, axis=0)
             for first in range(0, CUTS, _TOGETHER):
                 columns = first + tl.arange(0, _TOGETHER)
                 cuts = tl.maximum(top - tl.exp2(columns * 0.5 - 2.0) * unit, _LOWEST)
                 cuts = tl.where(columns == CUTS - 1, _LOWEST, cuts)
-                above = x[None, :] >= cuts[:, None]
                 to = split * CUTS + columns
-                tl.store(ints_ptr + SPLITS + COUNTS_AT + to, tl.sum(above.to(tl.int32), axis=1))
-                weights = tl.sum(tl.where(above, weight[None, :], 0.0), axis=1)
-                tl.store(floats_ptr + 4 * SPLITS + WEIGHTS_AT + to, weights)
+                # Most splits have nothing above the cuts that are near the row's top.
+                if own >= tl.min(cuts, axis=0):
+                    above = x[None, :] >= cuts[:, None]
+                    tl.store(ints_ptr + SPLITS + COUNTS_AT + to, tl.sum(above.to(tl.int32), axis=1))
+                    # Top-k counts, whatever the weights are.
+                    if not limited:
+                        weights = tl.sum(tl.where(above, weight[None, :], 0.0), axis=1)
+                        tl.store(floats_ptr + 4 * SPLITS + WEIGHTS_AT + to, weights)
+                else:
+                    tl.store(ints_ptr + SPLITS + COUNTS_AT + to, tl.zeros([_TOGETHER], dtype=tl.int32))
+                    tl.store(floats_ptr + 4 * SPLITS + WEIGHTS_AT + to, tl.zeros([_TOGETHER], dtype=tl.float32))
                 if split == 0:
                     tl.store(floats_ptr + 4 * SPLITS + columns, cuts)
         else:
@@ -159,7 +169,8 @@ def gather_kernel(
         table = splits[:, None] * CUTS + columns[None, :]
         inside = splits[:, None] < num_splits
         counts_SC = tl.load(ints_ptr + SPLITS + COUNTS_AT + table, mask=inside, other=0)
-        weights_SC = tl.load(floats_ptr + 4 * SPLITS + WEIGHTS_AT + table, mask=inside, other=0.0)
+        weighs = inside & unlimited
+        weights_SC = tl.load(floats_ptr + 4 * SPLITS + WEIGHTS_AT + table, mask=weighs, other=0.0)
         tops = tl.load(floats_ptr + 2 * SPLITS + splits, mask=splits < num_splits, other=float("-inf"))
         cuts = tl.load(floats_ptr + 4 * SPLITS + columns)
         counts = tl.sum(counts_SC, axis=0)

@@ -63,7 +63,7 @@ def test_doctor_shows_gpus_and_a_busy_machine() -> None:
 def test_every_operation_of_the_kernel_room_has_a_row() -> None:
     infrastructure = {"aot", "hardware", "implementations", "joined", "language", "launch", "multi_tensor", "norm"}
     infrastructure |= {"cpu", "samples", "target", "tuning", "gluon_names", "gluon_simulator"}
-    infrastructure |= {"gluon_values", "gpu_checks", "operation", "verified"}
+    infrastructure |= {"gluon_values", "gpu_checks", "last_program", "last_program_check", "operation", "verified"}
     on_disk = {path.stem for path in (ROOT / "kernels").glob("*.py")} | {
         path.parent.name for path in (ROOT / "kernels").glob("*/*.py")
     }

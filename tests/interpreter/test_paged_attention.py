@@ -141,6 +141,12 @@ def test_any_number_of_splits(compare: Any, num_splits: int, monkeypatch: pytest
     check(compare, "paged_attention splits", batch, window=30)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0, "sinks_H": torch.ones(4)}], ids=str)
+def test_one_token_of_every_request(compare: Any, options: dict[str, Any]) -> None:
+    """Nothing is looked up then: tile, request and token are one number."""
+    check(compare, "paged_attention single", make(((1, 37), (1, 1), (1, 50), (1, 16))), **options)
+
+
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Per slot and head; unused slots stay garbage."""
     top = 127.0 if dtype == torch.int8 else 448.0

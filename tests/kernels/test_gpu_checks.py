@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trine.kernels import gpu_checks
+from trine.kernels import gpu_checks, last_program_check
 from trine.kernels.attention import hopper_check as attention
 from trine.kernels.gpu_checks import Checks, new_tensors_hold_nan
 from trine.kernels.quantized import hopper_check as products
@@ -63,7 +63,7 @@ def test_a_group_that_fails_or_hangs_is_stopped(tmp_path: Path, monkeypatch: pyt
     assert "stopped after 2 s; until then: b\"['--in-process', '--group', 'many']" in (CHECKS.run_group("many") or "")
 
 
-@pytest.mark.parametrize("module", [attention, products])
+@pytest.mark.parametrize("module", [attention, products, last_program_check])
 def test_checks_name_their_own_module(module: object) -> None:
     assert module.CHECKS.module == module.__name__  # type: ignore[attr-defined]
 

@@ -15,10 +15,11 @@ from triton.compiler import ASTSource
 
 from trine.kernels import aot
 from trine.kernels.attention.reference import attend
-from trine.kernels.launch import recording
+from trine.kernels.launch import Launch, recording
 from trine.kernels.paged_attention.launcher import FORWARD, _launch, _num_splits
 from trine.kernels.paged_attention.op import paged_attention
 from trine.kernels.paged_attention.reference import paged_attention_reference
+from trine.kernels.samples import meta
 from trine.kernels.target import COMPILED
 
 # (new tokens, keys): decoding, a whole prompt, a later chunk, nothing.
@@ -163,13 +164,41 @@ def test_blocks_of_odd_sizes_are_refused() -> None:
         call(make(k_cache_PSKD=cache, v_cache_PSKD=cache))
 
 
-def test_splits_fill_the_device_and_fall_smoothly() -> None:
+def test_splits_fill_the_device_once_and_fall_smoothly() -> None:
     target = COMPILED["sm_90"]
-    splits = [_num_splits(programs, 32768, target) for programs in range(1, 2000)]
-    assert splits[0] == 128  # none shorter than 256 keys
-    assert all(a >= b for a, b in pairwise(splits))
-    assert all(programs * number >= 2 * target.num_sms for programs, number in enumerate(splits, 1) if number < 128)
-    assert _num_splits(1, 100, target) == 1
+    for per_sm in (1, 2):
+        places = per_sm * target.num_sms
+        splits = [_num_splits(programs, 32768, per_sm, target) for programs in range(1, 2000)]
+        assert splits[0] == 128  # none shorter than 256 keys
+        assert all(a >= b for a, b in pairwise(splits))
+        assert all(programs * number <= places for programs, number in enumerate(splits, 1) if number > 1)
+        # One more would not fit, so that no more than every second place is left empty.
+        assert all(programs * (number + 1) > places for programs, number in enumerate(splits, 1) if number < 128)
+    assert _num_splits(1, 100, 2, target) == 1
+
+
+def recorded(requests: int, tokens: int, length: int = 4096, cache: torch.dtype = torch.bfloat16) -> list[Launch]:
+    q, pool = meta(requests * tokens, 32, 128, dtype=torch.bfloat16), meta(64, 16, 8, 128, dtype=cache)
+    scales = None if cache == torch.bfloat16 else meta(64, 16, 8)
+    table, lengths, starts = (
+        meta(*size, dtype=torch.int32) for size in ((requests, 256), (requests,), (requests + 1,))
+    )
+    with recording(COMPILED["sm_90"]) as launches:
+        _launch(q, pool, pool, table, lengths, starts, None, scales, scales, tokens, length, 1.0, None, 0.0, 0)
+    return launches
+
+
+@pytest.mark.parametrize(("requests", "splits"), [(1, 33), (4, 8), (16, 2), (17, 1), (64, 1)])
+def test_single_tokens_need_no_look_up_and_fill_the_device_once(requests: int, splits: int) -> None:
+    launches = recorded(requests, 1, length=65536)
+    assert launches[0].grid == (requests, 8, splits)
+    assert launches[0].arguments["SINGLE"]
+    assert len(launches) == 1 + (splits > 1)
+    assert not recorded(requests, 2)[0].arguments["SINGLE"]
+
+
+def test_pools_of_bytes_take_one_program_a_multiprocessor() -> None:
+    assert recorded(1, 1, length=65536, cache=torch.int8)[0].grid == (1, 8, 16)
 
 
 @pytest.mark.parametrize("target", COMPILED)
