@@ -8,11 +8,11 @@ L stands at position L - T + i and sees the keys 0 .. L - T + i, or the last `wi
 quantized (int8, fp8 e4m3) with one scale per slot and head; keys and values are never dequantized in memory: their
 scales multiply the scores and the weights.
 
-Where there are too few tiles to fill the device (small batches of long sequences), the keys are split among programs
-and a second kernel merges the parts in order. The number of splits follows from the number of programs, so that speed
-does not fall off a cliff at some batch size. With `split_size` the splits begin at fixed places, merging follows their
-order, and one launch configuration serves all: then the bits of a row depend on nothing but its own keys, not on the
-batch, the chunks of a prefill, or the splitting.
+Where there are too few tiles to fill the device (small batches of long sequences), the keys are split among as many
+programs as it holds at a time, and the parts are merged in order, by a second kernel or by the last program of a tile.
+The number of splits follows from that of tiles, so that speed does not fall off a cliff at some batch size. With
+`split_size` the splits begin at fixed places, merging follows their order, and one launch configuration serves all:
+then the bits of a row depend on nothing but its own keys, not on the batch, the chunks of a prefill, or the splitting.
 
 Shapes: N tokens of R requests end to end, H query heads, K key/value heads (H a multiple of K), D head dimension,
 P blocks of S slots, M entries of a table row. Bytes: 2 K D b per key of each request, read once per tile of its tokens;

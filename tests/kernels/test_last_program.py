@@ -71,7 +71,7 @@ def test_parts_are_stored_before_the_count_and_read_after_it(operation: str, nam
 
 def test_a_barrier_of_amd_gpus_waits_for_no_store() -> None:
     """Why they launch twice: of the stores of other waves nothing is known when the count is published."""
-    with pytest.raises(ValueError, match="forced but cannot be used on gfx942"), LAST_PROGRAM.force(True):
+    with pytest.raises(ValueError, match="forced but cannot be used: gfx942 is an AMD GPU"), LAST_PROGRAM.force(True):
         selected(COMPILED["gfx942"])
     assert not selected(COMPILED["gfx942"])
 
