@@ -118,8 +118,8 @@ def _launch(
     counter = counters(q_NHD, tiles * K) if parallel else None
     two_launches = parallel and counter is None
     block_d = next_power_of_2(max(16, D))
-    # Rows of a tile that can hold a token.
-    merged = next_power_of_2(min(max(1, max_queries), tokens) * group)
+    # Rows of a tile that can hold a token, where its last program merges them.
+    merged = 1 if counter is None else next_power_of_2((1 if max_queries == 1 else tokens) * group)
     common = {"sinks_ptr": sinks, "o_ptr": o_NHD, "num_heads": H, "num_splits": num_splits, "HEAD_DIM": D}
     common |= {"parts_ptr": parts if parallel else None, "BLOCK_D": block_d}
     common |= {"part_sums_ptr": sums[0] if parallel else None, "part_tops_ptr": sums[1] if parallel else None}
@@ -152,7 +152,7 @@ def _launch(
         "PARALLEL": parallel,
         "SINGLE": single,
         "MERGED": merged,
-        "TOGETHER": _together(merged * block_d, config.num_warps),
+        "TOGETHER": 1 if counter is None else _together(merged * block_d, config.num_warps),
         "WINDOW": window is not None,
         "SOFTCAP": softcap > 0,
         "PAGE": k_cache_PSKD.shape[1],
