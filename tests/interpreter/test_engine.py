@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from trine.engine.generate.engine import Engine, EngineConfig, GenerationRequest
 from trine.engine.generate.plain import generate
@@ -22,6 +23,8 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.paged_cache import bytes_per_block
 from trine.engine.model.transformer import Transformer
 from trine.engine.text.tokenizer import Tokenizer
+from trine.kernels import last_program
+from trine.kernels.paged_attention import launcher
 
 Pretend = Callable[[], AbstractContextManager[Any]]
 PROMPTS = ["def add(", "the cat sat on the mat\n", "x", "the cat sat on the mat\ndef"]
@@ -81,3 +84,23 @@ def test_a_gpu_gives_the_plain_generators_tokens(
                 found[key] = found.get(key, ()) + output.token_ids
         assert bool(gpu.replays) == settings.get("decode_steps", True)
     assert found == {(one.prompt_index, one.choice): one.token_ids for one in expected}
+
+
+@pytest.mark.slow
+def test_attention_merged_by_the_last_program_gives_the_same_tokens(
+    pretended_gpu: Pretend, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs count in memory of their own, all else in that of its stream."""
+    counters, counted = last_program.counters, []
+
+    def watched(like: Tensor, number: int) -> Tensor | None:
+        found = counters(like, number)
+        counted.append((last_program._of_graph.get() is not None, found is not None))
+        return found
+
+    monkeypatch.setattr(last_program, "_of_stream", {})
+    monkeypatch.setattr(launcher, "counters", watched)
+    monkeypatch.setattr(launcher, "_num_splits", lambda *_: 3)
+    with last_program.LAST_PROGRAM.force(True):
+        test_a_gpu_gives_the_plain_generators_tokens(pretended_gpu, tiny_tokenizer, DRAWN, {})
+    assert set(counted) == {(True, True), (False, True)}
