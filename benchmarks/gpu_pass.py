@@ -1,7 +1,7 @@
 """The GPU pass: does everything that works on a CPU work, and give the same, on this machine's GPU? And how fast?
 
     PYTHONPATH=.typing python -m trine.benchmarks.gpu_pass [--device cuda] [--minutes N] [--bench] [--tune] ...
-    ... --bench --minutes 9; ... --bench --only bench --minutes 5        (fifteen minutes, where a command has ten)
+    ... --minutes 6; ... --bench --only bench --minutes 9        (fifteen minutes, where one command may take ten)
 
 For a bare GPU machine: torch, triton, numpy, safetensors, tokenizers and pytest are enough, Trine need not be
 installed (without typer, doctor is left out). First, beside each other: `trine doctor`; a small model trained on both

@@ -44,6 +44,7 @@ _WAITING = {
 _FLOAT8 = {
     "aten::copy_", "aten::_to_copy", "aten::_foreach_copy_", "aten::clone", "aten::cat", "aten::zero_",
     "aten::fill_.Scalar", "aten::empty_like", "aten::new_empty", "aten::new_zeros", "aten::zeros_like",
+    "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_",
 }  # fmt: skip
 
 

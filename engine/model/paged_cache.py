@@ -91,7 +91,6 @@ class PagedCache:
         sources, targets = (upload(side, torch.int64, self.device) for side in zip(*pairs, strict=True))
         for pool in (self.k_LPSKD, self.v_LPSKD, self.k_scale_LPSK, self.v_scale_LPSK):
             if pool is not None:
-                pool = _indexable(pool)
                 pool[:, targets] = pool[:, sources]
 
 
@@ -195,10 +194,7 @@ class PagedStep:
             raise ValueError(
                 f"keys are {x_NKD.dtype} but the cache holds {pool_PSKD.dtype}; make it with the compute dtype"
             )
-        slots = _indexable(pool_PSKD).flatten(0, 1)
-        slots.index_copy_(0, self.slots_N, _indexable(x_NKD.to(pool_PSKD.dtype)))
-
-
-def _indexable(x: Tensor) -> Tensor:
-    """The same memory in a dtype that torch can index: it has no indexed copies of float8, on no device."""
-    return x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x
+        slots, x_NKD = pool_PSKD.flatten(0, 1), x_NKD.to(pool_PSKD.dtype)
+        if slots.dtype == torch.float8_e4m3fn:  # of which torch has no `index_copy_`, on no device
+            slots, x_NKD = slots.view(torch.int8), x_NKD.view(torch.int8)
+        slots.index_copy_(0, self.slots_N, x_NKD)
