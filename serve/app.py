@@ -2,6 +2,7 @@
 
 POST /v1/completions   POST /v1/chat/completions   GET /v1/models   GET /v1/models/{name}   GET /metrics
 POST /v1/embeddings    POST /v1/classify    POST /v1/score    POST /v1/rerank          where the model gives vectors
+POST /tokenize         POST /detokenize     what a text is to the model, and back (`tokens.py`)
 POST /v1/load_lora_adapter   POST /v1/unload_lora_adapter    where the operator allows it (`adapters.py`)
 GET /health            the process is alive                         open without a key
 GET /ready             a model is loaded and the engine answers     open without a key
@@ -40,6 +41,7 @@ from trine.serve.schemas import (
     parse_body,
 )
 from trine.serve.service import Loaded, Service
+from trine.serve.tokens import DetokenizeBody, TokenizeBody, detokenize, tokenize
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 
@@ -83,6 +85,18 @@ def make_app(service: Service) -> ASGIApp:
     async def rerank(request: Request) -> Response:
         body = parse_body(RerankBody, await _read(request, service))
         return await _pool(service, body, "documents", lambda loaded: rerank_job(body, loaded))
+
+    @app.post("/tokenize")
+    async def to_tokens(request: Request) -> Response:
+        body = parse_body(TokenizeBody, await _read(request, service))
+        service.model_name(body.model)
+        return _json(await tokenize(body, service.require()))
+
+    @app.post("/detokenize")
+    async def to_text(request: Request) -> Response:
+        body = parse_body(DetokenizeBody, await _read(request, service))
+        service.model_name(body.model)
+        return _json(detokenize(body, service.require()))
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from trine.engine.errors import UsageError
 from trine.engine.text.prompt import encode_prompt, encode_source
 from trine.serve.errors import bad_request, source_too_long, too_long
 from trine.serve.messages import Guide, Sampling, Submit
-from trine.serve.schemas import ChatBody, CompletionBody, GenerationBody
+from trine.serve.schemas import ChatBody, CompletionBody, GenerationBody, Message
 from trine.serve.service import Loaded
 
 # Longer texts are encoded by a thread, so that other requests are not kept waiting.
@@ -50,7 +50,7 @@ async def completion_job(body: CompletionBody, loaded: Loaded) -> Job:
     """The job of a completions request. Raises `ApiError` 400."""
     prompts = prompts_of(body)
     add_special_tokens = body.add_special_tokens is not False
-    ids = [await _in_time(len(prompt), partial(_encode, loaded, prompt, add_special_tokens)) for prompt in prompts]
+    ids = [await text_ids(loaded, prompt, add_special_tokens) for prompt in prompts]
     # The prompt alone is asked for with one token that is then left out.
     wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     asked_of_prompt = [
@@ -71,24 +71,7 @@ async def completion_job(body: CompletionBody, loaded: Loaded) -> Job:
 
 async def chat_job(body: ChatBody, loaded: Loaded) -> Job:
     """The job of a chat request. Raises `ApiError` 400, also where the model has no chat template."""
-    template = loaded.template
-    if template is None:
-        raise bad_request(
-            "this model has no chat template, so it cannot chat; use /v1/completions, or put a chat_template.jinja "
-            "beside its tokenizer.json",
-            "messages",
-            code="no_chat_template",
-        )
-    messages = [message.for_template() for message in body.messages]
-
-    def render() -> list[int]:
-        try:
-            text = template.render(messages, add_generation_prompt=body.add_generation_prompt is not False)
-        except UsageError as error:
-            raise bad_request(str(error), "messages") from None
-        return _encode(loaded, text, False, param="messages")
-
-    ids = await _in_time(sum(len(message["content"]) for message in messages), render)
+    ids = await chat_ids(loaded, body.messages, add_generation_prompt=body.add_generation_prompt is not False)
     return _job(
         "chatcmpl",
         body,
@@ -100,6 +83,33 @@ async def chat_job(body: ChatBody, loaded: Loaded) -> Job:
         prompt_logprobs=body.prompt_logprobs,
         param="messages",
     )
+
+
+async def text_ids(loaded: Loaded, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
+    """A prompt as the model reads it. Raises `ApiError` 400."""
+    return await _in_time(len(prompt), partial(_encode, loaded, prompt, add_special_tokens))
+
+
+async def chat_ids(loaded: Loaded, conversation: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+    """A conversation as the model reads it. Raises `ApiError` 400, also where the model has no chat template."""
+    template = loaded.template
+    if template is None:
+        raise bad_request(
+            "this model has no chat template, so it cannot chat; use /v1/completions, or put a chat_template.jinja "
+            "beside its tokenizer.json",
+            "messages",
+            code="no_chat_template",
+        )
+    messages = [message.for_template() for message in conversation]
+
+    def render() -> list[int]:
+        try:
+            text = template.render(messages, add_generation_prompt=add_generation_prompt)
+        except UsageError as error:
+            raise bad_request(str(error), "messages") from None
+        return _encode(loaded, text, False, param="messages")
+
+    return await _in_time(sum(len(message["content"]) for message in messages), render)
 
 
 def with_adapter(job: Job, adapter: str | None) -> Job:
@@ -148,12 +158,17 @@ def _job(
     return Job(id=job_id, body=body, requests=tuple(requests), texts=tuple(texts))
 
 
+def check_vocabulary(ids: Iterable[int], size: int, param: str) -> None:
+    """Raise `ApiError` 400 for an id that a vocabulary of `size` does not have."""
+    for token in ids:
+        if not 0 <= token < size:
+            raise bad_request(f"{param} holds token id {token}; the vocabulary ends at {size - 1}", param)
+
+
 def _check_ids(body: GenerationBody, size: int) -> None:
     """Raise `ApiError` 400 for an id that the vocabulary does not have."""
     for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "banned_token_ids"):
-        for token in getattr(body, name) or ():
-            if token >= size:
-                raise bad_request(f"{name} holds token id {token}; the vocabulary ends at {size - 1}", name)
+        check_vocabulary(getattr(body, name) or (), size, name)
 
 
 def sampling_of(
@@ -207,11 +222,8 @@ def guide_of(body: GenerationBody) -> Guide | None:
 
 
 def _encode(loaded: Loaded, prompt: str | list[int], add_special_tokens: bool, *, param: str = "prompt") -> list[int]:
-    size = loaded.tokenizer.vocab_size
     if not isinstance(prompt, str):
-        wrong = [token for token in prompt if not 0 <= token < size]
-        if wrong:
-            raise bad_request(f"{param} holds token id {wrong[0]}; the vocabulary ends at {size - 1}", param)
+        check_vocabulary(prompt, loaded.tokenizer.vocab_size, param)
     try:
         if loaded.source_len and add_special_tokens:
             return encode_source(loaded.tokenizer, prompt, loaded.source_end)

@@ -2,7 +2,8 @@
 
 `null` always means "not given", in messages and other parts too: answers hold nulls (`refusal`), and clients send
 answers back as turns. Types are strict, as in OpenAI's API: "1" is no number. Fields of OpenAI's that this server does
-not have (`UNSUPPORTED_...`) are refused too, unless they are null.
+not have (`UNSUPPORTED_...`) are refused too, unless they are null or ask for nothing (`ASKS_NOTHING`): clients send
+their defaults.
 """
 
 from __future__ import annotations
@@ -29,6 +30,19 @@ UNSUPPORTED_IN_CHAT = frozenset((
     "store", "tool_choice", "tools", "verbosity", "web_search_options",
 ))
 # fmt: on
+# Values of theirs that ask for what is done anyway, since no tool is ever called and nothing is stored.
+ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
 
 
 class Body(BaseModel):
@@ -287,12 +301,19 @@ def parse_body(kind: type[BodyT], body: bytes) -> BodyT:
     if not isinstance(fields, dict):
         raise bad_request(f"the body must be a JSON object, not a {type(fields).__name__}", None)
     unsupported = _UNSUPPORTED.get(kind, frozenset())
+    fields = {
+        name: value for name, value in fields.items() if name not in unsupported or not _asks_nothing(name, value)
+    }
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise of_validation(error, kind.model_fields, unsupported) from None
     except RecursionError:
         raise bad_request("the body is nested too deeply", None) from None
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    return any(type(value) is type(known) and value == known for known in ASKS_NOTHING.get(name, ()))
 
 
 def check_limits(body: GenerationBody, *, max_n: int, max_logprobs: int) -> None:

@@ -11,6 +11,7 @@ from trine.serve.errors import ApiError
 from trine.serve.jobs import guide_of, prompts_of, sampling_of
 from trine.serve.messages import Guide, Sampling
 from trine.serve.schemas import (
+    ASKS_NOTHING,
     UNSUPPORTED_IN_CHAT,
     UNSUPPORTED_IN_COMPLETIONS,
     ChatBody,
@@ -141,8 +142,25 @@ def test_chat_refuses(fields: dict[str, Any], param: str | None, said: str) -> N
 def test_fields_of_openai_that_are_not_here_are_refused_unless_they_are_null(
     kind: Any, name: str, required: dict[str, Any]
 ) -> None:
-    assert refusal(kind, {**required, name: []})[1:3] == (name, "unsupported_parameter")
+    for value in ([{}], 2, "x"):
+        assert refusal(kind, {**required, name: value})[1:3] == (name, "unsupported_parameter")
     assert parse_body(kind, json.dumps({**required, name: None}).encode())
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "required"),
+    [
+        (CompletionBody, UNSUPPORTED_IN_COMPLETIONS, {"prompt": "x"}),
+        (ChatBody, UNSUPPORTED_IN_CHAT, {"messages": TALK}),
+    ],
+)
+def test_defaults_that_ask_for_nothing_are_taken(kind: Any, names: frozenset[str], required: dict[str, Any]) -> None:
+    for name, values in ASKS_NOTHING.items():
+        for value in values if name in names else ():
+            assert parse_body(kind, json.dumps({**required, name: value}).encode()) == kind(**required)
+    for name in ("store", "best_of"):
+        if name in names:
+            assert refusal(kind, {**required, name: {"store": True, "best_of": True}[name]})[1] == name
 
 
 @pytest.mark.parametrize(("kind", "required"), [(CompletionBody, {"prompt": "x"}), (ChatBody, {"messages": TALK})])
