@@ -51,9 +51,19 @@ class Batch:
         """Tokens that go through the model, padding left out."""
         return self.ids_BT.numel() - self.padding
 
+    @property
+    def real_BT(self) -> Tensor | None:
+        """bool: tokens that are not padding, which stands behind the last target of a row; None where there is none."""
+        return up_to_last(self.targets_BT != IGNORED) if self.padding else None
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return moved(self, device)
+
+
+def up_to_last(marked_BT: Tensor) -> Tensor:
+    """bool [B, T]: the last place of a row that is marked, and all before it."""
+    return marked_BT.flip(1).cumsum(1).flip(1) > 0
 
 
 def moved(batch: BatchT, device: torch.device | str) -> BatchT:

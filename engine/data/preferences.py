@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trine.engine.data.batch import IGNORED, moved
+from trine.engine.data.batch import IGNORED, moved, up_to_last
 from trine.engine.data.chats import ChatLayout, Rendered
 from trine.engine.data.conversations import preference_of
 from trine.engine.data.examples import Example, Record
@@ -39,6 +39,14 @@ class PreferenceBatch:
     answers_M: Tensor
     counts: tuple[int, ...]
     num_tokens: int
+
+    @property
+    def real_BT(self) -> Tensor | None:
+        """As in `Batch`."""
+        if self.num_tokens == self.ids_BT.numel():
+            return None
+        marked_N = torch.zeros(self.ids_BT.numel(), dtype=torch.bool, device=self.ids_BT.device)
+        return up_to_last(marked_N.index_fill(0, self.places_M, True).view_as(self.ids_BT))
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
         """The same batch on another device."""

@@ -29,8 +29,10 @@ class RouterWatch:
 
     `balance`: how unevenly experts are chosen, 1 where all are alike (`load_balancing_loss` over K). `z`: the mean
     square of the logits' logsumexp. `busiest`: tokens of the busiest expert over those of an even share.
+    `real_BT`, bool, says which tokens count; None for all.
     """
 
+    real_BT: Tensor | None = None
     balance: list[Tensor] = field(default_factory=list)
     z: list[Tensor] = field(default_factory=list)
     busiest: list[Tensor] = field(default_factory=list)
@@ -41,13 +43,17 @@ class RouterWatch:
 
         Recomputation in the backward pass must do what the forward pass did, so it is seen too, and left out.
         """
-        balance, z = load_balancing_loss(logits, ids) / ids.shape[-1], router_z_loss(logits)
+        balance = load_balancing_loss(logits, ids, mask_N=self.real_BT) / ids.shape[-1]
+        z = router_z_loss(logits, mask_N=self.real_BT)
         if self.is_open:
             num_experts = logits.shape[-1]
-            tokens_E = (ids[..., None] == torch.arange(num_experts, device=ids.device)).flatten(0, -2).sum(dim=0)
+            chosen = ids[..., None] == torch.arange(num_experts, device=ids.device)
+            if self.real_BT is not None:
+                chosen = chosen & self.real_BT[..., None, None]
+            tokens_E = chosen.flatten(0, -2).sum(dim=0)
             self.balance.append(balance)
             self.z.append(z)
-            self.busiest.append(tokens_E.max() * (num_experts / ids.numel()))
+            self.busiest.append(tokens_E.max() * num_experts / tokens_E.sum().clamp(min=1))
 
 
 class ExpertLinear(nn.Module):
@@ -134,9 +140,9 @@ class MixtureOfExperts(nn.Module):
 
 
 @contextmanager
-def watched_routers(model: nn.Module) -> Iterator[RouterWatch]:
+def watched_routers(model: nn.Module, real_BT: Tensor | None = None) -> Iterator[RouterWatch]:
     """Within it the forward passes with gradients of a model with experts are seen."""
-    watch = RouterWatch()
+    watch = RouterWatch(real_BT)
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             module.watch = watch

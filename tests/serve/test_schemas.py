@@ -142,7 +142,8 @@ def test_chat_refuses(fields: dict[str, Any], param: str | None, said: str) -> N
 def test_fields_of_openai_that_are_not_here_are_refused_unless_they_are_null(
     kind: Any, name: str, required: dict[str, Any]
 ) -> None:
-    for value in ([{}], 2, "x"):
+    values: tuple[Any, ...] = ([{}], 2, "x")
+    for value in values:
         assert refusal(kind, {**required, name: value})[1:3] == (name, "unsupported_parameter")
     assert parse_body(kind, json.dumps({**required, name: None}).encode())
 

@@ -188,3 +188,15 @@ def test_a_pair_is_shown_refused_and_cut_as_a_conversation_is(tokenizer: Tokeniz
     ):
         examples_of(task_of(tokenizer, seq_len=9))
     assert examples_of(task_of(tokenizer, seq_len=9, truncate=True)) == []
+
+
+def test_what_fills_rows_is_known(tokenizer: Tokenizer) -> None:
+    task = task_of(tokenizer)
+    examples = examples_of(task)
+    batch = task.make(examples)
+    assert batch.real_BT is not None
+    lengths = [len(ids) - 1 for one in examples for ids in one[::2]]
+    assert (batch.real_BT.sum(dim=1) <= torch.tensor(lengths)).all()
+    assert batch.real_BT.flatten()[batch.places_M].all()
+    alone = task.make(examples[:1])
+    assert (alone.real_BT is None) == (alone.num_tokens == alone.ids_BT.numel())

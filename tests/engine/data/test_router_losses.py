@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
-from trine.engine.data.batch import Batch
+from trine.engine.data.batch import IGNORED, Batch
 from trine.engine.data.objectives import CausalLM
 from trine.engine.data.router_losses import RouterLosses
 from trine.engine.model.config import ModelConfig, MoeConfig
@@ -99,3 +100,17 @@ def test_forward_passes_without_gradients_and_those_of_others_are_not_seen(batch
     with torch.no_grad():
         model(batch.ids_BT)
     assert objective.measures() == seen
+
+
+def test_padding_does_not_count(batch: Batch) -> None:
+    """Rows filled up with tokens that are all alike, which go to the same experts, measure as they did before."""
+    model, found = make(), []
+    filled = {"ids_BT": pad(batch.ids_BT, (0, 7), value=3), "targets_BT": pad(batch.targets_BT, (0, 7), value=IGNORED)}
+    for one in (batch, replace(batch, **filled, padding=14)):
+        objective = RouterLosses(CausalLM(), balance=0.3, z=0.05)
+        loss, _ = objective.loss(model, one)
+        loss.backward()
+        found.append((objective.measures(), gradients(model)))
+    assert found[1][0] == pytest.approx(found[0][0])
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value, rtol=1e-6, atol=1e-9, msg=name)
