@@ -52,8 +52,8 @@ class Batch:
         return self.ids_BT.numel() - self.padding
 
     @property
-    def real_BT(self) -> Tensor | None:
-        """bool: tokens that are not padding, which stands behind the last target of a row; None where there is none."""
+    def real_tokens(self) -> Tensor | None:
+        """bool [B, T]: those that are not padding, which stands behind the last target of a row; None if all are."""
         return up_to_last(self.targets_BT != IGNORED) if self.padding else None
 
     def to(self, device: torch.device | str) -> Batch:

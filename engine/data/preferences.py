@@ -41,7 +41,7 @@ class PreferenceBatch:
     num_tokens: int
 
     @property
-    def real_BT(self) -> Tensor | None:
+    def real_tokens(self) -> Tensor | None:
         """As in `Batch`."""
         if self.num_tokens == self.ids_BT.numel():
             return None

@@ -3,9 +3,9 @@
     gradient of  sum of the objective's losses + N (balance mean_layers(balance_l) + z mean_layers(z_l))
 
 N is the number of the objective's terms, so that after the trainer's division the two weights stand beside a mean loss.
-Each layer is balanced by itself over the tokens of a piece (`train.micro_batch_size` sequences), padding left out; with `balance_l` = 1
-where all experts are chosen alike. Without such a loss a few experts take all tokens: whoever is chosen learns, and is
-chosen the more.
+Each layer is balanced by itself over the tokens of a piece (`train.micro_batch_size` sequences), padding left out, with
+`balance_l` = 1 where all experts are chosen alike. Without such a loss a few experts take all tokens: whoever is chosen
+learns, and is chosen the more.
 
 Sources: Fedus et al., "Switch Transformers" (arXiv 2101.03961), eq. 4; Zoph et al., "ST-MoE" (arXiv 2202.08906), eq. 5.
 """
@@ -38,7 +38,7 @@ class RouterLosses:
         checkpoint_activations: bool = False,
     ) -> tuple[Tensor, int]:
         """As `inner` says."""
-        with watched_routers(model, batch.real_BT) as watch:
+        with watched_routers(model, batch.real_tokens) as watch:
             loss, count = self.inner.loss(
                 model, batch, compute_dtype=compute_dtype, checkpoint_activations=checkpoint_activations
             )

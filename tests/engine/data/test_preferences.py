@@ -194,9 +194,9 @@ def test_what_fills_rows_is_known(tokenizer: Tokenizer) -> None:
     task = task_of(tokenizer)
     examples = examples_of(task)
     batch = task.make(examples)
-    assert batch.real_BT is not None
+    assert batch.real_tokens is not None
     lengths = [len(ids) - 1 for one in examples for ids in one[::2]]
-    assert (batch.real_BT.sum(dim=1) <= torch.tensor(lengths)).all()
-    assert batch.real_BT.flatten()[batch.places_M].all()
+    assert (batch.real_tokens.sum(dim=1) <= torch.tensor(lengths)).all()
+    assert batch.real_tokens.flatten()[batch.places_M].all()
     alone = task.make(examples[:1])
-    assert (alone.real_BT is None) == (alone.num_tokens == alone.ids_BT.numel())
+    assert (alone.real_tokens is None) == (alone.num_tokens == alone.ids_BT.numel())

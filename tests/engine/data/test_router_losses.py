@@ -105,8 +105,8 @@ def test_forward_passes_without_gradients_and_those_of_others_are_not_seen(batch
 def test_padding_does_not_count(batch: Batch) -> None:
     """Rows filled up with tokens that are all alike, which go to the same experts, measure as they did before."""
     model, found = make(), []
-    filled = {"ids_BT": pad(batch.ids_BT, (0, 7), value=3), "targets_BT": pad(batch.targets_BT, (0, 7), value=IGNORED)}
-    for one in (batch, replace(batch, **filled, padding=14)):
+    ids_BT, targets_BT = pad(batch.ids_BT, (0, 7), value=3), pad(batch.targets_BT, (0, 7), value=IGNORED)
+    for one in (batch, replace(batch, ids_BT=ids_BT, targets_BT=targets_BT, padding=14)):
         objective = RouterLosses(CausalLM(), balance=0.3, z=0.05)
         loss, _ = objective.loss(model, one)
         loss.backward()
