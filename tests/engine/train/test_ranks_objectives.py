@@ -52,7 +52,7 @@ def compare(make: Callable[[str], Recipe], folder: Path, gang: Any, *, bound: fl
     assert any(line["kind"] == "eval" for line in logs[0])
     for one, two in zip(*logs, strict=True):
         same = {"loss", "tokens", "grad_norm", "accuracy", "f1", "entity_f1", "pearson", "exact_match"}
-        same |= {"expert_balance", "router_z", "busiest_expert"}
+        same |= {"expert_balance", "router_z", "busiest_expert", "reward_accuracy", "reward_margin", "reward_chosen"}
         for key in same & one.keys():
             assert two[key] == pytest.approx(one[key], abs=10 * bound, rel=10 * bound), (key, one, two)
     for path in (folder / "one" / "final").glob("*.safetensors"):
@@ -83,6 +83,11 @@ def test_preferences(adapter: bool, objective_recipe: MakeRecipe, tmp_path: Path
     common |= {"objective": {"kind": "preference"}, **({"adapter": {"rank": 4, "dropout": 0.1}} if adapter else {})}
     base = {"init_from": str(tmp_path / "base" / "final")}
     compare(lambda name: objective_recipe(tmp_path / name, base, **common), tmp_path, gang)
+
+
+def test_conversations(objective_recipe: MakeRecipe, tmp_path: Path, gang: Any) -> None:
+    chat = {"objective": {"kind": "chat", "chat_template": "plain"}, "data": {"seq_len": 128}, "train": PIECES}
+    compare(lambda name: objective_recipe(tmp_path / name, "llama", **chat), tmp_path, gang)
 
 
 def test_adapters_of_exact_and_of_quantized_bases(
