@@ -69,7 +69,7 @@ def train(
 ) -> None:
     """Train a model from a recipe, or continue training it."""
     from trine.engine.errors import UsageError
-    from trine.engine.train.launch import Wanted, run
+    from trine.engine.train.launch import Wanted, refuse_ranks, run
     from trine.engine.train.launch import dry_run as show
     from trine.engine.train.lr_range import lr_range_test, parse_range
     from trine.engine.train.profile import parse_steps
@@ -94,4 +94,5 @@ def train(
     }
     if others := [option for option, is_given in given.items() if is_given]:
         raise UsageError(f"{others[0]} has no effect beside --lr-range, which trains no run; give one of them")
+    refuse_ranks("--lr-range")
     print(lr_range_test(load_recipe(recipe, changes), parse_range(lr_range)))

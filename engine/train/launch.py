@@ -90,6 +90,13 @@ def run(wanted: Wanted, *, nproc: int | None) -> None:
         _start(wanted, nproc)
 
 
+def refuse_ranks(what: str) -> None:
+    """Raises `UsageError` where torchrun has started several processes for something that is done by one."""
+    place = named_place()
+    if place is not None and place.count > 1:
+        raise UsageError(f"{what} is done by one process, and WORLD_SIZE = {place.count}; start it without torchrun")
+
+
 def _place(nproc: int | None) -> Place:
     named = named_place()
     if nproc is None:
@@ -142,12 +149,11 @@ def _start(wanted: Wanted, nproc: int) -> None:
             for rank in ranks:
                 rank.process.kill()
                 rank.process.join()
-    if signals.received:
-        codes = {rank.process.exitcode for rank in ranks}
-        if failed and codes - {0}:
-            raise SystemExit(128 + signals.received[0]) if signals.received[0] != signal.SIGINT else KeyboardInterrupt
-    if failed:
-        raise _told(ranks)
+    if not failed:
+        return
+    if signals.received and not _own_reports(ranks):  # told to end at once, and nothing else
+        raise KeyboardInterrupt if signals.received[0] == signal.SIGINT else SystemExit(128 + signals.received[0])
+    raise _told(ranks)
 
 
 def _watch(ranks: list[_Rank]) -> bool:
@@ -178,17 +184,20 @@ def _read(rank: _Rank) -> None:
         return
 
 
+def _own_reports(ranks: list[_Rank]) -> list[tuple[int, Report]]:
+    """By rank, of those that failed by themselves and did not only miss another."""
+    reports = [(rank.number, rank.report) for rank in ranks if rank.report is not None]
+    return [(number, report) for number, report in reports if report.kind != RankError.__name__]
+
+
 def _told(ranks: list[_Rank]) -> Exception:
     """The one error to raise: of a rank that failed by itself before one that only missed another."""
     reports = [rank.report for rank in ranks if rank.report is not None]
     if len(reports) == len(ranks) and len({(report.kind, report.text) for report in reports}) == 1:
         return _error(reports[0].kind, reports[0].text, reports[0].trace)
-    own = [rank for rank in ranks if rank.report is not None and rank.report.kind != RankError.__name__]
     dead = [rank for rank in ranks if rank.report is None and rank.ended and rank.process.exitcode]
-    if own:
-        report = own[0].report
-        assert report is not None
-        return _error(report.kind, f"rank {own[0].number}: {report.text}", report.trace)
+    for number, report in _own_reports(ranks):
+        return _error(report.kind, f"rank {number}: {report.text}", report.trace)
     if dead:
         code = dead[0].process.exitcode
         assert code is not None

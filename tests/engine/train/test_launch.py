@@ -180,6 +180,8 @@ def test_wrong_use_starts_nothing(make_recipe: MakeRecipe, tmp_path: Path, monke
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(UsageError, match=r"--nproc 2 beside RANK = 0 and WORLD_SIZE = 2"):
         run(wanted, nproc=2)
+    with pytest.raises(UsageError, match=r"--lr-range is done by one process, and WORLD_SIZE = 2"):
+        launch.refuse_ranks("--lr-range")
     assert not (tmp_path / "run").exists()
 
 
