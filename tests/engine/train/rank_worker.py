@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from trine.engine.train.rank_group import RankGroup
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.shards import Shards
 
-_accumulate, _sum, _total = steps.accumulate_gradients, Shards.sum_gradients, RankGroup.total
+_accumulate, _sum, _spread, _total = (
+    steps.accumulate_gradients, Shards.sum_gradients, Shards.spread, RankGroup.total,
+)  # fmt: skip
 
 
 def _left_out(self: Shards) -> None:
@@ -42,6 +44,12 @@ def _averaged(self: Shards) -> None:
     for parameter in self.parameters.values():
         if parameter.grad is not None:
             parameter.grad /= self.ranks.place.count
+
+
+def _kept_back(self: Shards, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Each rank goes on with its own parameters; averages are sent as ever."""
+    if tensors is not None:
+        _spread(self, tensors)
 
 
 def _counted_alone(self: RankGroup, numbers: Sequence[float]) -> list[float]:
@@ -63,7 +71,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "left out": (Shards, "sum_gradients", _left_out),
     "averaged": (Shards, "sum_gradients", _averaged),
     "counted alone": (RankGroup, "total", _counted_alone),
-    "not spread": (Shards, "spread", lambda self, tensors=None: None),
+    "not spread": (Shards, "spread", _kept_back),
     "not finite": (steps, "accumulate_gradients", _spoiled(lambda: torch.tensor(float("nan")))),
     "no memory": (steps, "accumulate_gradients", _spoiled(lambda: torch.empty(2**58, dtype=torch.uint8))),
 }
