@@ -429,6 +429,13 @@ def pretended_gpu() -> Iterator[Gpu]:
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         torch.__future__.set_swap_module_params_on_conversion(True)
+        # A run on a GPU leaves torch in its deterministic mode.
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        for owner, name in (
+            (torch.backends.cudnn, "benchmark"),
+            (torch.utils.deterministic, "fill_uninitialized_memory"),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
         _gpu = gpu
         try:
             yield gpu
