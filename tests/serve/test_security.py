@@ -41,7 +41,7 @@ def test_every_route_asks_for_the_key_but_the_two_probes(scripted: Scripted, scr
     service = Service(ServerSettings(start=Start(checkpoint="x"), names=("x",)), [])
     app: Any = make_app(service)
     routes = {route.path.replace("{name:path}", "scripted"): route for route in app._app.routes}
-    assert len(routes) == 11
+    assert len(routes) == 13
     body = {"prompt": [scripts.PLAIN], "max_tokens": 1}
     for path, route in [*routes.items(), ("/no/such/route", None), ("/v1/completions/", None), ("//ready", None)]:
         method = "GET" if route is None or "GET" in route.methods else "POST"

@@ -260,9 +260,9 @@ def test_only_steps_without_adapters_take_compiled_loops(llama: Case) -> None:
     rows: list[int] = []
     compute = decoder.run
 
-    def counted(*inputs: Any) -> Any:
+    def counted(*inputs: Any, **beside: Any) -> Any:
         rows.append(len(inputs[0]))
-        return compute(*inputs)
+        return compute(*inputs, **beside)
 
     decoder.run = counted  # type: ignore[method-assign, assignment]
     run(engine, [llama.request("x", "all")])
