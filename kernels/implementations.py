@@ -45,7 +45,7 @@ _KERNEL_REASONS = {
     "cross_entropy": "logits in chunks, or never in memory without gradients",
     "gradient_norm": "two passes in one order",
     "invariant": "one order over the inner dimension for any number of rows",
-    "kv_write": "norm, rotation, quantization and write in one pass",
+    "kv_write": "norm, rotation, quantization and write in one pass; apart where deterministic",
     "layer_norm": "one pass each way, with the residual",
     "lora": "tokens grouped by adapter on the device",
     "mlp": "both projections and the activation in one kernel; backward recomputes",

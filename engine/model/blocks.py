@@ -90,15 +90,21 @@ class Attention(nn.Module):
         ) and config.qkv_clip is None
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        q_BHTD, k_BKTD, v_BKTD = self.heads(x_BTC, context)
         extras: Any = {"scale": self.scale, "softcap": self.softcap, "sinks_H": self.sinks}
-        if context.step is not None:
-            extras["biases"] = context.biases
-            o_BHTD = context.step.attend(self.layer, q_BHTD, k_BKTD, v_BKTD, window=self.window, **extras)
+        step = context.step
+        if step is not None:
+            extras |= {"window": self.window, "biases": context.biases}
+            if (turning := step.turning) is not None:
+                parts = self._cut(tuple(layer(x_BTC) for layer in self._projections), norms=not self.turned_at_once)
+                tables = context.rope_tables.get(self.rope)
+                o_BHTD = turning.turn_and_attend(self.layer, parts, tables, self._turn_options(), **extras)
+            else:
+                o_BHTD = step.attend(self.layer, *self.heads(x_BTC, context), **extras)
         elif context.sequences is not None:
             sequences = context.sequences[self.window]
-            o_BHTD = invariant_attention(q_BHTD, k_BKTD, v_BKTD, sequences=sequences, **extras)
+            o_BHTD = invariant_attention(*self.heads(x_BTC, context), sequences=sequences, **extras)
         else:
+            q_BHTD, k_BKTD, v_BKTD = self.heads(x_BTC, context)
             if context.biases is not None:
                 extras["relative_bias_HR"] = context.biases.table(q_BHTD.shape[2], k_BKTD.shape[2])
             o_BHTD = attention(
@@ -114,35 +120,46 @@ class Attention(nn.Module):
     def heads(self, x_BTC: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q_BHTD, k_BKTD, v_BKTD, normalised and rotated as the config says; in the deterministic mode always apart."""
         tables, deterministic = context.rope_tables.get(self.rope), context.deterministic
-        layers = (self.q_proj, self.k_proj, self.v_proj)
+        layers = self._projections
         if records_gradients(self.q_proj) and not deterministic:
             qkv_BTE = joined_linear(x_BTC, *layers)
             if tables is not None and self.turned_at_once:
-                return rope_heads(
-                    qkv_BTE,
-                    *tables,
-                    self.num_heads,
-                    self.num_kv_heads,
-                    interleaved=self.rope_interleaved,
-                    q_norm_weight=None if self.q_norm is None else self.q_norm.weight,
-                    k_norm_weight=None if self.k_norm is None else self.k_norm.weight,
-                    eps=self.norm_eps,
-                    unit_offset=self.norm_offset,
-                )
+                return rope_heads(qkv_BTE, *tables, self.num_heads, self.num_kv_heads, **self._turn_options())
             parts = torch.split(qkv_BTE, [layer.weight.shape[0] for layer in layers], dim=-1)
         else:
             parts = tuple(layer(x_BTC, deterministic=deterministic) for layer in layers)
+        q_BTHD, k_BTKD, v_BTKD = self._cut(parts)
+        if tables is not None:
+            q_BTHD, k_BTKD = (rope(x, *tables, interleaved=self.rope_interleaved) for x in (q_BTHD, k_BTKD))
+        return q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+
+    @property
+    def _projections(self) -> tuple[Linear, Linear, Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def _cut(self, parts: tuple[Tensor, ...], *, norms: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """q_BTHD, k_BTKD, v_BTKD of the products, clipped and normalised; not without `norms`."""
         q_BTE, k_BTE, v_BTE = parts
         if self.qk_norm == "full":
             q_BTE, k_BTE = self._norm(q_BTE, k_BTE)
         if self.qkv_clip is not None:
             q_BTE, k_BTE, v_BTE = (x.clamp(-self.qkv_clip, self.qkv_clip) for x in (q_BTE, k_BTE, v_BTE))
         q_BTHD, k_BTKD, v_BTKD = (x.reshape(*x.shape[:2], -1, self.head_dim) for x in (q_BTE, k_BTE, v_BTE))
-        if self.qk_norm in ("head", "each_head"):
+        if norms and self.qk_norm in ("head", "each_head"):
             q_BTHD, k_BTKD = self._norm(q_BTHD, k_BTKD)
-        if tables is not None:
-            q_BTHD, k_BTKD = (rope(x, *tables, interleaved=self.rope_interleaved) for x in (q_BTHD, k_BTKD))
-        return q_BTHD.transpose(1, 2), k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+        return q_BTHD, k_BTKD, v_BTKD
+
+    def _turn_options(self) -> dict[str, Any]:
+        """The options of the kernels that turn heads, and normalise them where they can."""
+        norms = (self.q_norm, self.k_norm) if self.turned_at_once else (None, None)
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in norms)
+        return {
+            "interleaved": self.rope_interleaved,
+            "q_norm_weight": q_weight,
+            "k_norm_weight": k_weight,
+            "eps": self.norm_eps,
+            "unit_offset": self.norm_offset,
+        }
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.q_norm is not None

@@ -13,8 +13,9 @@ Shapes: B rows, T new tokens, S slots in use, K key/value heads, D head dimensio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,8 +70,36 @@ class Step(Protocol):
         """
         ...
 
+    @property
+    def turning(self) -> TurningStep | None:
+        """The same step, where it also normalises and turns the heads of a layer on their way into the cache."""
+        ...
+
     def finish(self) -> None:
         """Called once, after the last layer."""
+        ...
+
+
+class TurningStep(Protocol):
+    """A step that takes heads as they come from their products."""
+
+    def turn_and_attend(
+        self,
+        layer: int,
+        parts: tuple[Tensor, Tensor, Tensor],
+        tables: tuple[Tensor, Tensor] | None,
+        how: Mapping[str, Any],
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+        biases: Biases | None,
+    ) -> Tensor:
+        """As `Step.attend`, for `parts`: q_BTHD, k_BTKD, v_BTKD, to be normalised and turned by `tables` (None: not).
+
+        `how`: the options of `rope_heads`.
+        """
         ...
 
 
@@ -99,6 +128,10 @@ class CacheStep:
     @property
     def deterministic(self) -> bool:
         return False
+
+    @property
+    def turning(self) -> None:
+        return None
 
     def longer(self, switch: int, lengths_B: Tensor | None) -> Tensor:
         """See `Step`. Raises ValueError where a sequence that the cache holds has grown beyond `switch`."""

@@ -12,8 +12,9 @@ entries of a block table row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from trine.engine.model.config import ModelConfig
 from trine.engine.model.paged_bias import biased_paged_attention
 from trine.engine.model.positions import Biases
 from trine.kernels.invariant.attention import SPLIT
-from trine.kernels.kv_write.op import quantize
+from trine.kernels.kv_write.op import check_slots, quantize, write_kv
 from trine.kernels.multi_tensor import upload
 from trine.kernels.paged_attention.op import QUANTIZED, check_tables, paged_attention
+from trine.kernels.target import uses_triton
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -122,18 +124,48 @@ class PagedStep:
             raise ValueError("the model has longrope; give longer_N to the step")
         return self.longer_N[None]
 
+    @property
+    def turning(self) -> PagedStep | None:
+        """See `Step`: where kernels run, `write_kv` does it in one launch.
+
+        Not in the deterministic mode: training normalises and turns by separate operations, whose bits it keeps.
+        """
+        return self if uses_triton(self.slots_N) and not self.deterministic else None
+
+    def turn_and_attend(
+        self,
+        layer: int,
+        parts: tuple[Tensor, Tensor, Tensor],
+        tables: tuple[Tensor, Tensor] | None,
+        how: Mapping[str, Any],
+        **options: Any,
+    ) -> Tensor:
+        """See `TurningStep`; B is 1 and T is N."""
+        cache = self.cache
+        q_NE, k_NE, v_NE = (x_BTHD[0].flatten(1) for x_BTHD in parts)
+        cos_NR, sin_NR = (None, None) if tables is None else (table_BTR[0] for table_BTR in tables)
+        q_NHD = write_kv(
+            (q_NE, k_NE, v_NE),
+            cache.k_LPSKD[layer],
+            cache.v_LPSKD[layer],
+            self.slots_N,
+            num_heads=parts[0].shape[2],
+            cos_NR=cos_NR,
+            sin_NR=sin_NR,
+            **how,
+            k_scale_PSK=None if cache.k_scale_LPSK is None else cache.k_scale_LPSK[layer],
+            v_scale_PSK=None if cache.v_scale_LPSK is None else cache.v_scale_LPSK[layer],
+            slots_checked=True,
+        )
+        return self._attend(layer, q_NHD, **options)
+
     def attend(
         self,
         layer: int,
         q_BHTD: Tensor,
         k_BKTD: Tensor,
         v_BKTD: Tensor,
-        *,
-        window: int | None,
-        scale: float | None,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-        biases: Biases | None,
+        **options: Any,
     ) -> Tensor:
         """See `Step`; B is 1 and T is N."""
         cache = self.cache
@@ -141,9 +173,26 @@ class PagedStep:
         v_scale_PSK = None if cache.v_scale_LPSK is None else cache.v_scale_LPSK[layer]
         self._write(cache.k_LPSKD[layer], k_scale_PSK, k_BKTD[0].transpose(0, 1))
         self._write(cache.v_LPSKD[layer], v_scale_PSK, v_BKTD[0].transpose(0, 1))
+        return self._attend(layer, q_BHTD[0].transpose(0, 1), **options)
+
+    def _attend(
+        self,
+        layer: int,
+        q_NHD: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+        biases: Biases | None,
+    ) -> Tensor:
+        """o_BHTD over what the cache holds, the new tokens counted."""
+        cache = self.cache
+        k_scale_PSK = None if cache.k_scale_LPSK is None else cache.k_scale_LPSK[layer]
+        v_scale_PSK = None if cache.v_scale_LPSK is None else cache.v_scale_LPSK[layer]
         if biases is not None:
             o_NHD = biased_paged_attention(
-                q_BHTD[0].transpose(0, 1),
+                q_NHD,
                 cache.k_LPSKD[layer],
                 cache.v_LPSKD[layer],
                 k_scale_PSK=k_scale_PSK,
@@ -157,7 +206,7 @@ class PagedStep:
             )
             return o_NHD.transpose(0, 1)[None]
         o_NHD = paged_attention(
-            q_BHTD[0].transpose(0, 1),
+            q_NHD,
             cache.k_LPSKD[layer],
             cache.v_LPSKD[layer],
             block_table_RM=self.block_table_RM,
@@ -181,6 +230,8 @@ class PagedStep:
 
     def check(self) -> None:
         """Raise ValueError unless every key lies within the pool; once for all layers."""
+        if uses_triton(self.slots_N):  # on a CPU torch's operations see to it
+            check_slots(self.cache.k_LPSKD[0], self.slots_N)
         check_tables(
             self.cache.k_LPSKD[0], self.block_table_RM, self.lengths_R, self.query_starts, self.max_queries,
             self.num_slots, len(self.slots_N),

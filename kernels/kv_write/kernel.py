@@ -36,11 +36,12 @@ def _scale_of(largest, LIKE: tl.constexpr):
     return tl.where(largest > 0.0, largest / top, 1.0)
 
 
-@triton.jit
+# Numbers that change with the tokens of a step, so that one kernel serves them all.
+@triton.jit(do_not_specialize=["period", "num_tokens", "q_programs", "k_programs"])
 def write_kernel(
-    qkv_ptr, q_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, slots_ptr, q_weight_ptr, k_weight_ptr,
-    cos_ptr, sin_ptr, token_stride, k_slot_stride, v_slot_stride, period, num_tokens, num_heads, num_kv_heads,
-    q_programs, k_programs, eps,
+    q_in_ptr, k_in_ptr, v_in_ptr, q_ptr, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, slots_ptr, q_weight_ptr,
+    k_weight_ptr, cos_ptr, sin_ptr, q_in_stride, k_in_stride, v_in_stride, k_slot_stride, v_slot_stride, period,
+    num_tokens, num_heads, num_kv_heads, q_programs, k_programs, eps,
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, UNIT_OFFSET: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +50,7 @@ def write_kernel(
     LIKE: tl.constexpr = k_cache_ptr.dtype.element_ty
     if program < q_programs:
         turn_heads(
-            qkv_ptr, token_stride, q_ptr, num_heads * D, q_weight_ptr, cos_ptr, sin_ptr, period, program, num_tokens,
+            q_in_ptr, q_in_stride, q_ptr, num_heads * D, q_weight_ptr, cos_ptr, sin_ptr, period, program, num_tokens,
             num_heads, eps, 1.0, D, R, INTERLEAVED, UNIT_OFFSET, ROWS, BLOCK_R, BLOCK_P,
         )  # fmt: skip
     elif program < q_programs + k_programs:
@@ -57,8 +58,8 @@ def write_kernel(
         inside = rows < num_tokens * num_kv_heads
         slots = tl.load(slots_ptr + rows // num_kv_heads, mask=inside, other=-1)
         first, second, rest = turned(
-            qkv_ptr + num_heads * D, head_places(rows, token_stride, num_kv_heads, D), rows, inside, k_weight_ptr,
-            cos_ptr, sin_ptr, period, num_kv_heads, eps, 1.0, D, R, INTERLEAVED, UNIT_OFFSET, BLOCK_R, BLOCK_P,
+            k_in_ptr, head_places(rows, k_in_stride, num_kv_heads, D), rows, inside, k_weight_ptr, cos_ptr, sin_ptr,
+            period, num_kv_heads, eps, 1.0, D, R, INTERLEAVED, UNIT_OFFSET, BLOCK_R, BLOCK_P,
         )  # fmt: skip
         kept = inside & (slots >= 0)
         if k_scale_ptr is not None:
@@ -77,8 +78,7 @@ def write_kernel(
         rows = (program - q_programs - k_programs) * ROWS + tl.arange(0, ROWS)
         inside = rows < num_tokens * num_kv_heads
         slots = tl.load(slots_ptr + rows // num_kv_heads, mask=inside, other=-1)
-        v_ptr = qkv_ptr + (num_heads + num_kv_heads) * D
-        x = load_rest(v_ptr, head_places(rows, token_stride, num_kv_heads, D), inside, D, 0, BLOCK_D)
+        x = load_rest(v_in_ptr, head_places(rows, v_in_stride, num_kv_heads, D), inside, D, 0, BLOCK_D)
         kept = inside & (slots >= 0)
         if v_scale_ptr is not None:
             scale = _scale_of(_largest(x), LIKE)

@@ -1,4 +1,4 @@
-"""From a joined q, k, v product to attention over a paged cache, in one pass.
+"""From q, k, v, joined in one product or apart, to attention over a paged cache, in one pass.
 
 Every head of q and k is normalised (where there are norm weights) and turned by its token's angles (where there are
 tables), as `rope_heads` does; q is returned, k and v go to their slots of the pool. A slot is block * S + place in the
@@ -21,6 +21,7 @@ from torch import Tensor
 from trine.kernels.hardware import CHECKING
 from trine.kernels.kv_write.kernel import write_kernel
 from trine.kernels.launch import ceil_div, launch, next_power_of_2, result_dtype, rounded
+from trine.kernels.operation import run
 from trine.kernels.rms_norm import rms_norm
 from trine.kernels.rope.op import rope
 from trine.kernels.rope.rotation import angle_arguments, blocks
@@ -28,12 +29,13 @@ from trine.kernels.samples import Sample, meta
 from trine.kernels.target import Target, target_of, uses_triton
 from trine.kernels.tuning import Config, Shape, Tunable
 
+Parts = tuple[Tensor, Tensor, Tensor]
 # Largest magnitude that a number of a quantized pool can have.
 TOPS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def write_kv(
-    qkv_NE: Tensor,
+    qkv_NE: Tensor | Parts,
     k_cache_PSKD: Tensor,
     v_cache_PSKD: Tensor,
     slots_N: Tensor,
@@ -48,34 +50,48 @@ def write_kv(
     unit_offset: bool = False,
     k_scale_PSK: Tensor | None = None,
     v_scale_PSK: Tensor | None = None,
+    slots_checked: bool = False,
 ) -> Tensor:
-    """Write k and v of every token, E = (H + 2 K) D, and return q_NHD in the dtype of qkv; no gradients.
+    """Write k and v of every token, and return q_NHD in the dtype of qkv; no gradients.
 
+    `qkv_NE`: one product, E = (H + 2 K) D, or its parts [N, H D], [N, K D], [N, K D], each with rows at any stride.
     `slots_N`: int64, -1 for none. `cos_NR`, `sin_NR` in the dtype of qkv, both or neither (no rotation). Norm weights
     [D] of any float dtype, both or neither. Scales fp32 [P, S, K], for a quantized pool and only there; they are
-    written too. Raises ValueError for what does not fit, by name; slots outside the pool on a CPU, and on a GPU with
-    TRINE_CHECK_KERNELS=1.
+    written too. Raises ValueError for what does not fit, by name; slots outside the pool, or taken twice, on a CPU, and
+    on a GPU with TRINE_CHECK_KERNELS=1, unless `slots_checked` says that the caller has seen to them (tokens that may
+    share a slot are those whose keys nobody reads).
     """
     _check(qkv_NE, k_cache_PSKD, v_cache_PSKD, slots_N, num_heads)
-    _check_parts(qkv_NE, k_cache_PSKD, cos_NR, sin_NR, q_norm_weight, k_norm_weight)
-    _check_scales(qkv_NE, k_cache_PSKD, k_scale_PSK, v_scale_PSK)
+    parts = parts_of(qkv_NE, num_heads, *k_cache_PSKD.shape[2:])
+    q_NE = parts[0]
+    _check_parts(q_NE, k_cache_PSKD, cos_NR, sin_NR, q_norm_weight, k_norm_weight)
+    _check_scales(q_NE, k_cache_PSKD, k_scale_PSK, v_scale_PSK)
     if cos_NR is None or sin_NR is None:
-        cos_NR = sin_NR = qkv_NE.new_empty(len(qkv_NE), 0)
+        cos_NR = sin_NR = q_NE.new_empty(len(q_NE), 0)
     arguments = (
-        qkv_NE, k_cache_PSKD, v_cache_PSKD, slots_N, cos_NR, sin_NR, q_norm_weight, k_norm_weight, k_scale_PSK,
-        v_scale_PSK, num_heads, interleaved, eps, unit_offset,
+        k_cache_PSKD, v_cache_PSKD, slots_N, cos_NR, sin_NR, q_norm_weight, k_norm_weight, k_scale_PSK, v_scale_PSK,
+        num_heads, interleaved, eps, unit_offset,
     )  # fmt: skip
     # How many tokens are kept, and the check of the slots, depend on the slots' values: a compiler cannot trace either,
     # so a compiled caller takes the registered operation on a CPU too.
-    if uses_triton(qkv_NE) or torch.compiler.is_compiling():
-        q_NHD: Tensor = kv_write(*arguments)
+    if uses_triton(q_NE) or torch.compiler.is_compiling():
+        q_NHD: Tensor = run(kv_write, *parts, *arguments, slots_checked)
         return q_NHD
-    check_slots(k_cache_PSKD, slots_N)
-    return write_kv_reference(*arguments)
+    if not slots_checked:
+        check_slots(k_cache_PSKD, slots_N)
+    return write_kv_reference(parts, *arguments)
+
+
+def parts_of(qkv_NE: Tensor | Parts, num_heads: int, num_kv_heads: int, head_dim: int) -> Parts:
+    """q, k, v as rows: views of a joined product, or what was given."""
+    if not isinstance(qkv_NE, Tensor):
+        return qkv_NE
+    q, k, v = qkv_NE.split([count * head_dim for count in (num_heads, num_kv_heads, num_kv_heads)], dim=1)
+    return q, k, v
 
 
 def write_kv_reference(
-    qkv_NE: Tensor,
+    qkv_NE: Tensor | Parts,
     k_cache_PSKD: Tensor,
     v_cache_PSKD: Tensor,
     slots_N: Tensor,
@@ -92,7 +108,7 @@ def write_kv_reference(
 ) -> Tensor:
     """The same by the separate operations; it is the CPU path, and the definition in float64."""
     K, D = k_cache_PSKD.shape[2:]
-    q, k, v = qkv_NE.unflatten(-1, (-1, D)).split([num_heads, K, K], dim=1)
+    q, k, v = (x.unflatten(-1, (-1, D)) for x in parts_of(qkv_NE, num_heads, K, D))
     if q_norm_weight is not None and k_norm_weight is not None:
         q = rms_norm(q, q_norm_weight, eps, unit_offset=unit_offset)
         k = rms_norm(k, k_norm_weight, eps, unit_offset=unit_offset)
@@ -117,25 +133,31 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (y.round() if dtype == torch.int8 else y), scale.float()
 
 
-def _check(qkv: Tensor, k: Tensor, v: Tensor, slots: Tensor, num_heads: int) -> None:
+def _check(qkv: Tensor | Parts, k: Tensor, v: Tensor, slots: Tensor, num_heads: int) -> None:
     if k.dim() != 4 or k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(
             f"the caches are {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}; "
             "expected two [P, S, K, D] of one dtype"
         )
     K, D = k.shape[2:]
-    if qkv.dim() != 2 or qkv.shape[1] != (num_heads + 2 * K) * D:
-        raise ValueError(
-            f"qkv has shape {tuple(qkv.shape)}; expected [N, {(num_heads + 2 * K) * D}] for {num_heads} heads, {K} "
-            f"key/value heads and head dimension {D}"
-        )
-    if slots.dtype != torch.int64 or slots.shape != qkv.shape[:1]:
-        raise ValueError(f"slots are {slots.dtype} {tuple(slots.shape)}; expected int64 ({len(qkv)},)")
+    rows = {"qkv": qkv} if isinstance(qkv, Tensor) else dict(zip("qkv", qkv, strict=True))
+    widths = {"qkv": (num_heads + 2 * K) * D, "q": num_heads * D, "k": K * D, "v": K * D}
+    first = next(iter(rows.values()))
+    for name, x in rows.items():
+        if x.dim() != 2 or x.shape[1] != widths[name] or len(x) != len(first):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected [N, {widths[name]}] for {num_heads} heads, {K} key/value "
+                f"heads and head dimension {D}"
+            )
+        if x.dtype != first.dtype:
+            raise ValueError(f"{name} is {x.dtype} but q is {first.dtype}; make them equal")
+    if slots.dtype != torch.int64 or slots.shape != first.shape[:1]:
+        raise ValueError(f"slots are {slots.dtype} {tuple(slots.shape)}; expected int64 ({len(first)},)")
     for name, cache in (("k_cache", k), ("v_cache", v)):
         if cache.stride(3) != 1 or cache.stride(2) != D or cache.stride(0) != cache.shape[1] * cache.stride(1):
             raise ValueError(f"{name} has strides {cache.stride()}; heads must be dense and slots lie at one stride")
-    if uses_triton(qkv) and qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{qkv.dtype} is not supported by the kernel; use float32, bfloat16 or float16")
+    if uses_triton(first) and first.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{first.dtype} is not supported by the kernel; use float32, bfloat16 or float16")
 
 
 def _check_parts(
@@ -200,7 +222,9 @@ WRITE = Tunable("kv_write", _rule, _candidates)
 
 
 def _launch(
-    qkv_NE: Tensor,
+    q_NE: Tensor,
+    k_NE: Tensor,
+    v_NE: Tensor,
     k_cache_PSKD: Tensor,
     v_cache_PSKD: Tensor,
     slots_N: Tensor,
@@ -216,15 +240,15 @@ def _launch(
     unit_offset: bool,
 ) -> Tensor:
     """q_NHD; in the interpreter pools of bf16 and fp8 are written through fp32 copies (see `launch.py`)."""
-    N, (K, D) = len(qkv_NE), k_cache_PSKD.shape[2:]
-    qkv_NE = qkv_NE if qkv_NE.stride(1) == 1 else qkv_NE.contiguous()
-    q_NHD = qkv_NE.new_empty(N, num_heads, D, dtype=result_dtype(qkv_NE.dtype))
+    N, (K, D) = len(q_NE), k_cache_PSKD.shape[2:]
+    rows = [x if x.stride(1) == 1 else x.contiguous() for x in (q_NE, k_NE, v_NE)]
+    q_NHD = q_NE.new_empty(N, num_heads, D, dtype=result_dtype(q_NE.dtype))
     caches = (k_cache_PSKD, v_cache_PSKD)
     pools = [cache.to(result_dtype(cache.dtype)) for cache in caches]
-    config = WRITE.pick(qkv_NE.dtype, target_of(qkv_NE), N=N * (num_heads + 2 * K), exact_D=D, exact_R=cos_NR.shape[1])
+    config = WRITE.pick(q_NE.dtype, target_of(q_NE), N=N * (num_heads + 2 * K), exact_D=D, exact_R=cos_NR.shape[1])
     q_programs, kv_programs = (ceil_div(N * count, config.blocks["ROWS"]) for count in (num_heads, K))
     arguments: dict[str, Any] = {
-        "qkv_ptr": qkv_NE,
+        **dict(zip(("q_in_ptr", "k_in_ptr", "v_in_ptr"), rows, strict=True)),
         "q_ptr": q_NHD,
         "k_cache_ptr": pools[0],
         "v_cache_ptr": pools[1],
@@ -234,7 +258,9 @@ def _launch(
         "q_weight_ptr": None if q_norm_weight is None else q_norm_weight.contiguous(),
         "k_weight_ptr": None if k_norm_weight is None else k_norm_weight.contiguous(),
         **angle_arguments(cos_NR[None], sin_NR[None]),
-        "token_stride": qkv_NE.stride(0),
+        "q_in_stride": rows[0].stride(0),
+        "k_in_stride": rows[1].stride(0),
+        "v_in_stride": rows[2].stride(0),
         "k_slot_stride": pools[0].stride(1),
         "v_slot_stride": pools[1].stride(1),
         "num_tokens": N,
@@ -252,12 +278,14 @@ def _launch(
     for cache, pool in zip(caches, pools, strict=True):
         if pool is not cache:
             cache.copy_(pool)
-    return rounded(q_NHD, qkv_NE.dtype)
+    return rounded(q_NHD, q_NE.dtype)
 
 
 @torch.library.custom_op("trine::kv_write", mutates_args=("k_cache_PSKD", "v_cache_PSKD", "k_scale_PSK", "v_scale_PSK"))
 def kv_write(
-    qkv_NE: Tensor,
+    q_NE: Tensor,
+    k_NE: Tensor,
+    v_NE: Tensor,
     k_cache_PSKD: Tensor,
     v_cache_PSKD: Tensor,
     slots_N: Tensor,
@@ -271,20 +299,24 @@ def kv_write(
     interleaved: bool,
     eps: float,
     unit_offset: bool,
+    slots_checked: bool,
 ) -> Tensor:
-    """The registered operation: q_NHD, contiguous and no view of qkv; writes caches and scales. Slots are checked."""
-    if CHECKING or not qkv_NE.is_cuda:
+    """The registered operation: q_NHD, contiguous and no view of q; writes caches and scales."""
+    if (CHECKING or not q_NE.is_cuda) and not slots_checked:
         check_slots(k_cache_PSKD, slots_N)
-    run = _launch if uses_triton(qkv_NE) else write_kv_reference
-    return run(
-        qkv_NE, k_cache_PSKD, v_cache_PSKD, slots_N, cos_NR, sin_NR, q_norm_weight, k_norm_weight, k_scale_PSK,
-        v_scale_PSK, num_heads, interleaved, eps, unit_offset,
+    arguments = (
+        k_cache_PSKD, v_cache_PSKD, slots_N, cos_NR, sin_NR, q_norm_weight, k_norm_weight, k_scale_PSK, v_scale_PSK,
+        num_heads, interleaved, eps, unit_offset,
     )  # fmt: skip
+    if uses_triton(q_NE):
+        return _launch(q_NE, k_NE, v_NE, *arguments)
+    return write_kv_reference((q_NE, k_NE, v_NE), *arguments)
 
 
 @kv_write.register_fake
-def _(qkv_NE: Tensor, k_cache_PSKD: Tensor, *rest: Any) -> Tensor:
-    return qkv_NE.new_empty(len(qkv_NE), rest[8], k_cache_PSKD.shape[3])
+def _(q_NE: Tensor, k_NE: Tensor, v_NE: Tensor, k_cache_PSKD: Tensor, *rest: Any) -> Tensor:
+    D = k_cache_PSKD.shape[3]
+    return q_NE.new_empty(len(q_NE), q_NE.shape[1] // D, D)
 
 
 def samples() -> Iterator[Sample]:
@@ -301,9 +333,10 @@ def samples() -> Iterator[Sample]:
         pool = meta(4096, 16, K, D, dtype=cache)
         scales = None if cache == dtype else meta(4096, 16, K)
         weight, table = meta(D) if normed else None, meta(N, R, dtype=dtype)
-        qkv, slots = meta(N, (H + 2 * K) * D, dtype=dtype), meta(N, dtype=torch.int64)
+        parts = parts_of(meta(N, (H + 2 * K) * D, dtype=dtype), H, K, D)
+        slots = meta(N, dtype=torch.int64)
         call = partial(
-            _launch, qkv, pool, pool, slots, table, table, weight, weight, scales, scales, H, R == 16, 1e-6, False
+            _launch, *parts, pool, pool, slots, table, table, weight, weight, scales, scales, H, R == 16, 1e-6, False
         )
         name = f"kv_write {N} R{R}{' normed' * normed}{'' if cache == dtype else f' {cache}'.replace('torch.', '')}"
         yield Sample(name, dtype, call, targets=targets)

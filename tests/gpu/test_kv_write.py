@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trine.kernels.kv_write import op
-from trine.kernels.kv_write.op import TOPS, kv_write, write_kv, write_kv_reference
+from trine.kernels.kv_write.op import TOPS, kv_write, parts_of, write_kv, write_kv_reference
 from trine.kernels.rope.op import rope_tables
 
 H, K, D = 32, 8, 128
@@ -74,6 +74,15 @@ def test_equals_the_separate_operations(num_tokens: int, dtype: torch.dtype) -> 
         torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
+@DTYPES
+@pytest.mark.parametrize("num_tokens", [1, 17, 4096])
+def test_parts_that_lie_apart_give_the_same_bits(num_tokens: int, dtype: torch.dtype) -> None:
+    joined, apart = make(num_tokens, dtype), make(num_tokens, dtype)
+    apart["qkv_NE"] = tuple(part.contiguous() for part in parts_of(apart["qkv_NE"], H, K, D))
+    for found, expected in zip(run(write_kv, apart), run(write_kv, joined), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("cache", TOPS, ids=str)
 def test_quantized_pools(cache: torch.dtype) -> None:
     if cache == torch.float8_e4m3fn and torch.cuda.get_device_capability() < (8, 9):
@@ -106,9 +115,10 @@ def test_offsets_past_2_to_the_31_and_the_same_bits_twice() -> None:
 def test_registration_and_compiling_whole(cache: torch.dtype | None) -> None:
     torch._dynamo.reset()
     named = make(4096, torch.bfloat16, cache=cache)
-    lists = [named[name] for name in ("qkv_NE", "k_cache_PSKD", "v_cache_PSKD", "slots_N", "cos_NR", "sin_NR")]
+    lists = list(parts_of(named["qkv_NE"], H, K, D))
+    lists += [named[name] for name in ("k_cache_PSKD", "v_cache_PSKD", "slots_N", "cos_NR", "sin_NR")]
     lists += [named[name] for name in ("q_norm_weight", "k_norm_weight", "k_scale_PSK", "v_scale_PSK")]
-    torch.library.opcheck(kv_write, (*lists, H, False, 1e-6, False))
+    torch.library.opcheck(kv_write, (*lists, H, False, 1e-6, False, False))
     plain, whole = (make(4096, torch.bfloat16, cache=cache) for _ in range(2))
     compiled = torch.compile(lambda arguments: write_kv(**arguments), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(whole), write_kv(**plain))

@@ -66,7 +66,30 @@ def make_model(tokenizer: Tokenizer, **changes: Any) -> Transformer:
 def test_a_gpu_gives_the_plain_generators_tokens(
     pretended_gpu: Pretend, tiny_tokenizer: Tokenizer, params: list[SamplingParams], settings: dict[str, Any]
 ) -> None:
-    model = make_model(tiny_tokenizer)
+    check(pretended_gpu, make_model(tiny_tokenizer), tiny_tokenizer, params, settings)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": "head", "qkv_bias": True},
+        pytest.param({"norm": "layer", "qk_norm": "each_head", "placement": "parallel"}, marks=pytest.mark.slow),
+        pytest.param({"qk_norm": "full", "attention_sinks": True, "window": 9}, marks=pytest.mark.slow),
+    ],
+    ids=["heads normed", "each head normed", "whole rows normed"],
+)
+def test_models_with_norms_of_heads(pretended_gpu: Pretend, tiny_tokenizer: Tokenizer, changes: dict[str, Any]) -> None:
+    check(pretended_gpu, make_model(tiny_tokenizer, **changes), tiny_tokenizer, DRAWN, {})
+
+
+def check(
+    pretended_gpu: Pretend,
+    model: Transformer,
+    tiny_tokenizer: Tokenizer,
+    params: list[SamplingParams],
+    settings: dict[str, Any],
+) -> None:
+    """That the engine on a GPU gives the tokens of the plain generator."""
     expected = generate(model, tiny_tokenizer, PROMPTS, params)
     assert len({token for one in expected for token in one.token_ids}) > 10
     kv_bytes = 40 * bytes_per_block(model.config, 16, model.dtype)
@@ -83,6 +106,7 @@ def test_a_gpu_gives_the_plain_generators_tokens(
                 key = int(output.request_id), output.choice
                 found[key] = found.get(key, ()) + output.token_ids
         assert bool(gpu.replays) == settings.get("decode_steps", True)
+        assert gpu.kernels["write_kernel"] == gpu.kernels["attend_kernel"] > 0  # one launch for every layer
     assert found == {(one.prompt_index, one.choice): one.token_ids for one in expected}
 
 

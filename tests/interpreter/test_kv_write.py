@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.kv_write.op import TOPS, kv_write, write_kv, write_kv_reference
+from trine.kernels.kv_write.op import TOPS, kv_write, parts_of, write_kv, write_kv_reference
 from trine.kernels.rope.op import rope_tables
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -169,6 +169,14 @@ def test_strides_and_nothing_to_do(compare: Any) -> None:
     assert ours(none)[0].shape == (0, 4, 16)
 
 
+@DTYPES
+def test_parts_that_lie_apart(dtype: torch.dtype) -> None:
+    inputs = with_norms(make(dtype))
+    apart: Any = tuple(part.contiguous() for part in parts_of(inputs["qkv"], 4, 2, 16))
+    for found, expected in zip(ours(inputs | {"qkv": apart}), ours(inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_the_cpu_path_is_the_same(compare: Any) -> None:
     inputs = with_norms(make(torch.float32))
     own: dict[str, Any] = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
@@ -180,7 +188,8 @@ def test_the_cpu_path_is_the_same(compare: Any) -> None:
 
 def test_registration() -> None:
     for cache in (None, torch.int8):
-        torch.library.opcheck(kv_write, tuple(with_norms(make(torch.float32, cache=cache)).values()))
+        qkv, *rest = with_norms(make(torch.float32, cache=cache)).values()
+        torch.library.opcheck(kv_write, (*parts_of(qkv, 4, 2, 16), *rest, False))
 
 
 @pytest.mark.parametrize("cache", [None, torch.int8], ids=str)

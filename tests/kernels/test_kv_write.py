@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trine.kernels.kv_write.op import WRITE, kv_write, quantize, write_kv
+from trine.kernels.kv_write.op import WRITE, _launch, kv_write, parts_of, quantize, write_kv
+from trine.kernels.launch import recording
 from trine.kernels.paged_attention.op import paged_attention
 from trine.kernels.rms_norm import rms_norm
 from trine.kernels.rope.op import rope, rope_tables
+from trine.kernels.samples import meta
 from trine.kernels.target import COMPILED
 
 
@@ -55,6 +57,24 @@ def test_every_token_lands_in_its_slot(normed: bool) -> None:
         assert int(cache.flatten(2).any(dim=-1).sum()) == 2
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_parts_that_lie_apart_are_taken_as_a_joined_product(normed: bool) -> None:
+    weights = {name: torch.rand(8) for name in ("q_norm_weight", "k_norm_weight") if normed}
+    joined, apart = make(**weights), make(**weights)
+    apart["qkv_NE"] = tuple(part.contiguous() for part in parts_of(apart["qkv_NE"], 4, 2, 8))
+    assert torch.equal(write_kv(**joined), write_kv(**apart))
+    for name in ("k_cache_PSKD", "v_cache_PSKD"):
+        assert joined[name].any()
+        assert torch.equal(joined[name], apart[name])
+
+
+def test_slots_that_the_caller_has_checked_are_not_looked_at() -> None:
+    arguments = make(slots_N=torch.tensor([4, 1, 4]))
+    q = write_kv(**arguments, slots_checked=True)
+    assert torch.equal(q, write_kv(**make()))
+    assert arguments["v_cache_PSKD"][0, 1].any()
+
+
 def test_without_tables_nothing_is_turned() -> None:
     arguments = make(cos_NR=None, sin_NR=None)
     assert torch.equal(write_kv(**arguments), parts(arguments)[0])
@@ -92,6 +112,9 @@ def test_the_largest_number_of_a_head_takes_the_whole_range() -> None:
     ("changes", "message"),
     [
         ({"qkv_NE": torch.ones(3, 63)}, r"qkv has shape \(3, 63\); expected \[N, 64\] for 4 heads, 2 key/value heads"),
+        ({"qkv_NE": (torch.ones(3, 32), *torch.ones(2, 3, 15))}, r"k has shape \(3, 15\); expected \[N, 16\]"),
+        ({"qkv_NE": (torch.ones(3, 32), *torch.ones(2, 3, 16).half())}, r"k is torch.float16 but q is torch.float32"),
+        ({"qkv_NE": (torch.ones(3, 32), *torch.ones(2, 2, 16))}, r"k has shape \(2, 16\); expected \[N, 16\]"),
         ({"v_cache_PSKD": torch.ones(2, 16, 2, 9)}, r"the caches are .*; expected two \[P, S, K, D\] of one dtype"),
         ({"slots_N": torch.ones(3)}, r"slots are torch.float32 \(3,\); expected int64 \(3,\)"),
         ({"slots_N": torch.tensor([0, 1])}, r"slots are torch.int64 \(2,\)"),
@@ -139,13 +162,31 @@ def test_few_tokens_get_many_programs(target: str) -> None:
     assert few < many
 
 
+def test_one_compiled_kernel_serves_every_number_of_tokens() -> None:
+    """A step of a server that no step before was like would have to wait for the compiler."""
+    H, K, D, seen = 4, 2, 64, set()
+    pool = meta(8, 16, K, D, dtype=torch.bfloat16)
+    for N in (1, 2, 16, 33, 160):
+        parts = parts_of(meta(N, (H + 2 * K) * D, dtype=torch.bfloat16), H, K, D)
+        table = meta(N, 32, dtype=torch.bfloat16)
+        with recording(COMPILED["sm_90"]) as launches:
+            rest: Any = (meta(N, dtype=torch.int64), table, table, None, None, None, None, H, False, 1e-6, False)
+            _launch(*parts, pool, pool, *rest)
+        (only,) = launches
+        counted = {p.name for p in only.kernel.params if not p.do_not_specialize}
+        seen.add(tuple(sorted((n, x) for n, x in only.arguments.items() if n in counted and isinstance(x, int))))
+    assert len(seen) == 1
+
+
 def given(arguments: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments of the registered operation."""
-    lists = [arguments[name] for name in ("qkv_NE", "k_cache_PSKD", "v_cache_PSKD", "slots_N")]
-    none = torch.empty(len(lists[0]), 0)
+    lists = [arguments[name] for name in ("k_cache_PSKD", "v_cache_PSKD", "slots_N")]
+    rows = [part.clone(memory_format=torch.contiguous_format) for part in parts_of(arguments["qkv_NE"], 4, 2, 8)]
+    none = torch.empty(len(rows[0]), 0)
     tables = [none if arguments[name] is None else arguments[name] for name in ("cos_NR", "sin_NR")]
     names = ("q_norm_weight", "k_norm_weight", "k_scale_PSK", "v_scale_PSK")
-    return *lists, *tables, *(arguments.get(name) for name in names), arguments["num_heads"], False, 1e-6, False
+    options = arguments["num_heads"], False, 1e-6, False, False
+    return *rows, *lists, *tables, *(arguments.get(name) for name in names), *options
 
 
 # One token, neither turned nor normalised: what is returned must still be no part of what was given.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -122,6 +123,41 @@ def test_a_step_waits_once_to_read_its_tokens(pretended_gpu: Pretend, llama: Pat
         assert kinds(found) <= {(READ,), ()}
         assert sum(map(len, found)) >= params.max_tokens
         assert bool(gpu.replays) == settings.get("decode_steps", True)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "launches", "operations"),
+    [
+        ("llama", {}, ["write_kernel"], 0),
+        ("qwen3", {"kv_dtype": torch.float8_e4m3fn}, ["write_kernel"], 0),
+        ("olmo2", {"kv_dtype": torch.int8}, ["_rows_kernel"] * 2 + ["write_kernel"], 0),
+        ("llama", {"deterministic": True}, ["_rotate_kernel"] * 2, 2),
+    ],
+    ids=["llama", "heads normed", "whole rows normed", "deterministic"],
+)
+def test_heads_come_into_the_cache_in_one_launch(
+    pretended_gpu: Pretend,
+    tiny_tokenizer: Tokenizer,
+    tmp_path: Path,
+    family: str,
+    settings: dict[str, Any],
+    launches: list[str],
+    operations: int,
+) -> None:
+    """What a layer starts between its products and attention in a captured step; `operations`: of torch, to write."""
+    folder = make_folder(tmp_path, tiny_tokenizer, family)
+    with pretended_gpu() as gpu, mock.patch.object(gpu, "compute", wraps=gpu.compute) as compute:
+        engine = engine_on_gpu(folder, **settings)
+        gpu.forget()
+        compute.reset_mock()
+        engine.prepare()
+        names = [one.kernel.__name__ for one in gpu.launches]
+        last = len(names) - 1 - names[::-1].index("attend_kernel")
+        assert names[last - len(launches) : last] == launches
+        written = [call for call in compute.call_args_list if "index_copy" in str(call.args[0])]
+        layers = names.count("attend_kernel")
+        assert len(written) == operations * layers
+        assert (names.count("write_kernel") == layers) == (operations == 0)
 
 
 def test_log_probabilities_cost_a_wait_more(pretended_gpu: Pretend, llama: Path) -> None:
