@@ -5,7 +5,8 @@ computed, and its loss with the norms of the gradients, after. A rank that fails
 there: its connection closes, or it keeps the others waiting for longer than `patience` seconds. The others then write
 into the store that they are here, and who has not is named.
 
-Whatever takes rank 0 alone long, such as writing a checkpoint, is waited for by `wait_for_first`, without a limit.
+Whatever takes rank 0 alone long, such as writing a checkpoint, is waited for by `wait_for_first`, without a limit as
+long as rank 0 has not given up.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from trine.engine.train.ranks import PATIENCE_SECONDS, Ranks
 
 _GRACE_SECONDS = 2.0  # in which those that are left say so
 _START_SECONDS = 600  # loading libraries and data takes machines unequally long
-_FOREVER = timedelta(days=30)
 T = TypeVar("T")
 
 
@@ -42,7 +42,7 @@ class RankGroup(Ranks):
         self._patience = patience
         self._turn = 0
         self._layouts: dict[str, list[dict[str, list[Any]]]] = {}
-        start = timedelta(seconds=max(_START_SECONDS, patience))
+        start = self._start = timedelta(seconds=max(_START_SECONDS, patience))
         if meeting is not None:
             stay_on_this_machine()
             store: Store = FileStore(str(meeting), place.count)
@@ -69,7 +69,9 @@ class RankGroup(Ranks):
         self._turn += 1
         self._store.set(f"{self._turn} {self.place.rank}", json.dumps(mine))
         keys = [f"{self._turn} {rank}" for rank in range(self.place.count)]
-        return [json.loads(self.talk(lambda key=key: self._store.get(key))) for key in keys]  # type: ignore[misc]
+        limit = self._start if self._turn == 1 else timedelta(seconds=self._patience)
+        self.talk(lambda: self._store.wait(keys, limit))
+        return [json.loads(self._store.get(key)) for key in keys]
 
     def wait_for_first(self) -> None:
         self._turn += 1
@@ -77,7 +79,16 @@ class RankGroup(Ranks):
         if self.first:
             self._store.set(key, "here")
         else:
-            self.talk(lambda: self._store.wait([key], _FOREVER))
+            self.talk(lambda: self._wait_for_first(key))
+
+    def _wait_for_first(self, key: str) -> None:
+        """Looks now and then whether rank 0 has given up."""
+        while not self._store.check([key]):
+            try:
+                self._store.wait([key], timedelta(seconds=self._patience))
+            except RuntimeError:
+                if any(self._store.check([said]) for said in ("here 0", "failed 0")):
+                    raise
 
     def collect(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if kind not in self._layouts:  # which stays the same

@@ -127,7 +127,13 @@ class Gang:
     _runs: int = 0
 
     def train(
-        self, recipe: Recipe | list[Recipe], count: int, *, resume: str = "auto", fault: str | None = None
+        self,
+        recipe: Recipe | list[Recipe],
+        count: int,
+        *,
+        resume: str = "auto",
+        fault: str | None = None,
+        patience: int = 60,
     ) -> list[dict[str, Any]]:
         """What each of `count` ranks says of the run of a recipe, or of one for each rank."""
         while len(self.workers) < count:
@@ -138,7 +144,7 @@ class Gang:
         for rank, worker in enumerate(self.workers[:count]):
             order = {
                 "place": [rank, count, rank, count], "meeting": str(self.folder / str(self._runs)), "resume": resume,
-                "recipe": recipe_table(recipes[rank]), "fault": fault,
+                "recipe": recipe_table(recipes[rank]), "fault": fault, "patience": patience,
             }  # fmt: skip
             assert worker.stdin is not None
             worker.stdin.write(json.dumps(order) + "\n")

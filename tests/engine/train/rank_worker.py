@@ -26,8 +26,8 @@ from trine.engine.train.rank_group import RankGroup
 from trine.engine.train.recipe import Recipe
 from trine.engine.train.shards import Shards
 
-_accumulate, _sum, _spread, _total = (
-    steps.accumulate_gradients, Shards.sum_gradients, Shards.spread, RankGroup.total,
+_accumulate, _sum, _spread, _total, _collect = (
+    steps.accumulate_gradients, Shards.sum_gradients, Shards.spread, RankGroup.total, RankGroup.collect,
 )  # fmt: skip
 
 
@@ -67,11 +67,17 @@ def _spoiled(value: Callable[[], Tensor]) -> Callable[..., Tensor]:
     return accumulate
 
 
+def _silent(self: RankGroup, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """No rank but the first takes part in what is collected for a checkpoint."""
+    return _collect(self, kind, tensors) if self.first else {}
+
+
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "left out": (Shards, "sum_gradients", _left_out),
     "averaged": (Shards, "sum_gradients", _averaged),
     "counted alone": (RankGroup, "total", _counted_alone),
     "not spread": (Shards, "spread", _kept_back),
+    "silent": (RankGroup, "collect", _silent),
     "not finite": (steps, "accumulate_gradients", _spoiled(lambda: torch.tensor(float("nan")))),
     "no memory": (steps, "accumulate_gradients", _spoiled(lambda: torch.empty(2**58, dtype=torch.uint8))),
 }
@@ -89,7 +95,7 @@ def _fault(name: str | None) -> Iterator[None]:
 
 def _run(order: dict[str, Any]) -> dict[str, Any]:
     place = Place(*order["place"])
-    ranks = RankGroup(place, on_gpus=False, meeting=Path(order["meeting"]), patience=60)
+    ranks = RankGroup(place, on_gpus=False, meeting=Path(order["meeting"]), patience=order["patience"])
     try:
         with _fault(order["fault"]):
             result = train(parse(Recipe, order["recipe"], origin="test"), resume=order["resume"], ranks=ranks)

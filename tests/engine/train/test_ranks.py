@@ -150,6 +150,12 @@ def test_mistakes_in_what_ranks_exchange_are_seen(
     assert difference(run, alone) > 100 * BOUND or norms != pytest.approx(expected, rel=0.1)
 
 
+def test_ranks_that_do_not_meet_end_in_time(make_recipe: MakeRecipe, tmp_path: Path, gang: Any) -> None:
+    recipe = make_recipe(run={"dir": str(tmp_path / "run")}, checkpoint={"every": 2})
+    said = gang.train(recipe, 2, fault="silent", patience=2)
+    assert [one["error"] for one in said] == ["RankError"] * 2
+
+
 def test_eight_bit_states_go_on_to_the_bit(make_recipe: MakeRecipe, tmp_path: Path, gang: Any) -> None:
     def recipe(name: str, steps: int) -> Recipe:
         return make_recipe(
