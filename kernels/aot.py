@@ -118,8 +118,8 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     for place, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.arguments.get(name, parameter.default)
-        divisible = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        divisible, as_it_comes = False, parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not as_it_comes):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name], divisible = "*" + _TYPES[value.dtype], True
@@ -133,7 +133,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
             signature[name] = "u1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = value % 16 == 0 and not as_it_comes
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -31,6 +31,12 @@ def _kernel(x_ptr, y_ptr, rows, width, factor, flag, WIDE: tl.constexpr, LIKE: t
         tl.store(y_ptr + places, x, mask=places < rows * width)
 
 
+@triton.jit(do_not_specialize=["rows", "width"])
+def _any_size_kernel(x_ptr, rows, width, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.arange(0, WIDE)
+    tl.store(x_ptr + places, places, mask=places < rows * width)
+
+
 @triton.jit
 def _product_kernel(x_ptr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     places = tl.arange(0, WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
@@ -80,6 +86,14 @@ def test_arguments_are_specialised_as_triton_does() -> None:
     assert constants["y_ptr"] is None
     assert signature["rows"] == "i64"
     assert set(attributes) == {(0,), (2,)}
+
+
+def test_arguments_that_a_kernel_takes_as_they_come_are_not_specialised() -> None:
+    arguments = {"x_ptr": meta(4), "rows": 48, "width": 1, "WIDE": 16}
+    signature, constants, attributes = aot.specialised(Launch(_any_size_kernel, (1,), arguments, CONFIG, {}))
+    assert signature == {"x_ptr": "*fp32", "rows": "i32", "width": "i32", "WIDE": "constexpr"}
+    assert constants == {"WIDE": 16}
+    assert set(attributes) == {(0,)}
 
 
 def test_an_argument_of_another_kind_is_refused() -> None:
