@@ -63,8 +63,13 @@ def expert_sizes(config: ModelConfig) -> dict[str, int | None]:
 
 
 def close_experts(recipe: Recipe, config: ModelConfig) -> ExpertSettings | None:
-    """`[experts]` with nothing open; None for a model without experts, for which the section is refused."""
+    """`[experts]` with nothing open; None for an adapter, which leaves routers alone, and for a model without experts.
+
+    Raises `UsageError` where the section is given for the latter.
+    """
     given = recipe.experts
+    if recipe.adapter is not None:
+        return None
     if config.moe is None:
         if given is not None:
             known = ", ".join(name for name in FAMILIES if "moe" in name or name in ("mixtral", "gpt_oss"))

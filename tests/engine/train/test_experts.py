@@ -13,7 +13,7 @@ from trine.engine.config import parse
 from trine.engine.errors import UsageError
 from trine.engine.train.loop import train
 from trine.engine.train.recipe import Recipe, recipe_table
-from trine.engine.train.recipe_model import ExpertSettings, ModelSettings
+from trine.engine.train.recipe_model import AdapterSettings, ExpertSettings, ModelSettings
 from trine.engine.train.resolve import resolve
 
 MakeRecipe = Callable[..., Recipe]
@@ -70,6 +70,16 @@ def test_an_adapter_leaves_routers_as_they_are(make_recipe: MakeRecipe) -> None:
     table = {**recipe_table(make_recipe()), "model": {"init_from": "x"}, "adapter": {}, "experts": {}}
     with pytest.raises(UsageError, match=r"\[experts\] teaches routers, which \[adapter\] freezes; leave out one"):
         parse(Recipe, table, origin="test")
+
+
+def test_the_resolved_recipe_of_an_adapter_can_be_read_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    train(make_recipe(model=sizes("mixtral", num_experts=4), train={"steps": 3}, run={"dir": str(base)}))
+    model = ModelSettings(init_from=base / "final")
+    given = make_recipe().model_copy(update={"model": model, "adapter": AdapterSettings(rank=4)})
+    resolved = resolve(given).recipe
+    assert resolved.experts is None
+    assert parse(Recipe, recipe_table(resolved), origin="test") == resolved
 
 
 def test_routers_learn_to_share_tokens_out(make_recipe: MakeRecipe, tmp_path: Path) -> None:
